@@ -1,0 +1,36 @@
+# One virtual environment in .venv, made once and made again when its inputs change.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow check format clean
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "hf-nullspace needs Python 3.11 to 3.13; found $$($(PYTHON) --version). Call make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train, fine-tune and measure on real handwritten digits (about 3 minutes on two cores)
+	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/finetune.py
+
+test: $(STAMP)  ## the default tests (under 5 minutes on two cores, no network)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## the long tests: killed runs, every family, the whole demo
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)  ## linter, formatter, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist outputs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,42 @@
+"""Nullspace-noise fine-tuning for vision transformers.
+
+The public names are loaded on first use, so that importing the package does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_nullspace.models.patch_embedding import patch_embedding_noise
+    from hf_nullspace.noise.artifact import NullspaceNoise
+    from hf_nullspace.noise.learning import learn_noise
+    from hf_nullspace.training.config import NullspaceConfig
+    from hf_nullspace.training.trainer import NullspaceTrainer
+
+__version__ = "0.1.0"
+__all__ = [
+    "NullspaceConfig",
+    "NullspaceNoise",
+    "NullspaceTrainer",
+    "__version__",
+    "learn_noise",
+    "patch_embedding_noise",
+]
+
+_ROOMS = {
+    "NullspaceConfig": "hf_nullspace.training.config",
+    "NullspaceNoise": "hf_nullspace.noise.artifact",
+    "NullspaceTrainer": "hf_nullspace.training.trainer",
+    "learn_noise": "hf_nullspace.noise.learning",
+    "patch_embedding_noise": "hf_nullspace.models.patch_embedding",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return getattr(import_module(_ROOMS[name]), name)
+    raise AttributeError(f"module 'hf_nullspace' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
