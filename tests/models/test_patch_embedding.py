@@ -1,0 +1,163 @@
+"""The hook against oracles that have none: position embeddings, and a reference forward for Swin."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_nullspace.models.patch_embedding import (
+    NoiseMode,
+    NotAViTError,
+    PatchEmbeddingNoise,
+    embedding_shape,
+    find_patch_embedding,
+    patch_embedding_noise,
+)
+from tiny_models import FAMILIES, tiny_model, tiny_resnet
+
+FLOAT64 = torch.float64
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def images(count=3, dtype=FLOAT64, size=16):
+    return torch.randn(count, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def random_noise(model, dtype=FLOAT64):
+    shape = embedding_shape(model, images())
+    return torch.randn(1, shape.patches, shape.features, dtype=dtype, generator=torch.Generator().manual_seed(2))
+
+
+def noisy_logits_without_a_hook(family, model, pixel_values, noise):
+    """The same computation by other means: noise on the patch rows of the position embedding."""
+    if family == "swin":  # normalises before the position embedding is added, so: the forward pass, written out
+        embeddings, grid = model.swin.embeddings.patch_embeddings(pixel_values)
+        hidden = model.swin.embeddings.norm(embeddings + noise)
+        hidden = model.swin.layernorm(model.swin.encoder(hidden, grid).last_hidden_state)
+        return model.classifier(model.swin.pooler(hidden.transpose(1, 2)).flatten(1))
+    model = copy.deepcopy(model)
+    if family in ("siglip", "clip"):
+        table = model.vision_model.embeddings.position_embedding.weight.data
+        table[-noise.shape[1] :] += noise[0]
+    else:
+        table = next(p for name, p in model.named_parameters() if name.endswith("embeddings.position_embeddings")).data
+        table[:, -noise.shape[1] :] += noise
+    return model(pixel_values).logits
+
+
+@torch.no_grad()
+def test_noise_equals_noise_on_the_position_embedding(family):
+    model = tiny_model(family).to(FLOAT64)
+    noise = random_noise(model)
+    with patch_embedding_noise(model, noise):
+        noisy = model(images()).logits
+    expected = noisy_logits_without_a_hook(family, model, images(), noise)
+    assert (noisy - model(images()).logits).abs().max() > 1e-3, "the noise has to matter for the test to mean anything"
+    torch.testing.assert_close(noisy, expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_zero_noise_changes_nothing_bit_for_bit(family):
+    model = tiny_model(family)
+    pixel_values = images(dtype=torch.float32)
+    clean = model(pixel_values).logits
+    with patch_embedding_noise(model, torch.zeros_like(random_noise(model.double()), dtype=torch.float32)):
+        assert torch.equal(model.float()(pixel_values).logits, clean)
+
+
+@torch.no_grad()
+def test_second_half_gets_the_noise_and_the_first_does_not(family):
+    model = tiny_model(family).to(FLOAT64)
+    noise, pixel_values = random_noise(model), images()
+    clean = model(pixel_values).logits
+    with patch_embedding_noise(model, noise):
+        noisy = model(pixel_values).logits
+    hook = PatchEmbeddingNoise(model)
+    with hook.adding(noise, NoiseMode.SECOND_HALF):
+        both = model(torch.cat([pixel_values, pixel_values])).logits
+    torch.testing.assert_close(both, torch.cat([clean, noisy]), rtol=1e-12, atol=1e-12)
+    with hook.adding(noise, NoiseMode.SECOND_HALF), pytest.raises(ValueError, match="no second half"):
+        model(pixel_values)
+
+
+def test_gradient_reaches_the_noise_and_no_parameter(family):
+    model = tiny_model(family)
+    noise = random_noise(model.double()).float().requires_grad_()
+    with patch_embedding_noise(model.float(), noise):
+        loss = model(images(dtype=torch.float32)).logits.square().sum()
+    (gradient,) = torch.autograd.grad(loss, [noise])
+    assert gradient.shape == noise.shape
+    assert gradient.abs().max() > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_embedding_shape_is_the_grid_of_patches(family):
+    shape = embedding_shape(tiny_model(family), images(dtype=torch.float32))
+    assert shape.grid == ((8, 8) if family == "swin" else (4, 4))
+    assert (shape.patches, shape.features) == ((64, 12) if family == "swin" else (16, 24))
+
+
+def test_context_manager_leaves_no_trace_after_an_exception():
+    model = tiny_model()
+    module = find_patch_embedding(model)
+    before = model(images(dtype=torch.float32)).logits
+    with pytest.raises(KeyError), patch_embedding_noise(model, random_noise(model.double()).float()):
+        raise KeyError
+    assert not module._forward_hooks
+    assert torch.equal(model.float()(images(dtype=torch.float32)).logits, before)
+
+
+def test_a_persistent_hook_is_off_until_asked():
+    model = tiny_model()
+    before = model(images(dtype=torch.float32)).logits
+    hook = PatchEmbeddingNoise(model)
+    hook.noise = torch.ones(1, 16, 24)
+    assert torch.equal(model(images(dtype=torch.float32)).logits, before)
+    hook.remove()
+    assert not find_patch_embedding(model)._forward_hooks
+
+
+def test_noise_is_cast_where_it_is_added():
+    model = tiny_model().to(torch.bfloat16)
+    noise = torch.ones(1, 16, 24, requires_grad=True)
+    with patch_embedding_noise(model, noise):
+        logits = model(images(dtype=torch.bfloat16)).logits
+    (gradient,) = torch.autograd.grad(logits.float().sum(), [noise])
+    assert logits.dtype == torch.bfloat16
+    assert gradient.dtype == torch.float32
+
+
+def test_not_a_vit_is_named():
+    with pytest.raises(NotAViTError, match=r"ResNetForImageClassification has no patch embedding.*patch_embedding="):
+        find_patch_embedding(tiny_resnet())
+    with pytest.raises(NotAViTError, match="Linear has no patch embedding"):
+        find_patch_embedding(nn.Linear(2, 2))
+
+
+def test_a_module_of_ones_own_can_be_passed():
+    model = tiny_resnet()
+    noise = torch.zeros(1, 16, 8)
+    with patch_embedding_noise(model, noise, patch_embedding=model.resnet.embedder):
+        model(images(dtype=torch.float32))
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 24), (1, 16, 12), (3, 16, 24), (16, 24)])
+def test_noise_of_another_shape_says_what_differs(shape):
+    model = tiny_model()
+    with (
+        patch_embedding_noise(model, torch.zeros(shape)),
+        pytest.raises(ValueError, match=r"does not fit patch embeddings that need \(1, 16, 24\)"),
+    ):
+        model(images(dtype=torch.float32))
+
+
+def test_wrappers_are_looked_through():
+    model = tiny_model()
+    module = find_patch_embedding(model)
+    assert find_patch_embedding(nn.DataParallel(model)) is module
+    assert find_patch_embedding(torch.compile(model, backend="eager")) is module
