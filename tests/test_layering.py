@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "hf_nullspace"
 
 # Every module, from the bottom to the top. A new file takes its place here.
 ORDER = [
+    "files",
     "models.patch_embedding",
     "models.attention",
     "models.preprocessing",
@@ -24,6 +25,7 @@ ORDER = [
     "noise.learning",
     "noise.closure",
     "robustness.pixel_model",
+    "robustness.attacks.base",
     "robustness.attacks.gradient",
     "robustness.attacks.carlini_wagner",
     "robustness.attacks.patch_fool",

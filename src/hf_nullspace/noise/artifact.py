@@ -1,0 +1,209 @@
+"""A learned noise as a thing to keep: the tensor, and where it came from."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.models.patch_embedding import EmbeddingShape
+from hf_nullspace.noise.influence import centred_norm
+
+WEIGHTS_NAME = "nullspace_noise.safetensors"
+CONFIG_NAME = "nullspace_noise.json"
+_FORMAT = "hf-nullspace noise v1"
+
+
+class NoiseMismatchError(ValueError):
+    """The noise belongs to a model of another shape."""
+
+
+@dataclass(frozen=True)
+class NoiseProvenance:
+    """Where a noise came from, and what was measured of it. ``None`` means: not known, not measured."""
+
+    base_model: str | None = None
+    """Name or path of the model that the noise was learned on."""
+    revision: str | None = None
+    """Commit of that model on the Hub."""
+    model_sha256: str | None = None
+    """Hash of the weights it was learned on (:func:`model_hash`)."""
+    training_step: int | None = None
+    """Optimizer steps of the fine-tuning that came before."""
+    round: int | None = None
+    """The round k of Algorithm 1."""
+    seed: int | None = None
+    epsilon: float | None = None
+    influence: float | None = None
+    """sigma on held-out images, in [0, 2]."""
+    influence_images: int | None = None
+    """How many images that is the mean over."""
+    steps: int | None = None
+    """Gradient steps t that were taken."""
+    stopped: str | None = None
+    """Why learning ended: "epsilon", "steps", or "rescaled"."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    library: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class NullspaceNoise:
+    """Additive noise v (1, N, D) on the patch embeddings of one model, with the grid (h, w) of its N = h * w patches.
+
+    Raises:
+        ValueError: if the shapes disagree or the tensor is not finite.
+    """
+
+    tensor: Tensor
+    grid: tuple[int, int]
+    provenance: NoiseProvenance = field(default_factory=NoiseProvenance)
+
+    def __post_init__(self) -> None:
+        if self.tensor.dim() != 3 or self.tensor.shape[0] != 1:
+            raise ValueError(f"a noise has the shape (1, patches, features), got {tuple(self.tensor.shape)}")
+        if self.grid[0] * self.grid[1] != self.tensor.shape[1]:
+            raise ValueError(f"a grid of {self.grid[0]} x {self.grid[1]} patches, but {self.tensor.shape[1]} rows")
+        if not self.tensor.isfinite().all():
+            raise ValueError("the noise has NaN or infinite entries")
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm, as the paper reports it."""
+        return float(torch.linalg.vector_norm(self.tensor))
+
+    @property
+    def centred_norm(self) -> float:
+        """Norm without each token's feature mean, the part that counts (docs/deviations.md)."""
+        return float(centred_norm(self.tensor))
+
+    def check_fits(self, shape: EmbeddingShape, name: str = "the model") -> None:
+        """Raise :class:`NoiseMismatchError`, saying what differs, unless the noise fits embeddings of ``shape``."""
+        features = self.tensor.shape[2]
+        differences = []
+        if features != shape.features:
+            differences.append(f"{features} features per patch, {name} has {shape.features}: it is another model's")
+        if self.grid != shape.grid:
+            grids = f"a grid of {self.grid[0]} x {self.grid[1]} patches, {name} has {shape.grid[0]} x {shape.grid[1]}"
+            hint = "" if differences else "; interpolate(grid) adapts it to another image size of the same model"
+            differences.append(grids + hint)
+        if differences:
+            source = f" (learned on {self.provenance.base_model})" if self.provenance.base_model else ""
+            raise NoiseMismatchError(f"the noise{source} has " + "; and ".join(differences))
+
+    def interpolate(self, grid: tuple[int, int]) -> Self:
+        """The noise for another image size of the same model: bicubic over the grid, like a position embedding.
+
+        Its influence is not known there, so the provenance forgets it.
+        """
+        maps = self.tensor.reshape(1, *self.grid, -1).permute(0, 3, 1, 2)
+        resized = nn.functional.interpolate(maps, size=grid, mode="bicubic", align_corners=False)
+        tensor = resized.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1)
+        provenance = dataclasses.replace(self.provenance, influence=None, influence_images=None)
+        return dataclasses.replace(self, tensor=tensor, grid=grid, provenance=provenance)
+
+    def config(self) -> dict[str, Any]:
+        """Everything but the tensor, as it is written beside it."""
+        return {
+            "format": _FORMAT,
+            "shape": list(self.tensor.shape),
+            "grid": list(self.grid),
+            "norm": self.norm,
+            "centred_norm": self.centred_norm,
+            "provenance": dataclasses.asdict(self.provenance),
+        }
+
+    def save(self, path: Path | str) -> Path:
+        """Write one self-describing safetensors file: the tensor, and :meth:`config` in its header."""
+        tensors = {"noise": self.tensor.detach().cpu().contiguous()}
+        metadata = {"format": "pt", "hf_nullspace": json.dumps(self.config(), allow_nan=False)}
+        return write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is no noise, or is damaged.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no noise at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = (file.metadata() or {}).get("hf_nullspace")
+                if header is None or "noise" not in file.keys():  # noqa: SIM118 (a file has no __contains__)
+                    raise ValueError(f"{path} is no noise: expected a tensor 'noise' and a header 'hf_nullspace'")
+                tensor = file.get_tensor("noise")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged or no safetensors file ({error}); download or learn it again"
+            ) from None
+        config = json.loads(header)
+        if config.get("format") != _FORMAT:
+            raise ValueError(f"{path} has the format {config.get('format')!r}, expected {_FORMAT!r}")
+        if list(tensor.shape) != config["shape"]:
+            raise ValueError(f"{path}: tensor of shape {tuple(tensor.shape)}, header says {tuple(config['shape'])}")
+        known = {item.name for item in dataclasses.fields(NoiseProvenance)}
+        provenance = {key: value for key, value in config["provenance"].items() if key in known}
+        return cls(tensor, (config["grid"][0], config["grid"][1]), NoiseProvenance(**provenance))
+
+    def save_pretrained(self, folder: Path | str) -> Path:
+        """Write ``nullspace_noise.safetensors`` and, to be read by people, ``nullspace_noise.json`` into ``folder``."""
+        folder = Path(folder)
+        write_json(folder / CONFIG_NAME, self.config())
+        return self.save(folder / WEIGHTS_NAME)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Self:
+        """Load from a folder, a file, or a Hub repository (a noise's own, or a model's with the noise beside it).
+
+        Raises:
+            FileNotFoundError: if the folder or repository holds no noise.
+            ValueError: if what it holds is no noise.
+        """
+        path = Path(name_or_path)
+        if path.is_file():
+            return cls.load(path)
+        if path.is_dir():
+            return cls.load(path / WEIGHTS_NAME)
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+        try:
+            return cls.load(hf_hub_download(str(name_or_path), WEIGHTS_NAME, revision=revision))
+        except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(
+                f"no noise at {name_or_path!r}: neither a folder or file here nor {WEIGHTS_NAME} on the Hub ({reason})"
+            ) from error
+
+
+def save_noise_bank(noises: Sequence[NullspaceNoise], folder: Path | str) -> list[Path]:
+    """Write several noises as ``round-000.safetensors``, ``round-001.safetensors``, ... into ``folder``."""
+    return [noise.save(Path(folder) / bank_file_name(index)) for index, noise in enumerate(noises)]
+
+
+def bank_file_name(index: int) -> str:
+    """File name of the noise of one round in a bank."""
+    return f"round-{index:03d}.safetensors"
+
+
+def load_noise_bank(folder: Path | str) -> list[NullspaceNoise]:
+    """All noises of a folder that :func:`save_noise_bank` or a training run wrote, in the order of their rounds.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    paths = sorted(Path(folder).glob("round-*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"no noises (round-*.safetensors) in {folder}")
+    return [NullspaceNoise.load(path) for path in paths]

@@ -1,0 +1,254 @@
+"""learn_noise against a plain transcription of Algorithm 1, and what it promises about the model."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn.functional import softmax
+
+from hf_nullspace.models.patch_embedding import EmbeddingShape, NoiseMode, PatchEmbeddingNoise, patch_embedding_noise
+from hf_nullspace.noise.influence import noise_influence
+from hf_nullspace.noise.learning import (
+    NoiseNotLearnedError,
+    NoiseSettings,
+    derive_seed,
+    learn_noise,
+    model_hash,
+    start_noise,
+)
+from tiny_models import tiny_model
+
+SHAPE = EmbeddingShape(16, 24, (4, 4))
+
+
+def stream(batch_size=6, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randn(batch_size, 3, 16, 16, generator=generator, dtype=dtype)
+
+
+def held_out(dtype=torch.float64):
+    return list(itertools.islice(stream(seed=99, dtype=dtype), 3))
+
+
+def forward(vit, pixel_values, noise):
+    """f_psi(f_phi^0(f_e(X) + [v])) of ViTForImageClassification, written out: no hook."""
+    embeddings = vit.vit.embeddings
+    patches = embeddings.patch_embeddings(pixel_values) + noise
+    tokens = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], 1) + embeddings.position_embeddings
+    for layer in vit.vit.layers:
+        tokens = layer(tokens)
+    return vit.classifier(vit.vit.layernorm(tokens)[:, 0])
+
+
+def algorithm_1(vit, batches, seed, epsilon, limit, learning_rate, max_steps, weight_decay, squared):
+    """Lines 3 to 14 as published, with AdamW and a cosine: every iterate of v, and the influences."""
+    v = start_noise(SHAPE, limit, seed).double().requires_grad_()
+    optimizer = torch.optim.AdamW([v], lr=learning_rate, weight_decay=weight_decay)
+    iterates, influences = [v.detach().clone()], []
+    for t in range(max_steps):
+        x = next(batches)
+        z, z_noisy = forward(vit, x, 0), forward(vit, x, v)
+        influence = ((softmax(z_noisy, 1) - softmax(z, 1)) ** 2).sum(1).mean()
+        influences.append(influence.item())
+        if influence < epsilon:
+            break
+        distance = ((z_noisy - z) ** 2).sum(1)
+        loss = (distance if squared else distance.sqrt()).mean()
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * t / max_steps)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        iterates.append(v.detach().clone())
+    return iterates, influences
+
+
+class RecordingHook(PatchEmbeddingNoise):
+    """The hook, keeping a copy of every noise that it is asked to add."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.seen = []
+
+    def adding(self, noise, mode=NoiseMode.ALL):
+        self.seen.append(noise.detach().clone())
+        return super().adding(noise, mode)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_it_is_algorithm_1_step_by_step(squared, weight_decay):
+    vit = tiny_model().double()
+    expected, influences = algorithm_1(vit, stream(), 5, 0.05, 3.0, 0.1, 60, weight_decay, squared)
+    assert 5 < len(expected) < 60, "the test means something only if it stops by epsilon, after several steps"
+    settings = NoiseSettings(
+        epsilon=0.05,
+        max_steps=60,
+        weight_decay=weight_decay,
+        loss="squared_l2" if squared else "l2",
+        stop_on="minibatch",
+    )
+    hook = RecordingHook(vit)
+    noise, history = learn_noise(vit, stream(), settings, seed=5, hook=hook)
+    assert len(hook.seen) == len(expected)
+    for ours, theirs in zip(hook.seen, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert torch.equal(noise.tensor, hook.seen[-1])
+    assert history.influence == pytest.approx(influences, rel=1e-9)
+    assert history.norm == pytest.approx([v.norm().item() for v in expected], rel=1e-9)
+    assert history.steps == len(expected) - 1
+    assert history.stopped == "epsilon"
+
+
+@pytest.mark.parametrize("norm", ["centred", "raw"])
+def test_exploratory_form_descends_equation_6(norm):
+    """Two steps of SGD-like AdamW against autograd on the written-out objective."""
+    vit = tiny_model().double()
+    settings = NoiseSettings(epsilon=None, noise_limit=0.1, max_steps=4, norm_weight=0.7, norm=norm)
+    noise, history = learn_noise(vit, stream(), settings, seed=1)
+    v = start_noise(SHAPE, 0.1, 1).double().requires_grad_()
+    optimizer = torch.optim.AdamW([v], lr=0.1, weight_decay=0.0)
+    batches = stream()
+    for t in range(4):
+        x = next(batches)
+        size = v - v.mean(-1, keepdim=True) if norm == "centred" else v
+        loss = (forward(vit, x, v) - forward(vit, x, 0)).norm(dim=1).mean() - 0.7 * size.norm().log()
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * t / 4)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(noise.tensor, v.detach(), rtol=1e-9, atol=1e-9)
+    assert history.steps == 4
+    assert history.stopped == "steps"
+
+
+def test_lambda_makes_the_noise_larger():
+    vit = tiny_model()
+    sizes = []
+    for norm_weight in (0.0, 0.3, 3.0):
+        settings = NoiseSettings(epsilon=None, noise_limit=0.5, max_steps=30, norm_weight=norm_weight)
+        sizes.append(learn_noise(vit, stream(dtype=torch.float32), settings, seed=0)[0].centred_norm)
+    assert sizes == sorted(sizes)
+    assert sizes[-1] > 1.5 * sizes[0]
+
+
+def test_epsilon_is_true_of_the_noise_that_is_returned():
+    vit = tiny_model().double()
+    noise, history = learn_noise(vit, stream(), NoiseSettings(epsilon=0.05), seed=5, held_out=held_out())
+    assert history.stopped == "epsilon"
+    images = torch.cat(held_out())
+    with torch.no_grad():
+        clean = vit(images).logits
+        with patch_embedding_noise(vit, noise.tensor):
+            measured = noise_influence(clean, vit(images).logits).item()
+    assert measured < 0.05
+    assert history.held_out_influence == pytest.approx(measured, rel=1e-9)
+    assert noise.provenance.influence == history.held_out_influence
+    assert noise.provenance.influence_images == 18
+    assert noise.provenance.model_sha256 == model_hash(vit)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_model_is_left_as_it_was(training, fails):
+    vit = tiny_model().train(training)
+    vit.classifier.train(not training)
+    vit.classifier.bias.requires_grad_(False)
+    modes = [module.training for module in vit.modules()]
+    before, flags = model_hash(vit), [p.requires_grad for p in vit.parameters()]
+    settings = NoiseSettings(epsilon=1e-9, max_steps=3, stop_on="minibatch")
+    if fails:
+        with pytest.raises(ValueError, match="ran out at noise step 2"):
+            learn_noise(vit, itertools.islice(stream(dtype=torch.float32), 2), settings, seed=0)
+    else:
+        learn_noise(vit, stream(dtype=torch.float32), settings, seed=0)
+    assert [module.training for module in vit.modules()] == modes
+    assert [p.requires_grad for p in vit.parameters()] == flags
+    assert all(p.grad is None for p in vit.parameters())
+    assert model_hash(vit) == before
+    assert not vit.get_input_embeddings()._forward_hooks
+
+
+def test_learning_runs_in_eval_mode():
+    vit = tiny_model()
+    for module in vit.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.9
+    settings = NoiseSettings(epsilon=None, max_steps=2)
+    quiet, _ = learn_noise(vit.eval(), stream(dtype=torch.float32), settings, seed=0)
+    again, _ = learn_noise(vit.train(), stream(dtype=torch.float32), settings, seed=0)
+    assert torch.equal(quiet.tensor, again.tensor)
+
+
+def test_what_happens_at_the_limit_is_an_option():
+    vit = tiny_model().double()
+    limited = {"epsilon": 1e-4, "max_steps": 5}
+    noise, history = learn_noise(vit, stream(), NoiseSettings(**limited), seed=0, held_out=held_out())
+    assert history.stopped == "steps"
+    assert history.steps == 5
+    assert history.held_out_influence > 1e-4
+    with pytest.raises(NoiseNotLearnedError, match="5 steps left the influence at"):
+        learn_noise(vit, stream(), NoiseSettings(**limited, on_limit="error"), seed=0, held_out=held_out())
+    scaled, history = learn_noise(
+        vit, stream(), NoiseSettings(**limited, on_limit="rescale"), seed=0, held_out=held_out()
+    )
+    assert history.stopped == "rescaled"
+    assert 0 < history.held_out_influence <= 1e-4
+    direction = torch.nn.functional.cosine_similarity(scaled.tensor.flatten(), noise.tensor.flatten(), dim=0)
+    assert direction.item() == pytest.approx(1, abs=1e-12)
+
+
+def test_nan_names_the_step():
+    vit = tiny_model()
+    bad = [next(stream(dtype=torch.float32)), torch.full((2, 3, 16, 16), float("nan"))]
+    with pytest.raises(FloatingPointError, match="noise step 1: influence nan"):
+        learn_noise(vit, bad, NoiseSettings(epsilon=1e-9, stop_on="minibatch"), seed=0)
+
+
+def test_same_seed_same_noise_other_seed_another():
+    vit = tiny_model()
+    settings = NoiseSettings(epsilon=None, max_steps=3)
+    one, two, three = (
+        learn_noise(vit, stream(dtype=torch.float32), settings, seed=seed)[0].tensor for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, two)
+    assert not torch.equal(one, three)
+    assert len({derive_seed(seed, k) for seed in range(30) for k in range(30)}) == 900
+
+
+def test_start_is_uniform_in_the_limit():
+    start = start_noise(EmbeddingShape(64, 256, (8, 8)), 3.0, seed=0)
+    assert start.abs().max() <= 3
+    assert start.mean().abs() < 0.05
+    assert start.std().item() == pytest.approx(3 / math.sqrt(3), rel=0.01)
+
+
+def test_bf16_model_keeps_a_float32_noise():
+    vit = tiny_model().to(torch.bfloat16)
+    noise, history = learn_noise(vit, stream(dtype=torch.bfloat16), NoiseSettings(epsilon=None, max_steps=3), seed=0)
+    assert noise.tensor.dtype == torch.float32
+    assert all(math.isfinite(value) for value in history.loss)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"epsilon": 0}, r"epsilon=0: expected a number in \(0, 2\]"),
+        ({"epsilon": -1.0}, "epsilon"),
+        ({"epsilon": 2.5}, "epsilon"),
+        ({"max_steps": 0}, "at least 1 noise step"),
+        ({"noise_limit": 0}, "noise_limit"),
+        ({"loss": "l1"}, "loss='l1'"),
+        ({"stop_on": "never"}, "stop_on"),
+        ({"on_limit": "shrug"}, "on_limit"),
+    ],
+)
+def test_impossible_settings_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseSettings(**setting)
+
+
+def test_held_out_images_are_asked_for():
+    with pytest.raises(ValueError, match="pass held_out="):
+        learn_noise(tiny_model(), stream(dtype=torch.float32), NoiseSettings(), seed=0)
