@@ -1,0 +1,113 @@
+"""What every attack shares: its name, its threat model, seeded starts, and leaving the model as it was."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attack(ABC):
+    """A small frozen object from (model, pixels, labels) to adversarial pixels.
+
+    Subclasses are frozen dataclasses with ``repr=False``: the repr of this class is the condition's name in results,
+    with every setting in it. The result is clipped to the threat model by ``project``; whether it succeeded is for the
+    caller to judge.
+    """
+
+    seeded = False  # whether it draws random numbers, and so needs one seed per image
+
+    def __call__(
+        self, model: nn.Module, pixels: Tensor, labels: Tensor, *, seeds: Sequence[int] | None = None
+    ) -> Tensor:
+        """Adversarial pixels, (B, C, H, W) in [0, 1], for ``pixels`` of that shape and ``labels`` of shape (B,).
+
+        ``model`` maps pixels to logits (a :class:`~hf_nullspace.robustness.pixel_model.PixelModel`). ``seeds`` is one
+        integer per image, so that the result for an image does not depend on its batch; attacks that draw nothing
+        ignore it. The model's mode and ``requires_grad`` flags are as before, also after an exception, and no
+        parameter gets a ``.grad``.
+        """
+        if labels.shape != pixels.shape[:1]:
+            raise ValueError(f"{tuple(labels.shape)} labels for {pixels.shape[0]} images; expected one label per image")
+        if self.seeded and (seeds is None or len(seeds) != len(pixels)):
+            got = "none" if seeds is None else len(seeds)
+            raise ValueError(f"{self} draws random numbers: pass one seed per image ({len(pixels)}), got {got}")
+        with frozen(model):
+            pixels, labels = pixels.detach().clone(), labels.detach().clone()  # inference tensors cannot take part
+            if not len(pixels):
+                return pixels
+            return self.project(self.perturb(model, pixels, labels, seeds), pixels).detach()
+
+    @abstractmethod
+    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int] | None) -> Tensor:
+        """The attack itself; gradients are on, the model is in eval mode and its parameters need no gradient."""
+
+    def project(self, adversarial: Tensor, pixels: Tensor) -> Tensor:
+        """The nearest image to ``adversarial`` that the threat model allows around ``pixels``; here any in [0, 1]."""
+        return adversarial.clamp(0, 1)
+
+    @property
+    def cost(self) -> float:
+        """Rough price in forward passes (a backward counts as two), for the time left on progress bars."""
+        return 3.0 * getattr(self, "steps", 1)
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting with its resolved value, in the order of the fields."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={readable(v)}' for k, v in self.settings().items())})"
+
+
+def readable(value: Any) -> str:
+    """A setting as one writes it: 0.0313725... as ``8/255``."""
+    if isinstance(value, float):
+        levels = value * 255
+        if value and abs(levels - round(levels, 3)) < 1e-9 and abs(value - round(value, 3)) > 1e-9:
+            return f"{round(levels, 3):g}/255"
+        return f"{value:g}"
+    return repr(value)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode and parameters without gradients inside, everything as before outside; gradients are on inside."""
+    modes = {module: module.training for module in model.modules()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def loss_gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of the cross-entropy with respect to ``pixels``, each image on its own (the sum over the batch)."""
+    pixels = pixels.detach().requires_grad_()
+    loss = F.cross_entropy(model(pixels), labels, reduction="sum")
+    return torch.autograd.grad(loss, pixels)[0]
+
+
+def seeded_like(pixels: Tensor, seeds: Sequence[int], kind: str) -> Tensor:
+    """Random numbers shaped like ``pixels``, image b from ``seeds[b]`` alone: "uniform" in [0, 1) or "normal".
+
+    Drawn on the CPU in float32, so that every device and dtype gets the same numbers.
+    """
+    draw = {"uniform": torch.rand, "normal": torch.randn}[kind]
+    rows = [draw(pixels.shape[1:], generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    return torch.stack(rows).to(pixels)
+
+
+def norms(batch: Tensor) -> Tensor:
+    """L2 norm per image, shaped (B, 1, 1, 1)."""
+    return batch.flatten(1).norm(dim=1).view(-1, 1, 1, 1)

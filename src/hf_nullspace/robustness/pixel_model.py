@@ -1,0 +1,67 @@
+"""Pixels in, logits out: the only place where robustness measurements normalise."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class PixelModel(nn.Module):
+    """An image classifier that takes pixels in [0, 1].
+
+    Attacks live in pixel space; attacking normalised images is the most frequent wrong robustness number in the field.
+    So the normalisation sits inside the attacked model, and anything outside [0, 1] is an error, not a warning.
+
+    Args:
+        model: a transformers image classifier (its output has ``.logits``), or any module from ``pixel_values`` of
+            shape (B, C, H, W) to logits of shape (B, K).
+        mean, std: per channel, as in the image processor.
+    """
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        if len(mean) != len(std):
+            raise ValueError(f"mean has {len(mean)} channels, std has {len(std)}; they must agree")
+        if not all(value > 0 for value in std):
+            raise ValueError(f"std must be positive in every channel, got {tuple(std)}")
+        self.model = model
+        self.mean = tuple(float(value) for value in mean)
+        self.std = tuple(float(value) for value in std)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits of shape (B, K) for ``pixels`` of shape (B, C, H, W) in [0, 1].
+
+        The logits are float32 whatever the model computes in (bf16, autocast), and float64 for a float64 model.
+        Raises ``ValueError`` for another shape or channel count and for values outside [0, 1] or NaN, ``TypeError`` for
+        integer pixels.
+        """
+        check_pixels(pixels, channels=len(self.mean))
+        pixel_values = (pixels - self.channels(self.mean, pixels)) / self.channels(self.std, pixels)
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), pixels.dtype)
+        outputs = self.model(pixel_values.to(dtype))
+        logits = outputs.logits if hasattr(outputs, "logits") else outputs
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @staticmethod
+    def channels(values: tuple[float, ...], pixels: Tensor) -> Tensor:
+        return pixels.new_tensor(values).view(1, -1, 1, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+
+def check_pixels(pixels: Tensor, *, channels: int) -> None:
+    """Raise unless ``pixels`` is a floating-point batch (B, C, H, W) with every value in [0, 1]."""
+    if not pixels.is_floating_point():
+        raise TypeError(f"pixels are {pixels.dtype}; expected floating point in [0, 1] (divide 8-bit images by 255)")
+    if pixels.dim() != 4 or pixels.shape[1] != channels:
+        raise ValueError(f"pixels have shape {tuple(pixels.shape)}; expected (batch, {channels}, height, width)")
+    if pixels.numel() == 0:
+        return
+    low, high = (value.item() for value in torch.aminmax(pixels.detach()))
+    if not (low >= 0 and high <= 1):  # NaN fails both
+        raise ValueError(
+            f"pixels lie in [{low:.6g}, {high:.6g}]; expected [0, 1] without NaN. Normalised images must not be "
+            "normalised again: pass pixels, the model normalises them. An attack must clip its result"
+        )

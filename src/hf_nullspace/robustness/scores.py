@@ -1,0 +1,128 @@
+"""Scores over per-image results; NumPy only.
+
+Every average is a sum over images. An average over conditions or columns names what it needs and refuses to run over
+what happens to be there.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval, all in the unit of the estimate (accuracies in [0, 1])."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.2f} [{100 * self.low:.2f}, {100 * self.high:.2f}]"
+
+
+def accuracy(correct: ArrayLike, *, confidence: float = 0.95) -> Interval:
+    """Share of correct images with its Wilson interval; ``correct`` is one bool per image."""
+    correct = as_bools(correct)
+    return wilson(int(correct.sum()), correct.size, confidence=confidence)
+
+
+def wilson(correct: int, n: int, *, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval for ``correct`` out of ``n`` (Wilson 1927): stays in [0, 1], also at 0% and 100%."""
+    if not 0 <= correct <= n or n == 0:
+        raise ValueError(f"{correct} correct of {n} images is not a score")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = correct / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Interval(share, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+
+
+def paired_difference(
+    before: ArrayLike, after: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Accuracy ``after`` minus accuracy ``before`` on the same images, with its bootstrap interval over images.
+
+    One bool per image in the same order. An image's difference is -1, 0 or 1, so resampling images is drawing the three
+    counts from a multinomial. Percentile interval.
+    """
+    before, after = as_bools(before), as_bools(after)
+    if before.shape != after.shape:
+        raise ValueError(f"{before.size} images before, {after.size} after; a paired difference needs the same images")
+    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+    n = before.size
+    counts = np.random.default_rng(seed).multinomial(n, [lost / n, won / n, (n - lost - won) / n], size=resamples)
+    return percentile((won - lost) / n, (counts[:, 1] - counts[:, 0]) / n, confidence)
+
+
+def paired_mean_difference(
+    before: Sequence[ArrayLike],
+    after: Sequence[ArrayLike],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2_000,
+    seed: int = 0,
+) -> Interval:
+    """Difference of the mean accuracy over several conditions on the same images, images resampled jointly.
+
+    ``before`` and ``after`` hold one bool array per condition (or seed), all over the same images in the same order.
+    """
+    change = np.stack([as_bools(row) for row in after]).astype(float) - np.stack([as_bools(row) for row in before])
+    per_image = change.mean(axis=0)
+    values, counts = np.unique(per_image, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(per_image.size, counts / per_image.size, size=resamples)
+    return percentile(float(per_image.mean()), draws @ values / per_image.size, confidence)
+
+
+def corruption_error(errors: Sequence[float], reference: Sequence[float]) -> float:
+    """CE_c in %: errors over the severities, divided by the reference's (Hendrycks & Dietterich 2019)."""
+    if len(errors) != len(reference):
+        raise ValueError(f"{len(errors)} severities, but the reference has {len(reference)}")
+    return 100 * sum(errors) / sum(reference)
+
+
+def mean_corruption_error(
+    errors: Mapping[str, Sequence[float]],
+    reference: Mapping[str, Sequence[float]],
+    *,
+    clean: tuple[float, float] | None = None,
+) -> float:
+    """mCE in %, or relative mCE when ``clean`` gives the clean errors of the model and of the reference.
+
+    ``errors`` and ``reference`` map each corruption to its errors over the severities, all in the same unit. There is
+    no default reference: AlexNet only makes sense for ImageNet-C. Every corruption of one side must be on the other.
+    """
+    if not errors or set(errors) != set(reference):
+        raise ValueError(
+            f"the corruptions differ: {sorted(set(errors) - set(reference))} without a reference, "
+            f"{sorted(set(reference) - set(errors))} without a measurement. An mCE over a part is not an mCE"
+        )
+    own, base = clean or (0.0, 0.0)
+    return float(
+        np.mean(
+            [corruption_error([e - own for e in errors[c]], [r - base for r in reference[c]]) for c in sorted(errors)]
+        )
+    )
+
+
+def mean_of(columns: Mapping[str, float], needed: Sequence[str]) -> float:
+    """The mean of the ``needed`` columns; raises and names those that are missing."""
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise ValueError(f"no average: {', '.join(missing)} not measured (needed: {', '.join(needed)})")
+    return float(np.mean([columns[name] for name in needed]))
+
+
+def as_bools(correct: ArrayLike) -> NDArray[np.bool_]:
+    array = np.asarray(correct)
+    if array.dtype != np.bool_ or array.ndim != 1 or not array.size:
+        raise ValueError(f"expected one bool per image, at least one image; got {array.dtype} of shape {array.shape}")
+    return array
+
+
+def percentile(value: float, draws: NDArray[np.float64], confidence: float) -> Interval:
+    low, high = np.quantile(draws, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Interval(float(value), float(low), float(high))

@@ -1,0 +1,94 @@
+"""Generated corruptions: what each one is supposed to do, written out, and determinism."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_nullspace.robustness.corruptions import CIFAR, FUNCTIONS, IMAGENET, SMALL, corrupt
+
+AVAILABLE = sorted(FUNCTIONS)
+
+
+def values(image):
+    return np.asarray(image, dtype=float) / 255
+
+
+def grey(level, size=32):
+    return Image.new("RGB", (size, size), (level, level, level))
+
+
+@pytest.mark.parametrize("size", [32, 72])
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_deterministic_per_seed_image_and_severity_and_not_by_order(name, size, photo):
+    image = photo(size)
+    untouched = np.array(image)
+    first = np.array(corrupt(image, name, 3, seed=1, index=5))
+    corrupt(image, name, 2, seed=9, index=1)
+    np.random.default_rng(0).random(7)
+    again = np.array(corrupt(image, name, 3, seed=1, index=5))
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(np.array(image), untouched)
+    assert first.shape == (size, size, 3)
+    assert first.dtype == np.uint8
+    assert (first != untouched).any()
+    random = name.endswith("noise")
+    others = [corrupt(image, name, 3, seed=seed, index=index) for seed, index in [(2, 5), (1, 6)]]
+    assert all((np.array(other) != first).any() == random for other in others)
+
+
+@pytest.mark.parametrize("size", [32, 72])
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_severity_grows(name, size, photo):
+    image = photo(size)
+    damage = [np.abs(values(corrupt(image, name, s, seed=0, index=0)) - values(image)).mean() for s in range(1, 6)]
+    assert damage == sorted(damage) or name == "pixelate"  # where blocks fall decides from one size to the next
+    assert damage[4] > 1.3 * damage[0]
+
+
+@pytest.mark.parametrize(("size", "table"), [(SMALL, CIFAR), (SMALL + 1, IMAGENET)])
+def test_noise_has_the_variance_of_its_table(size, table):
+    for severity in (1, 2):
+        noisy = values(corrupt(grey(128, size), "gaussian_noise", severity, seed=0, index=0))
+        assert noisy.std() == pytest.approx(table["gaussian_noise"][severity - 1], rel=0.03)
+        noisy = values(corrupt(grey(51, size), "shot_noise", severity, seed=0, index=0))
+        assert noisy.mean() == pytest.approx(0.2, abs=0.005)
+        assert noisy.var() == pytest.approx(0.2 / table["shot_noise"][severity - 1], rel=0.1)
+        noisy = values(corrupt(grey(128, size), "impulse_noise", severity, seed=0, index=0))
+        share = table["impulse_noise"][severity - 1] / 2
+        for extreme in (0.0, 1.0):
+            assert (noisy == extreme).mean() == pytest.approx(share, abs=4 * np.sqrt(share / noisy.size))
+
+
+def test_contrast_and_brightness_in_closed_form(photo):
+    image = photo(32)
+    x = values(image)
+    flat = values(corrupt(image, "contrast", 5, seed=0, index=0))
+    mean = x.mean((0, 1))
+    np.testing.assert_allclose(flat, (x - mean) * 0.15 + mean, atol=1 / 255 + 1e-9)
+    bright = values(corrupt(image, "brightness", 2, seed=0, index=0))
+    np.testing.assert_allclose(bright.max(-1), np.minimum(x.max(-1) + 0.1, 1), atol=1 / 255 + 1e-9)
+    saturation = 1 - x.min(-1) / x.max(-1)
+    np.testing.assert_allclose(1 - bright.min(-1) / bright.max(-1), saturation, atol=0.03)
+    black = values(corrupt(grey(0), "brightness", 5, seed=0, index=0))
+    np.testing.assert_allclose(black, 0.3, atol=1 / 255)
+
+
+def test_pixelate_and_jpeg_are_what_pillow_does(photo):
+    image = photo(32)
+    small = image.resize((20, 20), Image.Resampling.BOX).resize((32, 32), Image.Resampling.BOX)
+    np.testing.assert_array_equal(np.array(corrupt(image, "pixelate", 5, seed=0, index=0)), np.array(small))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=40)
+    result = np.array(corrupt(image, "jpeg_compression", 5, seed=0, index=0))
+    np.testing.assert_array_equal(result, np.array(Image.open(file)))
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="mode 'L'; convert"):
+        corrupt(Image.new("L", (8, 8)), "contrast", 1, seed=0, index=0)
+    with pytest.raises(ValueError, match="the 15 are gaussian_noise"):
+        corrupt(grey(0), "gaussian_blur", 1, seed=0, index=0)
+    with pytest.raises(ValueError, match="expected 1 to 5"):
+        corrupt(grey(0), "contrast", 0, seed=0, index=0)

@@ -1,0 +1,78 @@
+"""Scores against SciPy, brute force and published numbers."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hf_nullspace.robustness.scores import (
+    accuracy,
+    mean_corruption_error,
+    mean_of,
+    paired_difference,
+    paired_mean_difference,
+    wilson,
+)
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 10), (10, 10), (7, 10), (481, 1000), (1, 1)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_wilson_is_scipys(correct, n, confidence):
+    expected = stats.binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    got = wilson(correct, n, confidence=confidence)
+    assert got.value == correct / n
+    assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_accuracy_wants_one_bool_per_image():
+    assert accuracy([True, True, False, True]).value == 0.75
+    for bad in ([], [1, 0], [[True]]):
+        with pytest.raises(ValueError, match="one bool per image"):
+            accuracy(bad)
+
+
+def test_paired_difference_is_the_bootstrap_over_images():
+    rng = np.random.default_rng(0)
+    before, after = rng.random(300) < 0.6, rng.random(300) < 0.7
+    got = paired_difference(before, after)
+    change = after.astype(float) - before
+    draws = [rng.choice(change, change.size).mean() for _ in range(10_000)]
+    assert got.value == pytest.approx(change.mean())
+    assert (got.low, got.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
+    same = paired_difference(before, before)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    with pytest.raises(ValueError, match="the same images"):
+        paired_difference(before, after[:-1])
+
+
+def test_means_over_conditions_resample_images_jointly():
+    rng = np.random.default_rng(1)
+    before = [rng.random(200) < p for p in (0.5, 0.6, 0.4)]
+    after = [row | (rng.random(200) < 0.2) for row in before]
+    got = paired_mean_difference(before, after)
+    change = (np.array(after).astype(float) - np.array(before)).mean(0)
+    draws = [rng.choice(change, 200).mean() for _ in range(5000)]
+    assert got.value == pytest.approx(change.mean())
+    assert (got.low, got.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
+
+
+def test_corruption_errors_by_hand():
+    errors = {"fog": [0.2, 0.4], "snow": [0.3, 0.3]}
+    reference = {"fog": [0.4, 0.8], "snow": [0.5, 0.7]}
+    assert mean_corruption_error(errors, reference) == pytest.approx(100 * (0.6 / 1.2 + 0.6 / 1.2) / 2)
+    relative = mean_corruption_error(errors, reference, clean=(0.1, 0.2))
+    assert relative == pytest.approx(100 * (0.4 / 0.8 + 0.4 / 0.8) / 2)
+    assert mean_corruption_error(reference, reference) == pytest.approx(100)
+
+
+def test_no_number_over_a_part():
+    with pytest.raises(ValueError, match=r"\['snow'\] without a measurement"):
+        mean_corruption_error({"fog": [0.1]}, {"fog": [0.1], "snow": [0.1]})
+    with pytest.raises(ValueError, match=r"\['snow'\] without a reference"):
+        mean_corruption_error({"fog": [0.1], "snow": [0.2]}, {"fog": [0.1]})
+    with pytest.raises(ValueError, match="1 severities"):
+        mean_corruption_error({"fog": [0.1]}, {"fog": [0.1, 0.2]})
+    with pytest.raises(TypeError):
+        mean_corruption_error({"fog": [0.1]})
+    assert mean_of({"a": 1.0, "b": 3.0, "c": 9.0}, ["a", "b"]) == 2
+    with pytest.raises(ValueError, match="R, C not measured"):
+        mean_of({"a": 1.0}, ["a", "R", "C"])

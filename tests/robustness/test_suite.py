@@ -1,0 +1,105 @@
+"""The evaluation loop: right counts, whatever the batch size, and nothing left behind."""
+
+import numpy as np
+import pytest
+import torch
+
+from hf_nullspace.robustness.attacks.base import Attack
+from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
+from hf_nullspace.robustness.corruptions import corrupt
+from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate, image_seed
+
+CONDITIONS = [Clean(), Corrupted("gaussian_noise", 5), Attacked(FGSM(2 / 255)), Attacked(PGD(2 / 255, steps=3))]
+
+
+def by_hand(model, images, condition, seed):
+    """One image at a time, in reverse order."""
+    correct = []
+    for i in reversed(range(len(images))):
+        image = images.raw_image(i)
+        if isinstance(condition, Corrupted):
+            image = corrupt(image, condition.corruption, condition.severity, seed=seed, index=i)
+        pixels = images.pixels_from_image(image)[None]
+        if isinstance(condition, Attacked):
+            label = torch.tensor([images.label(i)])
+            pixels = condition.attack(model, pixels, label, seeds=[image_seed(seed, i)])
+        correct.append(bool(model(pixels).argmax() == images.label(i)))
+    return correct[::-1]
+
+
+@pytest.fixture
+def half_right(tiny_vit, images):
+    """Labels such that the model is right on about half of the images."""
+    for i in range(0, len(images), 2):
+        pixels = images.pixels_from_image(images.raw_image(i))[None]
+        images.labels[i] = int(tiny_vit(pixels).argmax())
+    return images
+
+
+def test_counts_do_not_depend_on_the_batch_size(tiny_vit, half_right):
+    runs = [evaluate(tiny_vit, half_right, CONDITIONS, batch_size=b, seed=3, progress=False) for b in (1, 4, 13, 64)]
+    for condition, *results in zip(CONDITIONS, *runs, strict=True):
+        expected = by_hand(tiny_vit, half_right, condition, seed=3)
+        for result in results:
+            assert result.condition == str(condition)
+            assert result.n == 13
+            assert result.correct.tolist() == expected
+    clean, *_, pgd = runs[0]
+    assert 6 <= clean.correct.sum() < 13
+    assert pgd.correct.sum() < clean.correct.sum()
+
+
+def test_the_model_is_left_as_it_was(tiny_vit, images):
+    tiny_vit.train()
+    evaluate(tiny_vit, images, CONDITIONS, batch_size=5, progress=False)
+    assert all(module.training for module in tiny_vit.modules())
+    assert all(p.requires_grad and p.grad is None for p in tiny_vit.parameters())
+
+
+class Cheat(Attack):
+    """Leaves its threat model: the caller clips to it and judges that."""
+
+    def perturb(self, model, pixels, labels, seeds):
+        return pixels + 7
+
+    def settings(self):
+        return {}
+
+
+def test_an_attack_is_clipped_and_judged_by_the_caller(tiny_vit, images):
+    (result,) = evaluate(tiny_vit, images, [Attacked(Cheat())], batch_size=4, progress=False)
+    with torch.no_grad():
+        white = int(tiny_vit(torch.ones(1, 3, 16, 16)).argmax())
+    assert result.correct.tolist() == [label == white for label in images.labels]
+
+
+def test_wrong_input_is_an_error(tiny_vit, images):
+    with pytest.raises(ValueError, match="generated fog 1"):
+        evaluate(tiny_vit, images, [Corrupted("fog", 1), Corrupted("fog", 1)], batch_size=4, progress=False)
+    images.labels[12] = 10
+    with pytest.raises(ValueError, match="but the model has 10 classes"):
+        evaluate(tiny_vit, images, [Clean()], batch_size=4, progress=False)
+    images.images.clear()
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(tiny_vit, images, [Clean()], batch_size=4, progress=False)
+
+
+def test_nan_logits_are_no_wrong_answer(tiny_vit, images):
+    tiny_vit.model.classifier.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite under clean"):
+        evaluate(tiny_vit, images, [Clean()], batch_size=4, progress=False)
+
+
+def test_the_protocol_is_written_down(tiny_vit, images):
+    clean, noise, fgsm, _ = evaluate(tiny_vit, images, CONDITIONS, batch_size=13, seed=4, progress=False)
+    assert clean.protocol == {}
+    assert "32x32" in noise.protocol["generated"]
+    assert "CIFAR-10-C's severities" in noise.protocol["generated"]
+    assert fgsm.protocol["attack"] == "FGSM(eps=2/255)"
+    assert fgsm.seed == 4
+    assert fgsm.correct.dtype == np.bool_
+
+
+def test_one_progress_bar(tiny_vit, images, capsys):
+    evaluate(tiny_vit, images, CONDITIONS, batch_size=13, seed=4)
+    assert "clean" in capsys.readouterr().err
