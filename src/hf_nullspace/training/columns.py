@@ -1,0 +1,173 @@
+"""What the columns of a data set mean: which holds the image, which the label, and what the labels are.
+
+``standard_columns`` turns any data set into two columns, ``image`` and ``label``, with whole-number labels.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Features, Image, Value
+
+Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
+
+IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")  # the file endings: webdataset
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_label", "target", "cls")
+
+
+class DataError(ValueError):
+    """The data cannot be used as asked. The message is one line for a terminal: what came, what was expected, what
+    to do."""
+
+
+def find_columns(
+    features: Features, image_column: str | None = None, label_column: str | None = None
+) -> tuple[str, str]:
+    """The image and the label column: as named, else by feature type (Image, ClassLabel), else by the usual names.
+
+    Raises ``DataError`` with all columns when a name is not there, and when none or several would do.
+    """
+    image = _find(features, "image", image_column, Image, IMAGE_NAMES)
+    label = _find(features, "label", label_column, ClassLabel, LABEL_NAMES)
+    return image, label
+
+
+def _find(features: Features, role: str, named: str | None, feature_type: type, usual: Sequence[str]) -> str:
+    columns = ", ".join(f"{name} ({_type_name(feature)})" for name, feature in features.items())
+    if named is not None:
+        if named not in features:
+            raise DataError(f"There is no column {named!r}; {role}_column must be one of: {columns}.")
+        return named
+    typed = [name for name, feature in features.items() if isinstance(feature, feature_type)]
+    candidates = typed or [name for name in features if name.lower() in usual]
+    if len(candidates) > 1:  # an image and its mask; fine and coarse labels
+        candidates = [name for name in candidates if name.lower() in usual] or candidates
+    if len(candidates) == 1:
+        return candidates[0]
+    problem = f"Several columns could be the {role}: {candidates}" if candidates else f"No column looks like the {role}"
+    raise DataError(f"{problem}. Name it with {role}_column; the columns are: {columns}.")
+
+
+def _type_name(feature: object) -> str:
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+
+
+def standard_columns(
+    rows: Rows,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Rows:
+    """The same rows with the columns ``image`` (Image) and ``label`` (ClassLabel where there are names, else integers).
+
+    ``class_names`` numbers text labels (required for them), and names plain integer labels.
+    """
+    features = features_of(rows)
+    image_column, label_column = find_columns(features, image_column, label_column)
+    label = features[label_column]
+    if not isinstance(label, (ClassLabel, Value)):
+        raise DataError(
+            f"Column {label_column!r} holds {_type_name(label)}, expected one class per image. Multi-label sets are "
+            "not supported; name another column with label_column."
+        )
+    if isinstance(label, Value) and not (is_text(label) or "int" in label.dtype or label.dtype == "bool"):
+        raise DataError(
+            f"Column {label_column!r} holds {label.dtype}, expected classes (integers or text). Regression is not "
+            "supported; name another column with label_column."
+        )
+    if is_text(label) and class_names is None:
+        raise DataError(
+            f"Column {label_column!r} holds text labels, and a stream cannot be sorted before it is read. "
+            "Pass class_names, or load without streaming."
+        )
+    if isinstance(label, ClassLabel) and class_names is not None and list(class_names) != label.names:
+        raise DataError(
+            f"Column {label_column!r} has its own class names {_some(label.names)}, not the class_names that were "
+            f"passed, {_some(class_names)}. Leave class_names out; labels are matched to a model by name."
+        )
+    rows = rows.select_columns([image_column, label_column])
+    if isinstance(label, Value) and class_names is not None:
+        rows = _with_class_label(rows, label_column, list(class_names), is_text(label))
+    if not isinstance(features[image_column], Image):
+        rows = rows.cast_column(image_column, Image())
+    names = {image_column: "image", label_column: "label"}
+    return rows.rename_columns({old: new for old, new in names.items() if old != new})
+
+
+def features_of(rows: datasets.Dataset | datasets.IterableDataset) -> Features:
+    """The features, also of json and csv streams, which know them only after their first rows."""
+    return rows.features if rows.features is not None else rows._resolve_features().features
+
+
+def is_text(feature: object) -> bool:
+    return isinstance(feature, Value) and "string" in feature.dtype
+
+
+def text_classes(splits: Mapping[str, datasets.Dataset], column: str) -> list[str]:
+    """The distinct text labels of all splits, sorted: a class that one split lacks must not shift the others."""
+    return sorted({name for rows in splits.values() for name in rows.unique(column)} - {None})
+
+
+def _with_class_label(rows: Rows, column: str, names: list[str], text: bool) -> Rows:
+    label_ids = {name: index for index, name in enumerate(names)}
+
+    def number(name: str | int | None, row: int) -> int:
+        if name is None:
+            raise DataError(f"Row {row} has no label (column {column!r}). Remove such rows, or use a labelled split.")
+        if text and name not in label_ids:
+            raise DataError(f"Row {row} has label {name!r}, which is not one of the class names {_some(names)}.")
+        return label_ids[str(name)] if text else int(name)
+
+    feature = ClassLabel(names=names)
+    if isinstance(rows, datasets.Dataset):
+        # Not `map` or `cast`: both would write all images to the cache once more.
+        numbers = [number(name, row) for row, name in enumerate(rows[column])]
+        return rows.remove_columns([column]).add_column(column, numbers, feature=feature)
+    return rows.map(
+        lambda name, row: {column: number(name, row)},
+        with_indices=True,
+        input_columns=[column],
+        features=Features({**features_of(rows), column: feature}),
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"[{', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}]"
+
+
+def class_names(rows: datasets.Dataset | datasets.IterableDataset, column: str = "label") -> list[str] | None:
+    """The names of a ClassLabel column in the order of their numbers, or None where the data has no names."""
+    feature = (rows.features or {}).get(column)
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def labels_of(rows: datasets.Dataset, column: str = "label") -> np.ndarray:
+    """All labels, int64, without decoding an image; ``DataError`` where a row has none."""
+    labels = rows.select_columns([column]).with_format("arrow")[:][column]
+    if labels.null_count:
+        row = int(np.flatnonzero(labels.is_null().to_numpy())[0])
+        raise DataError(
+            f"Row {row} has no label (column {column!r}, {labels.null_count} such rows). "
+            "Remove these rows, or use a labelled split."
+        )
+    return labels.to_numpy().astype(np.int64)
+
+
+def check_labels(labels: np.ndarray, num_classes: int | None, where: str = "the data") -> None:
+    """``DataError`` unless every label is in [0, num_classes); with None, unless none is negative."""
+    wrong = (labels < 0) | (labels >= num_classes) if num_classes is not None else labels < 0
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise DataError(label_problem(int(labels[row]), num_classes, f"Row {row} of {where}", int(wrong.sum())))
+
+
+def label_problem(label: int, num_classes: int | None, row: str, count: int = 1) -> str:
+    """One line about a label out of range."""
+    expected = f"0 to {num_classes - 1}" if num_classes is not None else "0 or more"
+    more = f" ({count} such rows)" if count > 1 else ""
+    if label == -1:
+        hint = "-1 marks unlabelled images: use a labelled split, for example 'validation'"
+    else:
+        hint = "Check label_column, and that model and data have the same classes"
+    return f"{row} has label {label}, expected {expected}{more}. {hint}."
