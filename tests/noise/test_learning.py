@@ -8,13 +8,13 @@ import torch
 from torch.nn.functional import softmax
 
 from hf_nullspace.models.patch_embedding import EmbeddingShape, NoiseMode, PatchEmbeddingNoise, patch_embedding_noise
+from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.noise.influence import noise_influence
 from hf_nullspace.noise.learning import (
     NoiseNotLearnedError,
     NoiseSettings,
     derive_seed,
     learn_noise,
-    model_hash,
     start_noise,
 )
 from tiny_models import tiny_model
@@ -91,7 +91,7 @@ def test_it_is_algorithm_1_step_by_step(squared, weight_decay):
     )
     hook = RecordingHook(vit)
     noise, history = learn_noise(vit, stream(), settings, seed=5, hook=hook)
-    assert len(hook.seen) == len(expected)
+    assert len(hook.seen) == len(expected), "one noisy forward pass per step"
     for ours, theirs in zip(hook.seen, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     assert torch.equal(noise.tensor, hook.seen[-1])
@@ -204,6 +204,16 @@ def test_nan_names_the_step():
     bad = [next(stream(dtype=torch.float32)), torch.full((2, 3, 16, 16), float("nan"))]
     with pytest.raises(FloatingPointError, match="noise step 1: influence nan"):
         learn_noise(vit, bad, NoiseSettings(epsilon=1e-9, stop_on="minibatch"), seed=0)
+
+
+def test_chunks_change_only_the_rounding():
+    vit = tiny_model().double()
+    settings = NoiseSettings(epsilon=0.05, max_steps=30, stop_on="minibatch")
+    whole, history = learn_noise(vit, stream(), settings, seed=0, held_out=held_out())
+    pieces, again = learn_noise(vit, stream(), settings, seed=0, held_out=held_out(), chunk_size=4)
+    torch.testing.assert_close(pieces.tensor, whole.tensor, rtol=1e-9, atol=1e-9)
+    assert again.held_out_influence == pytest.approx(history.held_out_influence, rel=1e-9)
+    assert again.steps == history.steps
 
 
 def test_same_seed_same_noise_other_seed_another():

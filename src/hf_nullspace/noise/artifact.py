@@ -1,6 +1,7 @@
 """A learned noise as a thing to keep: the tensor, and where it came from."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_nullspace.files import write_json, write_whole
-from hf_nullspace.models.patch_embedding import EmbeddingShape
+from hf_nullspace.models.patch_embedding import EmbeddingShape, unwrap
 from hf_nullspace.noise.influence import centred_norm
 
 WEIGHTS_NAME = "nullspace_noise.safetensors"
@@ -207,3 +208,12 @@ def load_noise_bank(folder: Path | str) -> list[NullspaceNoise]:
     if not paths:
         raise FileNotFoundError(f"no noises (round-*.safetensors) in {folder}")
     return [NullspaceNoise.load(path) for path in paths]
+
+
+def model_hash(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes and bytes of all parameters and buffers: equal weights, equal hash."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unwrap(model).state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

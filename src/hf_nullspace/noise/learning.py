@@ -6,7 +6,6 @@ brings its share of the minibatch; the influence and the gradient are summed ove
 the same noise and stops at the same step.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_nullspace import __version__
 from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise, embedding_shape, unwrap
-from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise
+from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, model_hash
 from hf_nullspace.noise.influence import centred_norm, noise_influence, scale_to_influence
 
 
@@ -83,6 +82,22 @@ class NoiseHistory:
     held_out_influence: float | None = None
     seconds: float = 0.0
 
+    def summary(self, noise: NullspaceNoise, points: int = 200) -> dict[str, Any]:
+        """What is logged and kept of a round, ready for JSON: the result, and at most ``points`` of each curve."""
+        stride = -(-len(self.influence) // points)
+        curves = ("influence", "loss", "norm", "centred_norm")
+        return {
+            "noise_steps": self.steps,
+            "stopped": self.stopped,
+            "influence": self.held_out_influence,
+            "minibatch_influence": self.influence[-1],
+            "norm": noise.norm,
+            "centred_norm": noise.centred_norm,
+            "seconds": self.seconds,
+            "trace_stride": stride,
+            "trace": {name: [float(f"{value:.6g}") for value in getattr(self, name)[::stride]] for name in curves},
+        }
+
 
 def start_noise(shape: EmbeddingShape, noise_limit: float, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """v ~ U(-A, A) of shape (1, N, D), the same for a seed on every device and rank (Algorithm 1, line 3)."""
@@ -105,6 +120,7 @@ def learn_noise(
     held_out: Sequence[Tensor] = (),
     start: Tensor | None = None,
     hook: PatchEmbeddingNoise | None = None,
+    chunk_size: int | None = None,
     provenance: NoiseProvenance | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> tuple[NullspaceNoise, NoiseHistory]:
@@ -121,6 +137,8 @@ def learn_noise(
         held_out: batches for the estimate of the influence (this rank's share), which the batches should not contain.
         start: a start (1, N, D) instead of the uniform one.
         hook: the persistent hook of a model that has one (the trainer's); else one is put on for the time.
+        chunk_size: at most so many images go through the model at once; the result is the same up to rounding.
+        provenance: where the model comes from, if the caller knows more than its config says.
         on_step: called with (steps done, influence on the minibatch), for a progress bar.
 
     Raises:
@@ -150,7 +168,7 @@ def learn_noise(
     history = NoiseHistory()
     try:
         with _frozen(model):
-            probe = _Probe(model, hook, held_out)
+            probe = _Probe(model, hook, held_out, chunk_size)
             _descend(probe, noise, first, stream, settings, history, on_step)
             _finish(probe, noise, settings, history)
     finally:
@@ -184,32 +202,19 @@ def _descend(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.max_steps)
     batch = first
     while True:
-        images = batch.to(noise.device)
-        with torch.no_grad():
-            clean = probe.logits(images)
-        noisy = probe.logits(images, noise)
-        distance = torch.linalg.vector_norm(noisy - clean, dim=-1)
-        distance = (distance.square() if settings.loss == "squared_l2" else distance).sum()
-        influence = noise_influence(clean, noisy.detach()) * len(images)
-        sums = torch.stack([influence.double(), distance.detach().double(), distance.new_tensor(len(images)).double()])
-        influence_sum, loss_sum, count = sum_over_processes(sums).tolist()
-        _record(history, noise.detach(), influence_sum / count, loss_sum / count)
+        influence, loss, gradient = probe.measure(batch, noise, squared=settings.loss == "squared_l2")
+        _record(history, noise.detach(), influence, loss)
         if on_step is not None:
-            on_step(history.steps, history.influence[-1])
-        if settings.epsilon is not None and history.influence[-1] < settings.epsilon:
-            if settings.stop_on == "minibatch":
-                history.stopped = "epsilon"
+            on_step(history.steps, influence)
+        if settings.epsilon is not None and influence < settings.epsilon:
+            held_out = probe.held_out_influence(noise) if settings.stop_on == "held_out" else None
+            if held_out is None or held_out < settings.epsilon:
+                history.held_out_influence, history.stopped = held_out, "epsilon"
                 return
-            history.held_out_influence = probe.held_out_influence(noise)
-            if history.held_out_influence < settings.epsilon:
-                history.stopped = "epsilon"
-                return
-            history.held_out_influence = None  # the noise moves on
         if history.steps == settings.max_steps:
             history.stopped = "steps"
             return
-        (gradient,) = torch.autograd.grad(distance, [noise])
-        noise.grad = sum_over_processes(gradient) / count
+        noise.grad = gradient
         if settings.norm_weight:
             size = centred_norm(noise) if settings.norm == "centred" else torch.linalg.vector_norm(noise)
             noise.grad += torch.autograd.grad(-settings.norm_weight * size.log(), [noise])[0]
@@ -263,13 +268,25 @@ def _next(stream: Iterator[Tensor], step: int, settings: NoiseSettings) -> Tenso
 class _Probe:
     """A frozen model, asked for logits with and without a noise; clean logits of held-out images are kept."""
 
-    def __init__(self, model: nn.Module, hook: PatchEmbeddingNoise, held_out: Sequence[Tensor]) -> None:
-        self.model, self.hook, self.held_out = model, hook, held_out
-        self.device = next(model.parameters()).device
+    def __init__(
+        self, model: nn.Module, hook: PatchEmbeddingNoise, held_out: Sequence[Tensor], chunk_size: int | None
+    ) -> None:
+        self.model, self.hook, self.chunk_size = model, hook, chunk_size
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.held_out = [chunk for batch in held_out for chunk in self.chunks(batch)]
         with torch.no_grad():
-            self.clean = [self.logits(batch.to(self.device)) for batch in held_out]
-        count = torch.tensor(sum(len(batch) for batch in held_out), device=self.device)
+            self.clean = [self.logits(self.prepare(chunk)) for chunk in self.held_out]
+        count = torch.tensor(sum(len(chunk) for chunk in self.held_out), device=self.device)
         self.held_out_images = int(sum_over_processes(count))
+
+    def chunks(self, batch: Tensor) -> Sequence[Tensor]:
+        """``batch`` in pieces of at most ``chunk_size`` images."""
+        return batch.split(self.chunk_size) if self.chunk_size else [batch]
+
+    def prepare(self, pixel_values: Tensor) -> Tensor:
+        """The images where, and as, the model wants them."""
+        return pixel_values.to(self.device, self.dtype, non_blocking=True)
 
     def logits(self, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
         """Logits (b, K) in at least float32."""
@@ -277,12 +294,33 @@ class _Probe:
             logits = self.model(pixel_values=pixel_values).logits
         return logits.to(torch.promote_types(torch.float32, logits.dtype))
 
+    def measure(self, batch: Tensor, noise: Tensor, *, squared: bool) -> tuple[float, float, Tensor]:
+        """Influence, loss and its gradient (1, N, D), as means over the images of all processes.
+
+        One message of N x D + 3 numbers per step: the gradient, the influence, the loss and the number of images.
+        """
+        sums = noise.new_zeros(noise.numel() + 3)
+        for chunk in self.chunks(batch):
+            images = self.prepare(chunk)
+            with torch.no_grad():
+                clean = self.logits(images)
+            noisy = self.logits(images, noise)
+            distance = torch.linalg.vector_norm(noisy - clean, dim=-1)
+            loss = (distance.square() if squared else distance).sum()
+            (gradient,) = torch.autograd.grad(loss, [noise])
+            influence = noise_influence(clean, noisy.detach()) * len(chunk)
+            sums += torch.cat([gradient.flatten(), influence[None], loss.detach()[None], sums.new_tensor([len(chunk)])])
+        sums = sum_over_processes(sums)
+        means = sums[:-1] / sums[-1]
+        influence_mean, loss_mean = means[-2:].tolist()
+        return influence_mean, loss_mean, means[:-2].reshape(noise.shape)
+
     @torch.no_grad()
     def held_out_influence(self, noise: Tensor) -> float:
         """Influence of ``noise`` on all held-out images of all processes."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch, clean in zip(self.held_out, self.clean, strict=True):
-            total += noise_influence(clean, self.logits(batch.to(self.device), noise)).double() * len(batch)
+            total += noise_influence(clean, self.logits(self.prepare(batch), noise)).double() * len(batch)
         return float(sum_over_processes(total)) / self.held_out_images
 
 
@@ -317,12 +355,3 @@ def _provenance_of(model: nn.Module) -> NoiseProvenance:
         revision=getattr(config, "_commit_hash", None),
         model_sha256=model_hash(model),
     )
-
-
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes and bytes of all parameters and buffers: equal weights, equal hash."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(unwrap(model).state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

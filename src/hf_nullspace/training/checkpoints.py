@@ -1,0 +1,95 @@
+"""Which checkpoint a killed run can go on from, and how its weights are loaded without losing any."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "pytorch_model_fsdp.bin",
+    "pytorch_model_fsdp_0",
+)
+
+
+class NoCheckpointError(ValueError):
+    """There is no checkpoint to go on from, or it is not whole."""
+
+
+def missing_from(checkpoint: Path, processes: int) -> list[str]:
+    """What a checkpoint folder lacks of an exact resume; an empty list when it is whole.
+
+    The Trainer writes ``trainer_state.json`` last, after every rank's random state, so a folder in which it can be read
+    is whole unless somebody has begun to delete it.
+    """
+    missing = []
+    if not any((checkpoint / name).exists() for name in _WEIGHTS):
+        missing.append("the weights")
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if f"{PREFIX_CHECKPOINT_DIR}-{state['global_step']}" != checkpoint.name:
+            missing.append(f"a trainer_state.json of its own (it is of step {state['global_step']})")
+    except (OSError, ValueError, KeyError):
+        missing.append("a readable trainer_state.json")
+    if not any((checkpoint / name).exists() for name in ("optimizer.pt", "optimizer.bin", "optimizer_0")):
+        missing.append("the optimizer")
+    if not (checkpoint / "scheduler.pt").exists():
+        missing.append("the scheduler")
+    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    return missing + [name for name in names if not (checkpoint / name).exists()]
+
+
+def last_complete_checkpoint(folder: Path | str, processes: int = 1) -> Path | None:
+    """The checkpoint of the highest step that is whole; those that are not are skipped, and said."""
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = []
+    if Path(folder).is_dir():
+        found = [(int(m[1]), path) for path in Path(folder).iterdir() if (m := pattern.fullmatch(path.name))]
+    for _, path in sorted(found, reverse=True):
+        missing = missing_from(path, processes)
+        if not missing:
+            return path
+        logger.warning("skipped %s, it is not whole: no %s", path, ", no ".join(missing))
+    return None
+
+
+def check_complete(checkpoint: Path | str, processes: int = 1) -> Path:
+    """``checkpoint`` as a path.
+
+    Raises:
+        NoCheckpointError: if it is not whole, saying what is missing.
+    """
+    path = Path(checkpoint)
+    missing = missing_from(path, processes) if path.is_dir() else ["folder of that name"]
+    if missing:
+        raise NoCheckpointError(
+            f"cannot resume from {path}: no {', no '.join(missing)}. resume_from_checkpoint=True takes the last "
+            "checkpoint that is whole"
+        )
+    return path
+
+
+def load_weights(model: PreTrainedModel, folder: Path | str) -> None:
+    """Load every weight of a saved model into ``model``, in place, or raise.
+
+    Works around transformers 5.23, where a ViT is saved under legacy key names and the Trainer loads them with
+    ``strict=False``: the encoder stays as it was, with a warning (transformers #48805).
+    """
+    loading: Any = type(model).from_pretrained(
+        str(folder), config=model.config, dtype=model.dtype, local_files_only=True, output_loading_info=True
+    )
+    loaded, info = loading
+    wrong = {
+        key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]
+    }
+    if wrong:
+        raise NoCheckpointError(f"{folder} does not hold the weights of this {type(model).__name__}: {wrong}")
+    model.load_state_dict(loaded.state_dict(), strict=True)

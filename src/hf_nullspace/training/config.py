@@ -1,0 +1,182 @@
+"""Settings of a nullspace fine-tuning run: TrainingArguments, and what the method adds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_nullspace.noise.learning import NoiseSettings
+
+_PAPER: dict[str, Any] = {
+    "rounds": 20,
+    "steps_per_round": 40,
+    "global_batch_size": 128,
+    "learning_rate": 1e-5,
+    "weight_decay": 0.01,
+    "max_grad_norm": 0.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0,
+    "epsilon": 0.03,
+    "noise_limit": 3.0,
+    "noise_learning_rate": 0.1,
+    "noise_max_steps": 3000,
+    "noise_weight_decay": 0.01,
+    "noise_loss": "l2",
+    "noise_stop_on": "minibatch",
+    "noise_on_limit": "use",
+    "noise_batch_size": 128,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": _PAPER,
+    "default": _PAPER | {"noise_weight_decay": 0.0, "noise_stop_on": "held_out", "noise_on_limit": "rescale"},
+}
+"""What a field gets that nobody set. "paper" is Algorithm 1 with the settings of appendix A.3; "default" differs where
+that leaves epsilon untrue of the noise: no decay of the noise, and epsilon is tested on held-out images."""
+
+OBJECTIVES = ("nullspace", "plain")
+
+
+def _preset(text: str) -> Any:
+    return field(default=None, metadata={"help": f"{text} Default: from the preset."})
+
+
+@dataclass
+class NullspaceConfig(TrainingArguments):
+    """TrainingArguments for :class:`NullspaceTrainer`, with the settings of Algorithm 1 of the paper.
+
+    Fields whose default is ``None`` here get their value from ``preset``; a value that is given wins. The length of a
+    run is ``rounds`` x ``steps_per_round``; ``max_steps`` may be given instead of the rounds, or has to agree.
+
+    Raises:
+        ValueError: if settings contradict each other or are out of range; the message names them.
+    """
+
+    preset: str = field(default="default", metadata={"help": "Where unset fields come from: 'default' or 'paper'."})
+    objective: str = field(
+        default="nullspace",
+        metadata={"help": "What the second view of a batch is: 'nullspace' (noisy) or 'plain' (the same: a control)."},
+    )
+    rounds: int | None = _preset("K: how often a new noise is learned.")
+    steps_per_round: int | None = _preset("S: optimizer steps between two noises.")
+    global_batch_size: int | None = _preset("B: images per optimizer step over all processes and accumulation.")
+    epsilon: float | None = _preset("Threshold on the noise's influence, in (0, 2].")
+    noise_limit: float | None = _preset("A: the noise starts as U(-A, A).")
+    noise_learning_rate: float | None = _preset("Learning rate of the noise (AdamW, cosine over noise_max_steps).")
+    noise_max_steps: int | None = _preset("T: the most gradient steps that one noise may take.")
+    noise_weight_decay: float | None = _preset("AdamW's decay of the noise; anything above 0 shrinks it.")
+    noise_loss: str | None = _preset("'l2': mean of ||z' - z|| (equation 10); 'squared_l2': of its square.")
+    noise_stop_on: str | None = _preset("Where epsilon has to be reached: 'held_out' or 'minibatch'.")
+    noise_on_limit: str | None = _preset("After T steps outside of epsilon: 'use', 'rescale' or 'error'.")
+    noise_batch_size: int | None = _preset("Images per noise step over all processes.")
+    held_out_images: int = field(
+        default=512,
+        metadata={"help": "Training images per round that the noise is not learned on, but its influence measured."},
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."},
+    )
+
+    learning_rate: float | None = _preset("Learning rate of the model.")  # type: ignore[assignment]
+    weight_decay: float | None = _preset("AdamW's decay of the model.")  # type: ignore[assignment]
+    max_grad_norm: float | None = _preset("Gradient clipping of the model; 0 is none.")  # type: ignore[assignment]
+    lr_scheduler_type: str | None = _preset("Schedule of the model's learning rate.")  # type: ignore[assignment]
+    warmup_steps: float | None = _preset("Warm-up of the model's learning rate.")  # type: ignore[assignment]
+    max_steps: int | None = _preset("Optimizer steps; rounds x steps_per_round.")  # type: ignore[assignment]
+    per_device_train_batch_size: int | None = _preset(  # type: ignore[assignment]
+        "Images per device and micro-batch; global_batch_size / processes / accumulation."
+    )
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Not used: the length of a run is rounds x steps_per_round."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(map(repr, PRESETS))}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r}: expected one of {', '.join(map(repr, OBJECTIVES))}")
+        self._settle_length()
+        self._check("held_out_images", self.held_out_images >= 0, "a number >= 0")
+        self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "a number in (0, 1)")
+        batch_size, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        global_batch_size = self.global_batch_size
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self._check("noise_batch_size", (self.noise_batch_size or 0) >= 1, "at least 1 image")
+        self.noise_settings()  # raises on values out of range
+        self.per_device_train_batch_size = batch_size or 1
+        super().__post_init__()
+        views = self.world_size * accumulation
+        if batch_size is None:
+            total = self.global_batch_size or 0
+            if total < 1 or total % views:
+                raise ValueError(
+                    f"global_batch_size={total} is no multiple of {self.world_size} processes x "
+                    f"{accumulation} gradient_accumulation_steps; change one of them"
+                )
+            self.per_device_train_batch_size = total // views
+        elif global_batch_size is not None and global_batch_size != batch_size * views:
+            raise ValueError(
+                f"global_batch_size={global_batch_size}, but per_device_train_batch_size={batch_size} x "
+                f"{self.world_size} processes x {accumulation} gradient_accumulation_steps is {batch_size * views}; "
+                "give one of them"
+            )
+        else:
+            self.global_batch_size = batch_size * views
+        if (self.noise_batch_size or 0) < self.world_size:
+            raise ValueError(f"noise_batch_size={self.noise_batch_size} is less than one image per process")
+
+    def _check(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
+
+    def _settle_length(self) -> None:
+        """Make rounds K, steps_per_round S and max_steps agree: K * S = max_steps."""
+        preset = PRESETS[self.preset]
+        self._check("rounds", self.rounds is None or self.rounds >= 1, "at least 1 round (K)")
+        self._check("steps_per_round", self.steps_per_round is None or self.steps_per_round >= 1, "at least 1 step (S)")
+        given = self.max_steps if self.max_steps is not None and self.max_steps != -1 else None
+        if given is None:
+            if self.num_train_epochs is not None:
+                raise ValueError(
+                    f"num_train_epochs={self.num_train_epochs}: the length of a nullspace run is rounds x "
+                    "steps_per_round; set those, or max_steps"
+                )
+            self.rounds = self.rounds or preset["rounds"]
+            self.steps_per_round = self.steps_per_round or preset["steps_per_round"]
+            self.max_steps = self.rounds * self.steps_per_round
+        else:
+            self._check("max_steps", given >= 1, "at least 1 step")
+            if self.rounds is not None and self.steps_per_round is None:
+                self.steps_per_round = max(given // self.rounds, 1)
+            self.steps_per_round = self.steps_per_round or preset["steps_per_round"]
+            self.rounds = self.rounds or max(given // self.steps_per_round, 1)
+            if self.rounds * self.steps_per_round != given:
+                raise ValueError(
+                    f"max_steps={given} is not rounds={self.rounds} x steps_per_round={self.steps_per_round} "
+                    f"(= {self.rounds * self.steps_per_round}); change one of them"
+                )
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 1.0  # the Trainer wants a number and max_steps overrides it
+
+    def noise_settings(self) -> NoiseSettings:
+        """The settings of one round's noise.
+
+        Raises:
+            ValueError: if one is out of range.
+        """
+        try:
+            return NoiseSettings(
+                epsilon=self.epsilon,
+                noise_limit=self.noise_limit,  # type: ignore[arg-type]
+                learning_rate=self.noise_learning_rate,  # type: ignore[arg-type]
+                max_steps=self.noise_max_steps,  # type: ignore[arg-type]
+                weight_decay=self.noise_weight_decay,  # type: ignore[arg-type]
+                loss=self.noise_loss,  # type: ignore[arg-type]
+                stop_on=self.noise_stop_on,  # type: ignore[arg-type]
+                on_limit=self.noise_on_limit,  # type: ignore[arg-type]
+            )
+        except ValueError as error:
+            raise ValueError(f"noise setting {error}") from None
