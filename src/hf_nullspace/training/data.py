@@ -1,18 +1,21 @@
 """Rows of a data set become ``pixel_values`` (C, H, W) and ``labels``: the way of one batch begins here."""
 
 import copy
+import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import datasets
 import numpy as np
 import torch
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
 
 from hf_nullspace.models.preprocessing import Preprocessing, rgb_image
-from hf_nullspace.training.augmentation import Augmentation, generator_for
+from hf_nullspace.training.augmentation import Augmentation, generator_for, seed_for
 from hf_nullspace.training.columns import DataError, check_labels, features_of, label_problem, labels_of
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,8 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         normalize: bool = True,
         on_corrupt: Literal["error", "skip"] = "error",
     ) -> None:
+        if isinstance(rows, datasets.IterableDataset):
+            raise TypeError("rows is a stream; expected rows with a length. Use StreamingImageClassificationDataset.")
         if len(rows) == 0:
             raise DataError("The data set has no rows. Choose another split, or extract archives first.")
         self.preprocessing = preprocessing
@@ -84,6 +89,10 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def raw_image(self, index: int) -> Image.Image:
         """The image of a row at its own size: PIL, RGB, neither resized nor augmented. Corruptions act here."""
         return _decoded(self._rows[index][self._image_column], f"Row {index}")
+
+    def pixels_from_image(self, image: Image.Image) -> Tensor:
+        """Pixels of any image at the model's size, not augmented: (C, H, W) float32 in [0, 1]."""
+        return self.preprocessing.pixels_from_image(image)
 
     def label(self, index: int) -> int:
         """The label of a row, as the model numbers it."""
@@ -121,6 +130,104 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 self._corrupt[place] = True
                 logger.warning("%s The next good row takes its place.", error)
         raise CorruptImageError(f"Rows {index} to {place} have no readable image. Check the disk and image_column.")
+
+
+class StreamingImageClassificationDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """The same items from a `datasets.IterableDataset`: nothing is downloaded beforehand, and there is no length.
+
+    ``shuffle_buffer`` images are held (encoded) to draw the next from; 0 keeps the order. ``repeat=True`` starts over
+    for ever, in a new order: a Trainer then sees one epoch of ``max_steps``, and a resumed run skips to the right
+    place (otherwise Trainer counts batches from the start of a stream that has ended by then).
+
+    An image's crop and flip depend on (``seed``, epoch, the bytes of its file), because a stream has no row numbers;
+    so they do not depend on workers, processes or order. The order depends on ``seed``, the epoch and how the shards
+    fall on processes and workers: keep these numbers when resuming. ``on_corrupt="skip"`` leaves out, and logs, images
+    that cannot be decoded; by default they raise ``CorruptImageError``.
+
+    Iterating raises ``DataError`` for an empty stream, a label out of range (``num_labels``, ``remap``), a broken
+    connection.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        preprocessing: Preprocessing,
+        *,
+        image_column: str = "image",
+        label_column: str = "label",
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        remap: Sequence[int] | None = None,
+        num_labels: int | None = None,
+        normalize: bool = True,
+        on_corrupt: Literal["error", "skip"] = "error",
+        shuffle_buffer: int = 0,
+        repeat: bool = False,
+    ) -> None:
+        if not isinstance(rows, datasets.IterableDataset):
+            raise TypeError(f"rows is a {type(rows).__name__}; expected a datasets.IterableDataset (streaming=True).")
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.seed = seed
+        self._rows = _undecoded(rows, image_column)
+        self._image_column, self._label_column = image_column, label_column
+        self._remap, self._num_labels, self._normalize = remap, num_labels, normalize
+        self._skip_corrupt, self._shuffle_buffer, self._repeat = on_corrupt == "skip", shuffle_buffer, repeat
+        self._node: tuple[int, int] | None = None
+        self._stream: tuple[int | str, ...] | None = None
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by persistent workers
+
+    def set_epoch(self, epoch: int) -> None:
+        """A new order and new crops from the next iteration on. A view of ``with_stream`` is not affected."""
+        self._epoch.fill_(epoch)
+
+    def with_stream(self, *key: int | str, shuffle_buffer: int = 1000) -> "StreamingImageClassificationDataset":
+        """The same images in an order and with crops of their own, drawn from (``seed``, ``*key``)."""
+        view = copy.copy(self)
+        view._stream, view._shuffle_buffer = key, shuffle_buffer
+        return view
+
+    def split(self, rank: int, world_size: int) -> "StreamingImageClassificationDataset":
+        """The part of one process: whole shards where their number divides by ``world_size``, else every n-th image."""
+        view = copy.copy(self)
+        view._node = (rank, world_size)
+        return view
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        key = ("epoch", int(self._epoch)) if self._stream is None else ("stream", *self._stream)
+        turn = 0
+        while True:
+            empty = True
+            for item in self._one_pass((*key, turn)):
+                empty = False
+                yield item
+            whole = torch.utils.data.get_worker_info() is None and self._node is None
+            if empty and whole:
+                raise DataError("The stream has no images. Choose another split, or extract archives first.")
+            if empty or not self._repeat:  # a worker without a shard must not look for one for ever
+                return
+            turn += 1
+
+    def _one_pass(self, key: tuple[int | str, ...]) -> Iterator[dict[str, Any]]:
+        rows = self._rows
+        if self._shuffle_buffer:
+            rows = rows.shuffle(seed=seed_for(self.seed, *key), buffer_size=self._shuffle_buffer)
+        if self._node is not None:
+            rows = split_dataset_by_node(rows, *self._node)
+        for position, row in enumerate(_told_when_broken(rows)):
+            where = f"Row {position} of this stream"
+            try:
+                image = _decoded(row[self._image_column], where)
+            except CorruptImageError as error:
+                if not self._skip_corrupt:
+                    raise
+                logger.warning("%s It is left out.", error)
+                continue
+            label = _label(row[self._label_column], self._remap, self._num_labels, where)
+            if self.augmentation is not None:
+                generator = generator_for(self.seed, *key, _content_key(row[self._image_column]))
+                image = self.augmentation.apply(image, generator)
+            yield _item(image, label, self.preprocessing, self._normalize, augmented=self.augmentation is not None)
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -169,6 +276,32 @@ def _decoded(value: Any, where: str) -> Image.Image:
         raise CorruptImageError(
             f"{named} cannot be decoded: {type(error).__name__}: {error}. "
             "Replace or remove the file, or pass on_corrupt='skip'."
+        ) from error
+
+
+def _content_key(value: Any) -> str:
+    """What the image is, wherever it lies: a digest of the file, or its name and folder when it is only a path."""
+    if isinstance(value, Mapping) and value.get("bytes") is not None:
+        return hashlib.sha256(value["bytes"]).hexdigest()
+    if isinstance(value, (str, Mapping)):
+        path = value if isinstance(value, str) else value["path"]
+        return "/".join(PurePosixPath(path.replace("\\", "/")).parts[-2:])
+    return hashlib.sha256(np.asarray(value).tobytes()).hexdigest()
+
+
+def _told_when_broken(rows: datasets.IterableDataset) -> Iterator[Mapping[str, Any]]:
+    position = 0
+    try:
+        for row in rows:
+            yield row
+            position += 1
+    except DataError:
+        raise
+    except Exception as error:  # the network, the file system and the parsers of several libraries
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise DataError(
+            f"The stream broke after {position} rows: {type(error).__name__}: {reason}. "
+            "Check the connection and resume from the last checkpoint."
         ) from error
 
 

@@ -209,6 +209,16 @@ def _through_datasets(
 ) -> Any:
     try:
         return datasets.load_dataset(name, config_name, split=split, streaming=streaming, revision=revision)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(
+            f"There is no data set {name!r} on the Hub that you may read, and no local folder of that name. Check the "
+            "spelling; for a private or gated one, log in with `hf auth login`."
+        ) from error
+    except ConnectionError as error:
+        raise DataError(
+            f"The Hub cannot be reached for the data set {name!r}, it is not in the cache, and there is no local "
+            f"folder of that name ({_reason(error)}). Connect, unset HF_HUB_OFFLINE, or pass a local folder."
+        ) from error
     except Exception as error:  # many libraries speak here; each reason becomes one line
         raise DataError(f"Cannot load the data set {name!r}, split {split!r}: {_reason(error)}") from error
 
