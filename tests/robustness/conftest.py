@@ -53,6 +53,11 @@ class Linear(nn.Module):
 
 
 @pytest.fixture
+def make_linear():
+    return Linear
+
+
+@pytest.fixture
 def linear():
     return Linear()
 

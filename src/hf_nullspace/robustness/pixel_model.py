@@ -1,6 +1,7 @@
 """Pixels in, logits out: the only place where robustness measurements normalise."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,14 @@ class PixelModel(nn.Module):
         Raises ``ValueError`` for another shape or channel count and for values outside [0, 1] or NaN, ``TypeError`` for
         integer pixels.
         """
+        return logits_of(self.outputs(pixels))
+
+    def outputs(self, pixels: Tensor, **kwargs: Any) -> Any:
+        """The model's whole output for ``pixels``; ``kwargs`` such as ``output_attentions=True`` go to the model."""
         check_pixels(pixels, channels=len(self.mean))
         pixel_values = (pixels - self.channels(self.mean, pixels)) / self.channels(self.std, pixels)
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), pixels.dtype)
-        outputs = self.model(pixel_values.to(dtype))
-        logits = outputs.logits if hasattr(outputs, "logits") else outputs
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self.model(pixel_values.to(dtype), **kwargs)
 
     @staticmethod
     def channels(values: tuple[float, ...], pixels: Tensor) -> Tensor:
@@ -49,6 +52,12 @@ class PixelModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Logits (B, K) in float32 (or float64) from a model's output."""
+    logits = outputs.logits if hasattr(outputs, "logits") else outputs
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def check_pixels(pixels: Tensor, *, channels: int) -> None:

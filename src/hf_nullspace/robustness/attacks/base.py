@@ -111,3 +111,24 @@ def seeded_like(pixels: Tensor, seeds: Sequence[int], kind: str) -> Tensor:
 def norms(batch: Tensor) -> Tensor:
     """L2 norm per image, shaped (B, 1, 1, 1)."""
     return batch.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+class Adam:
+    """Adam's direction (Kingma & Ba 2015) for a batch from which finished images can leave."""
+
+    def __init__(self, like: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
+        self.betas, self.eps, self.steps = betas, eps, 0
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """What the learning rate multiplies, shaped like ``gradient``."""
+        first, second = self.betas
+        self.steps += 1
+        self.mean = first * self.mean + (1 - first) * gradient
+        self.square = second * self.square + (1 - second) * gradient.square()
+        root = (self.square / (1 - second**self.steps)).sqrt()
+        return self.mean / (1 - first**self.steps) / (root + self.eps)
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget the images outside ``rows`` (bool or indices)."""
+        self.mean, self.square = self.mean[rows], self.square[rows]

@@ -1,0 +1,256 @@
+"""Patch-Fool against a plain transcription in normalised space, and its threat model in every variant."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import ViTForImageClassification
+
+from hf_nullspace.robustness.attacks.base import seeded_like
+from hf_nullspace.robustness.attacks.patch_fool import PatchFool, eager_attention, without_conflict
+from hf_nullspace.robustness.pixel_model import PixelModel
+
+SEEDS = [1, 2, 3, 4, 5, 6]
+MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+@pytest.fixture
+def labels(tiny_vit, pixels):
+    with torch.no_grad():
+        return tiny_vit(pixels).argmax(1)
+
+
+@pytest.fixture
+def deep_vit():
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**(SIZES | {"num_hidden_layers": 6}), num_labels=10)
+    model = ViTForImageClassification(config).double()
+    with torch.no_grad():
+        model.classifier.weight.mul_(20)
+    return PixelModel(model, MEAN, STD).eval()
+
+
+def transcription(model, image, label, noise, *, steps, conflict_power):
+    """One image, one patch, in normalised space with torch's Adam and StepLR, as the paper's listing runs."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (model.mean, model.std))
+    x, random = (image[None] - mean) / std, (noise[None] - mean) / std
+    vit = model.model
+    vit.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = vit(x, output_attentions=True).attentions[3]  # the middle of six layers
+    patch = int(attention.mean(1).mean(1)[0, 1:].argmax())
+    mask = torch.zeros(1, 1, 16, 16, dtype=torch.float64)
+    row, column = divmod(patch, 4)
+    mask[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 1
+    delta = random.clone().requires_grad_()
+    optimizer = torch.optim.Adam([delta], lr=0.22)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.95)
+    for _ in range(steps):
+        outputs = vit(x * (1 - mask) + delta * mask, output_attentions=True)
+        ce = F.cross_entropy(outputs.logits, label[None])
+        (ce_gradient,) = torch.autograd.grad(ce, delta, retain_graph=True)
+        total = ce_gradient.clone()
+        for layer in (1, 2):
+            log_attention = outputs.attentions[layer].mean(1)[0].log()
+            (pull,) = torch.autograd.grad(log_attention[:, 1 + patch].mean(), delta, retain_graph=True)
+            if F.cosine_similarity(pull.flatten(), ce_gradient.flatten(), dim=0) < 0:
+                pull = pull - (pull * ce_gradient).sum() / ce_gradient.norm() ** conflict_power * ce_gradient
+            total += 0.002 * pull
+        delta.grad = -total
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            delta.copy_(((delta * std + mean).clamp(0, 1) - mean) / std)
+    return (x * (1 - mask) + delta.detach() * mask) * std + mean
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_it_is_the_transcription(deep_vit, pixels, original):
+    labels = torch.tensor([0, 1, 2, 3, 4, 5])
+    ours = PatchFool(steps=25, original_projection=original)(deep_vit, pixels, labels, seeds=SEEDS)
+    noise = seeded_like(pixels, SEEDS, "uniform")
+    for b in range(6):
+        power = 1 if original else 2
+        theirs = transcription(deep_vit, pixels[b], labels[b], noise[b], steps=25, conflict_power=power)
+        torch.testing.assert_close(ours[b : b + 1], theirs, rtol=0, atol=1e-5)  # eager attention is float32 inside
+
+
+def test_conflicting_gradients_are_made_orthogonal():
+    gradient = torch.tensor([[3.0, 0.0], [3.0, 0.0]]).view(2, 1, 1, 2)
+    pull = torch.tensor([[-2.0, 1.0], [2.0, 1.0]]).view(2, 1, 1, 2)
+    expected = torch.tensor([[0.0, 1.0], [2.0, 1.0]]).view(2, 1, 1, 2)
+    torch.testing.assert_close(without_conflict(pull, gradient), expected)
+    original = torch.tensor([[4.0, 1.0], [2.0, 1.0]]).view(2, 1, 1, 2)
+    torch.testing.assert_close(without_conflict(pull, gradient, original=True), original)
+    assert without_conflict(pull, 0 * gradient).isfinite().all()
+
+
+def changed_patches(adversarial, pixels, patch=4):
+    change = (adversarial - pixels).abs().amax(1, keepdim=True)
+    return F.max_pool2d(change, patch).flatten(1) > 0
+
+
+VARIANTS = [
+    PatchFool(steps=6),
+    PatchFool(steps=6, num_patch=3),
+    PatchFool(steps=6, choice="saliency"),
+    PatchFool(steps=6, choice="random", num_patch=2),
+    PatchFool(steps=6, attention_weight=0.0, choice="random"),
+    PatchFool(steps=6, mild="linf", eps=8 / 255),
+    PatchFool(steps=6, mild="l2", eps=0.3),
+    PatchFool(steps=6, sparse=5, num_patch=2, sparse_freeze=4),
+    PatchFool(steps=6, original_projection=True, early_stop=True),
+]
+
+
+@pytest.mark.parametrize("attack", VARIANTS, ids=repr)
+def test_only_the_patches_change_and_the_model_is_left_alone(tiny_vit, pixels, labels, attack):
+    tiny_vit.train()
+    implementation = tiny_vit.model.config._attn_implementation
+    adversarial = attack(tiny_vit, pixels, labels, seeds=SEEDS)
+    changed = changed_patches(adversarial, pixels)
+    assert (changed.sum(1) <= attack.num_patch).all()
+    assert changed.any(1).all()
+    assert adversarial.min() >= 0
+    assert adversarial.max() <= 1
+    change = adversarial - pixels
+    if attack.mild == "linf":
+        assert change.abs().max() <= 8 / 255 + 1e-12
+    if attack.mild == "l2":
+        assert change.flatten(2).norm(dim=2).max() <= 0.3 + 1e-12
+    if attack.sparse:
+        assert ((change.abs().amax(1) > 0).flatten(1).sum(1) <= attack.sparse).all()
+    assert tiny_vit.model.config._attn_implementation == implementation == "sdpa"
+    assert all(module.training for module in tiny_vit.modules())
+    assert all(p.requires_grad and p.grad is None for p in tiny_vit.parameters())
+
+
+@pytest.mark.parametrize("attack", VARIANTS, ids=repr)
+def test_an_image_does_not_depend_on_its_batch(tiny_vit, pixels, attack):
+    pixels = torch.cat([pixels, 1 - pixels, pixels.flip(3)])[:16]
+    with torch.no_grad():
+        labels = tiny_vit(pixels).argmax(1)
+    together = attack(tiny_vit, pixels, labels, seeds=range(16))
+    for b in (0, 9, 15):
+        alone = attack(tiny_vit, pixels[b : b + 1], labels[b : b + 1], seeds=[b])
+        torch.testing.assert_close(together[b : b + 1], alone, rtol=0, atol=1e-7)
+
+
+def test_patches_are_chosen_by_attention_or_saliency(tiny_vit, pixels, labels):
+    with eager_attention(tiny_vit.model):
+        attentions = tiny_vit.outputs(pixels, output_attentions=True).attentions[1].detach()
+    by_attention = attentions.numpy().mean((1, 2))[:, 1:].argmax(1)
+    leaf = pixels.clone().requires_grad_()
+    F.cross_entropy(tiny_vit(leaf), labels, reduction="sum").backward()
+    strength = leaf.grad.abs().sum(1).unflatten(2, (4, 4)).unflatten(1, (4, 4)).sum((2, 4))
+    by_saliency = strength.flatten(1).argmax(1)
+    for choice, expected in (("attention", by_attention), ("saliency", by_saliency)):
+        adversarial = PatchFool(choice=choice, steps=1)(tiny_vit, pixels, labels, seeds=SEEDS)
+        assert changed_patches(adversarial, pixels).int().argmax(1).tolist() == expected.tolist()
+
+
+def test_sparse_scores_end_with_pixels_that_hurt_more(tiny_vit, pixels, labels):
+    """After learning, the loss is higher than with the pixels that the start happened to pick."""
+
+    def loss(freeze):
+        attack = PatchFool(steps=40, sparse=4, num_patch=4, sparse_freeze=freeze, attention_weight=0.0)
+        adversarial = attack(tiny_vit, pixels, labels, seeds=SEEDS)
+        return F.cross_entropy(tiny_vit(adversarial), labels).item()
+
+    assert loss(30) > loss(0)
+
+
+def test_early_stop_drops_finished_images_and_is_not_weaker(tiny_vit, pixels, labels):
+    labels[0] = (labels[0] + 1) % 10
+    sizes = []
+    handle = tiny_vit.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    kwargs = {"steps": 40, "num_patch": 4}
+    early = PatchFool(early_stop=True, **kwargs)(tiny_vit, pixels, labels, seeds=SEEDS)
+    handle.remove()
+    assert sizes[0] == 6
+    assert sizes[-1] < 5
+    last = PatchFool(**kwargs)(tiny_vit, pixels, labels, seeds=SEEDS)
+    wrong = [(tiny_vit(adversarial).argmax(1) != labels).sum() for adversarial in (early, last)]
+    assert wrong[0] >= wrong[1] > 1
+
+
+def model_of(family):
+    vision = {**SIZES}
+    configs = {
+        "ViT": lambda: transformers.ViTConfig(**SIZES, num_labels=5),
+        "DeiT": lambda: transformers.DeiTConfig(**SIZES, num_labels=5),
+        "Beit": lambda: transformers.BeitConfig(**SIZES, num_labels=5),
+        "Dinov2WithRegisters": lambda: transformers.Dinov2WithRegistersConfig(**SIZES, num_labels=5),
+        "ViTMSN": lambda: transformers.ViTMSNConfig(**SIZES, num_labels=5),
+        "Siglip": lambda: transformers.SiglipConfig(vision_config=vision, num_labels=5),
+        "CLIP": lambda: transformers.CLIPConfig(vision_config=vision, num_labels=5),
+        "Swin": lambda: transformers.SwinConfig(
+            embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2, image_size=16, patch_size=2, num_labels=5
+        ),
+        "ResNet": lambda: transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=5),
+    }
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}ForImageClassification")(configs[family]())
+
+
+@pytest.mark.parametrize("family", ["ViT", "DeiT", "Beit", "Dinov2WithRegisters", "ViTMSN", "Siglip", "CLIP"])
+def test_any_vit_with_attentions(family, pixels):
+    model = PixelModel(model_of(family), MEAN, STD).eval()
+    labels = torch.zeros(6, dtype=torch.long)
+    adversarial = PatchFool(steps=3)(model, pixels.float(), labels, seeds=SEEDS)
+    assert changed_patches(adversarial, pixels.float()).sum(1).tolist() == [1] * 6
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"sdpa"}
+
+
+@pytest.mark.parametrize(("family", "message"), [("Swin", "needs global attention"), ("ResNet", "has no patches")])
+def test_models_without_global_attention_are_refused(family, message, pixels):
+    model = PixelModel(model_of(family), MEAN, STD).eval()
+    with pytest.raises(ValueError, match=message):
+        PatchFool(steps=1)(model, pixels.float(), torch.zeros(6, dtype=torch.long), seeds=SEEDS)
+
+
+def test_an_exception_restores_attention_and_mode(tiny_vit, pixels, labels):
+    tiny_vit.train()
+    seen = []
+
+    def fail(*_):
+        seen.append(tiny_vit.model.config._attn_implementation)
+        if len(seen) == 3:
+            raise RuntimeError("out of memory")
+
+    handle = tiny_vit.model.classifier.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        PatchFool(steps=5)(tiny_vit, pixels, labels, seeds=SEEDS)
+    handle.remove()
+    assert seen == ["eager"] * 3
+    assert tiny_vit.model.config._attn_implementation == "sdpa"
+    assert all(module.training for module in tiny_vit.modules())
+    assert all(p.requires_grad for p in tiny_vit.parameters())
+
+
+def test_bf16_stays_finite(tiny_vit, pixels, labels):
+    model = PixelModel(tiny_vit.model.bfloat16(), MEAN, STD)
+    adversarial = PatchFool(steps=4)(model, pixels.float(), labels, seeds=SEEDS)
+    assert adversarial.dtype == torch.float32
+    assert adversarial.isfinite().all()
+
+
+def test_bad_settings_are_named(linear, tiny_vit, pixels, labels):
+    with pytest.raises(ValueError, match="expected 'attention', 'saliency' or 'random'"):
+        PatchFool(choice="best")
+    with pytest.raises(ValueError, match="expected both"):
+        PatchFool(mild="linf")
+    with pytest.raises(ValueError, match="too small"):
+        PatchFool(num_patch=0)
+    with pytest.raises(ValueError, match="the image has 16 patches"):
+        PatchFool(num_patch=17)(tiny_vit, pixels, labels, seeds=SEEDS)
+    with pytest.raises(TypeError, match="needs a PixelModel"):
+        PatchFool()(linear, pixels, labels, seeds=SEEDS)
