@@ -4,7 +4,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import datasets
@@ -182,10 +182,15 @@ class StreamingImageClassificationDataset(torch.utils.data.IterableDataset[dict[
         self._epoch.fill_(epoch)
 
     def with_stream(self, *key: int | str, shuffle_buffer: int = 1000) -> "StreamingImageClassificationDataset":
-        """The same images in an order and with crops of their own, drawn from (``seed``, ``*key``)."""
+        """One pass over the same images in an order and with crops of their own, drawn from (``seed``, ``*key``)."""
         view = copy.copy(self)
-        view._stream, view._shuffle_buffer = key, shuffle_buffer
+        view._stream, view._shuffle_buffer, view._repeat = key, shuffle_buffer, False
         return view
+
+    @property
+    def num_shards(self) -> int:
+        """How many workers can read at once."""
+        return self._rows.num_shards
 
     def split(self, rank: int, world_size: int) -> "StreamingImageClassificationDataset":
         """The part of one process: whole shards where their number divides by ``world_size``, else every n-th image."""
@@ -263,15 +268,19 @@ def _undecoded(rows: Any, image_column: str) -> Any:
 
 
 def _decoded(value: Any, where: str) -> Image.Image:
-    path = value if isinstance(value, str) else value.get("path") if isinstance(value, Mapping) else None
+    if isinstance(value, str):
+        value = {"bytes": None, "path": value}
+    path = value.get("path") if isinstance(value, Mapping) else None
     named = f"{where} ({path})" if path else where
     if value is None or (isinstance(value, Mapping) and value.get("bytes") is None and not path):
         raise CorruptImageError(f"{named} has no image. Remove the row, or pass on_corrupt='skip'.")
     try:
         if isinstance(value, np.ndarray):
             return rgb_image(Image.fromarray(value))
-        source = {"bytes": None, "path": value} if isinstance(value, str) else value
-        return rgb_image(datasets.Image().decode_example(source))
+        if path and value.get("bytes") is None and "://" not in path:
+            # Read here: decode_example leaves a local file open when it cannot be decoded.
+            value = {"bytes": Path(path).read_bytes(), "path": path}
+        return rgb_image(datasets.Image().decode_example(value))
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
         raise CorruptImageError(
             f"{named} cannot be decoded: {type(error).__name__}: {error}. "
