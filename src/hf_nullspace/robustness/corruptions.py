@@ -3,17 +3,19 @@
 The recipes are those of ImageNet-C and CIFAR-10-C (Hendrycks & Dietterich 2019), the images are not: the published sets
 went through other tools. So a set made here is called "generated", never "ImageNet-C".
 
-An image whose longer side is at most 64 px gets CIFAR-10-C's severities, a larger one ImageNet-C's. A corruption acts
-at the image's own size, before any resizing for the model. The result depends on (seed, image index, corruption,
-severity) and on nothing else: not on the order, the batch or the process.
+An image whose longer side is at most 64 px gets CIFAR-10-C's severities, a larger one ImageNet-C's (some of them
+through the optional library imagecorruptions-imaug). A corruption acts at the image's own size, before any resizing for
+the model. The result depends on (seed, image index, corruption, severity) and on nothing else: not on the order, the
+batch or the process.
 """
 
-import io
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
+
+from hf_nullspace.robustness import corruption_functions as functions
+from hf_nullspace.robustness.corruption_functions import from_image, to_image
 
 SMALL = 64  # px; the longer side up to which CIFAR-10-C's severities apply
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -25,16 +27,30 @@ CORRUPTIONS = (
 )
 
 # Severity 1 to 5 for small images (CIFAR-10-C) and for large ones (ImageNet-C).
-CIFAR = {
+CIFAR: dict[str, tuple[Any, ...]] = {
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
     "shot_noise": (500, 250, 100, 75, 50),
     "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),
+    "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+    "glass_blur": ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+    "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
+    "zoom_blur": tuple(np.arange(1, stop, 0.01) for stop in (1.06, 1.11, 1.16, 1.21, 1.26)),
+    "snow": (
+        (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+        (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+    ),
+    "frost": ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
+    "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
     "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),
     "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
+    "elastic_transform": ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
     "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),
     "jpeg_compression": (80, 65, 58, 50, 40),
 }
-IMAGENET = {
+IMAGENET: dict[str, tuple[Any, ...]] = {
     "gaussian_noise": (0.08, 0.12, 0.18, 0.26, 0.38),
     "shot_noise": (60, 25, 12, 5, 3),
     "impulse_noise": (0.03, 0.06, 0.09, 0.17, 0.27),
@@ -44,13 +60,12 @@ IMAGENET = {
     "jpeg_compression": (25, 18, 15, 10, 7),
 }
 
-Float = NDArray[np.float64]
-
 
 def corrupt(image: Image.Image, corruption: str, severity: int, *, seed: int, index: int) -> Image.Image:
     """``image`` (PIL, RGB) with ``corruption`` at ``severity`` 1 to 5; ``index`` is the image's place in its set.
 
-    Raises ``ValueError`` for an image that is not RGB, an unknown corruption or severity.
+    Raises ``ValueError`` for an image that is not RGB, an unknown corruption or severity, and ``ImportError`` where the
+    corruption needs a library that is not installed.
     """
     if image.mode != "RGB":
         raise ValueError(f"corruptions act on RGB images, got mode {image.mode!r}; convert it first")
@@ -58,64 +73,34 @@ def corrupt(image: Image.Image, corruption: str, severity: int, *, seed: int, in
         raise ValueError(f"unknown corruption {corruption!r}; the 15 are {', '.join(CORRUPTIONS)}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity is {severity!r}; expected 1 to 5")
+    rng = np.random.default_rng([seed, index, CORRUPTIONS.index(corruption), severity])
     table = CIFAR if max(image.size) <= SMALL else IMAGENET
     if corruption not in table:
-        raise NotImplementedError(f"{corruption} is not generated for images of {image.width}x{image.height} px yet")
-    rng = np.random.default_rng([seed, index, CORRUPTIONS.index(corruption), severity])
-    pixels = np.asarray(image, dtype=np.float64) / 255
-    corrupted = FUNCTIONS[corruption](pixels, table[corruption][severity - 1], rng)
-    return to_image(corrupted)
+        return library_corrupt(image, corruption, severity, int(rng.integers(2**31)))
+    function = getattr(functions, corruption)
+    return to_image(function(from_image(image), table[corruption][severity - 1], rng))
 
 
-def to_image(pixels: Float) -> Image.Image:
-    """8-bit image; truncated like the published sets, but a value that is 8-bit up to rounding stays what it is."""
-    return Image.fromarray((np.clip(pixels, 0, 1) * 255 + 1e-6).astype(np.uint8))
+def library_corrupt(image: Image.Image, corruption: str, severity: int, seed: int) -> Image.Image:
+    """ImageNet-C's blurs, weather and elastic for a large image, through imagecorruptions-imaug.
 
-
-def gaussian_noise(pixels: Float, scale: float, rng: np.random.Generator) -> Float:
-    return pixels + scale * rng.standard_normal(pixels.shape)
-
-
-def shot_noise(pixels: Float, photons: float, rng: np.random.Generator) -> Float:
-    return rng.poisson(pixels * photons) / photons
-
-
-def impulse_noise(pixels: Float, amount: float, rng: np.random.Generator) -> Float:
-    """Salt and pepper, each value of each channel on its own."""
-    flipped, salt = rng.random((2, *pixels.shape))
-    return np.where(flipped < amount, (salt < 0.5).astype(np.float64), pixels)
-
-
-def brightness(pixels: Float, amount: float, rng: np.random.Generator) -> Float:
-    """Raise the value of HSV and keep hue and saturation: all channels times the same factor."""
-    value = pixels.max(axis=-1, keepdims=True)
-    raised = np.minimum(value + amount, 1)
-    return np.where(value > 0, pixels * raised / np.where(value > 0, value, 1), raised)
-
-
-def contrast(pixels: Float, factor: float, rng: np.random.Generator) -> Float:
-    mean = pixels.mean(axis=(0, 1), keepdims=True)
-    return (pixels - mean) * factor + mean
-
-
-def pixelate(pixels: Float, factor: float, rng: np.random.Generator) -> Float:
-    image = to_image(pixels)
-    small = (max(1, int(image.width * factor)), max(1, int(image.height * factor)))
-    return from_image(image.resize(small, Image.Resampling.BOX).resize(image.size, Image.Resampling.BOX))
-
-
-def jpeg_compression(pixels: Float, quality: int, rng: np.random.Generator) -> Float:
-    with io.BytesIO() as file:
-        to_image(pixels).save(file, "JPEG", quality=quality)
-        with Image.open(file) as image:
-            return from_image(image)
-
-
-def from_image(image: Image.Image) -> Float:
-    return np.asarray(image, dtype=np.float64) / 255
-
-
-FUNCTIONS: dict[str, Callable[..., Float]] = {
-    function.__name__: function
-    for function in (gaussian_noise, shot_noise, impulse_noise, brightness, contrast, pixelate, jpeg_compression)
-}
+    The library draws from NumPy's global generator (glass_blur from a seed of its own): that is seeded for the call and
+    put back afterwards.
+    """
+    try:
+        import imagecorruptions
+    except ImportError as error:
+        raise ImportError(
+            f"{corruption} for images larger than {SMALL} px needs imagecorruptions-imaug: "
+            "pip install 'hf-nullspace[corruptions]'"
+        ) from error
+    if min(image.size) < 32:
+        raise ValueError(f"{corruption} needs images of at least 32 px, got {image.width}x{image.height}")
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        own_seed = {"seed": seed} if corruption == "glass_blur" else {}
+        array = imagecorruptions.corrupt(np.asarray(image), severity, corruption, **own_seed)
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+    return Image.fromarray(array)
