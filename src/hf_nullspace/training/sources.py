@@ -123,7 +123,9 @@ def _choose(splits: Mapping[str, datasets.Dataset], split: str | None, where: st
     if split not in splits:
         raise DataError(f"{where} has no split {split!r}; it has {', '.join(map(repr, splits))}.")
     rows = splits[split]
-    return rows.to_iterable_dataset(num_shards=min(STREAM_SHARDS, max(1, len(rows)))) if streaming else rows
+    if len(rows) == 0:
+        raise DataError(f"There is no image in split {split!r} of {where}. Choose another split.")
+    return rows.to_iterable_dataset(num_shards=min(STREAM_SHARDS, len(rows))) if streaming else rows
 
 
 def _open_folder(folder: Path, split: str | None, streaming: bool, config_name: str | None) -> Any:
@@ -147,6 +149,8 @@ def _open_folder(folder: Path, split: str | None, streaming: bool, config_name: 
 def _saved(folder: Path) -> Mapping[str, datasets.Dataset]:
     try:
         saved = datasets.load_from_disk(str(folder))
+    except IndexError as error:  # how `datasets` fails on a split without rows
+        raise DataError(f"Cannot read {folder}, a save_to_disk folder: a split has no rows. Save it again.") from error
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot read {folder}, a save_to_disk folder: {_reason(error)}.") from error
     return saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
@@ -224,5 +228,10 @@ def _through_datasets(
 
 
 def _reason(error: BaseException) -> str:
+    """One line; the cause where `datasets` only says that something went wrong."""
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    if "BatchSize must be greater than 0" in str(error):  # how `datasets` fails on a parquet file without rows
+        return "a parquet file has no rows; remove it or choose another split"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
