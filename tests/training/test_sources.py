@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.training.columns import DataError, find_columns
+from hf_nullspace.training.columns import DataError, class_names, find_columns, num_classes
 from hf_nullspace.training.data import ImageClassificationDataset, StreamingImageClassificationDataset
 from hf_nullspace.training.sources import digits, load_image_dataset
 
@@ -198,8 +198,11 @@ def test_parquet_without_metadata_has_no_names(tmp_path):
     assert isinstance(rows.features["image"], ImageFeature)
     assert isinstance(rows.features["label"], Value)
     assert ImageClassificationDataset(rows, PREPROCESSING, num_labels=4)[0]["labels"] == 3
+    assert (class_names(rows), num_classes(rows)) == (None, 4)
+    assert num_classes(load_image_dataset(tmp_path / "set", streaming=True)) is None
     named = load_image_dataset(tmp_path / "set", class_names=["a", "b", "c", "d"])
     assert named.features["label"].int2str(named["label"][:]) == ["d", "b"]
+    assert (class_names(named), num_classes(named)) == (["a", "b", "c", "d"], 4)
 
 
 def test_text_labels_are_numbered_over_all_splits(tmp_path):

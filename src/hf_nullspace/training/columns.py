@@ -142,6 +142,14 @@ def class_names(rows: datasets.Dataset | datasets.IterableDataset, column: str =
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
+def num_classes(rows: datasets.Dataset | datasets.IterableDataset, column: str = "label") -> int | None:
+    """How many classes there are: the names, else the largest label + 1; None for a stream without names."""
+    names = class_names(rows, column)
+    if names is not None:
+        return len(names)
+    return int(labels_of(rows, column).max()) + 1 if isinstance(rows, datasets.Dataset) else None
+
+
 def labels_of(rows: datasets.Dataset, column: str = "label") -> np.ndarray:
     """All labels, int64, without decoding an image; ``DataError`` where a row has none."""
     labels = rows.select_columns([column]).with_format("arrow")[:][column]

@@ -104,7 +104,11 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return [] if self._corrupt is None else self._corrupt.nonzero().flatten().tolist()
 
     def set_epoch(self, epoch: int) -> None:
-        """New crops and flips; workers that live on see it too. A view of ``with_stream`` is not affected."""
+        """New crops and flips; workers that live on see it too. A view of ``with_stream`` is not affected.
+
+        In one process accelerate's loader calls this; in several it does not (accelerate 1.15 stops at the sampler),
+        and whoever runs the epochs must, as NullspaceTrainer does.
+        """
         self._epoch.fill_(epoch)
 
     def with_stream(self, *key: int | str) -> "ImageClassificationDataset":
