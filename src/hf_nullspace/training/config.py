@@ -1,7 +1,8 @@
 """Settings of a nullspace fine-tuning run: TrainingArguments, and what the method adds."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -50,7 +51,10 @@ class NullspaceConfig(TrainingArguments):
 
     Raises:
         ValueError: if settings contradict each other or are out of range; the message names them.
+        NotADirectoryError: if ``output_dir`` is a file, or lies under one.
     """
+
+    _group_title: ClassVar[str] = "Nullspace fine-tuning (Algorithm 1)"
 
     preset: str = field(default="default", metadata={"help": "Where unset fields come from: 'default' or 'paper'."})
     objective: str = field(
@@ -96,6 +100,9 @@ class NullspaceConfig(TrainingArguments):
             raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(map(repr, PRESETS))}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r}: expected one of {', '.join(map(repr, OBJECTIVES))}")
+        for path in (Path(self.output_dir or "."), *Path(self.output_dir or ".").parents):
+            if path.exists() and not path.is_dir():
+                raise NotADirectoryError(f"output_dir={self.output_dir!r}: {path} is a file; choose a folder")
         self._settle_length()
         self._check("held_out_images", self.held_out_images >= 0, "a number >= 0")
         self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "a number in (0, 1)")
@@ -160,6 +167,19 @@ class NullspaceConfig(TrainingArguments):
                 )
         if self.num_train_epochs is None:
             self.num_train_epochs = 1.0  # the Trainer wants a number and max_steps overrides it
+
+    def settle_after_trial(self, max_steps: int | None) -> None:
+        """Make the length of the run agree again, and check it, after a hyperparameter search has set fields.
+
+        ``max_steps`` is what it was before: if the trial did not set it, it follows from rounds and steps per round.
+        """
+        if self.max_steps == max_steps:
+            self.max_steps = None
+        else:
+            self.rounds = None
+        self.num_train_epochs = None
+        self._settle_length()
+        self.noise_settings()
 
     def noise_settings(self) -> NoiseSettings:
         """The settings of one round's noise.

@@ -1,0 +1,223 @@
+"""Fine-tune an image classifier with nullspace noise, and measure what it gained and lost.
+
+    accelerate launch recipes/finetune.py                                   (built-in digits, a minute or two)
+    accelerate launch recipes/finetune.py --config recipes/configs/cifar10.yaml --dataset_name FOLDER
+    accelerate launch recipes/finetune.py --model_name_or_path M --dataset_name D --preset paper
+
+Writes to --output_dir: the model and its image processor, the noises, nullspace_history.json, and the measurements
+before and after (results.json, .md, .csv, .png). A run that was killed goes on where it was when started again.
+"""
+
+import copy
+import shutil
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
+
+from accelerate import PartialState
+from hf_nullspace import NullspaceConfig, NullspaceTrainer
+from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.noise.plots import plot_history
+from hf_nullspace.robustness.attacks.gradient import FGSM
+from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.report import terminal_table, write_report
+from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, evaluate
+from hf_nullspace.training.checkpoints import last_complete_checkpoint
+from hf_nullspace.training.data import collate
+from hf_nullspace.training.loading import (
+    Classifier,
+    DataArguments,
+    ModelArguments,
+    evaluation_images,
+    load_classifier,
+    load_rows,
+    training_images,
+)
+from hf_nullspace.training.run_settings import claim_folder
+
+DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
+
+
+@dataclass
+class FinetuneArguments:
+    """What this recipe does beside the fine-tuning itself."""
+
+    _group_title: ClassVar[str] = "Recipe"
+
+    control: bool = field(
+        default=True,
+        metadata={
+            "help": "Also fine-tune without noise (same steps, batches, learning rate): what does the noise add?"
+        },
+    )
+    base_epochs: float = field(default=20, metadata={"help": "Small ViT: epochs of its training."})
+    base_learning_rate: float = field(default=2e-3, metadata={"help": "Small ViT: learning rate of its training."})
+    base_batch_size: int = field(default=64, metadata={"help": "Small ViT: images per step of its training."})
+    max_eval_images: int | None = field(default=2000, metadata={"help": "Measure on the first so many test images."})
+    fgsm: list[str] = field(
+        default_factory=lambda: ["1/255"],
+        metadata={"help": "Strengths of the FGSM attack, in pixels of [0, 1], for example 8/255."},
+    )
+    corruptions: list[str] = field(
+        default_factory=lambda: ["gaussian_noise", "contrast", "jpeg_compression"],
+        metadata={"help": "Corruptions that are generated to measure on."},
+    )
+    severities: list[int] = field(
+        default_factory=lambda: [3, 5], metadata={"help": "Severities of the corruptions, 1 to 5."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Delete an earlier run with other settings."})
+
+    def conditions(self) -> list[Condition]:
+        """What is measured before and after."""
+        try:
+            attacks = [Attacked(FGSM(float(Fraction(strength)))) for strength in self.fgsm]
+        except (ValueError, ZeroDivisionError) as error:
+            raise UsageError(f"fgsm={self.fgsm}: expected numbers like 8/255 or 0.03 ({error})") from error
+        corrupted = [Corrupted(name, severity) for name in self.corruptions for severity in self.severities]
+        return [Clean(), *attacks, *corrupted]
+
+
+def main() -> None:
+    recipe, model_args, data_args, config = parse(
+        (FinetuneArguments, ModelArguments, DataArguments, NullspaceConfig),
+        str(__doc__),
+        default_config=lambda words: None if any("_name" in word.partition("=")[0] for word in words) else DIGITS,
+    )
+    state = PartialState()
+
+    def say(text: str) -> None:
+        state.print(text, flush=True)
+
+    # Load
+    conditions = recipe.conditions()
+    output = Path(config.output_dir)
+    settings = {key: asdict(part) for key, part in (("recipe", recipe), ("model", model_args), ("data", data_args))}
+    with state.main_process_first():
+        claim_folder(output, settings | {"training": config.to_dict()}, overwrite=recipe.overwrite)
+        train_rows = load_rows(data_args, data_args.train_split, streaming=data_args.streaming)
+        eval_rows = load_rows(data_args, data_args.eval_split, streaming=data_args.streaming)
+    set_seed(config.seed)
+    classifier = load_classifier(model_args, train_rows, say)
+    train_set = training_images(data_args, train_rows, classifier, config.seed)
+    eval_set = evaluation_images(eval_rows, classifier, recipe.max_eval_images)
+    if model_args.model_name_or_path is None:
+        train_base_model(recipe, config, classifier, train_set, output / "base", state, say)
+
+    # Measure, fine-tune, measure what was written
+    def measure(folder: Path | str, revision: str | None = None) -> Any:
+        model = AutoModelForImageClassification.from_pretrained(
+            folder, revision=revision, config=classifier.model.config
+        )
+        pixel_model = PixelModel(
+            model.to(config.device).eval(), classifier.preprocessing.mean, classifier.preprocessing.std
+        )
+        batch_size = config.per_device_eval_batch_size
+        return evaluate(
+            pixel_model, eval_set, conditions, batch_size=batch_size, seed=config.seed, progress=not config.disable_tqdm
+        )
+
+    def finetune(objective: str, folder: Path) -> NullspaceTrainer:
+        say(f"Fine-tuning ({objective}): {config.rounds} rounds x {config.steps_per_round} steps of "
+            f"{config.global_batch_size} images")  # fmt: skip
+        args = copy.copy(config)
+        args.objective, args.output_dir = objective, str(folder)
+        trainer = NullspaceTrainer(
+            copy.deepcopy(classifier.model),
+            args,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            data_collator=collate,
+            processing_class=classifier.image_processor,
+        )
+        checkpoint = last_complete_checkpoint(folder, args.world_size)
+        if checkpoint is not None:
+            say(f"Going on from {checkpoint}")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.save_model()
+        trainer.accelerator.wait_for_everyone()
+        return trainer
+
+    say(f"Measuring before: {len(eval_set)} images, {len(conditions)} conditions")
+    if model_args.model_name_or_path is None:
+        results = {"before": measure(output / "base")}
+    elif classifier.labels.new_head:
+        results = {}  # a head that was not trained has no accuracy worth a column
+    else:
+        results = {"before": measure(model_args.model_name_or_path, model_args.model_revision)}
+    if recipe.control:
+        finetune("plain", output / "control")
+        results["plain"] = measure(output / "control")
+    trainer = finetune(config.objective, output)
+    results[config.objective] = measure(output)
+    if trainer.ema is not None:
+        results[f"{config.objective}, EMA"] = measure(output / "ema")
+
+    # Report
+    if state.is_main_process:
+        context = {
+            "images": f"{data_args.dataset_name}, split {data_args.eval_split}, first {len(eval_set)}",
+            "settings": settings | {"training": config.to_dict()},
+            "rounds": [{key: value for key, value in entry.items() if key != "trace"} for entry in trainer.history],
+        }
+        paths = write_report(results, output, context=context)
+        if trainer.history:
+            paths["noise"] = plot_history(trainer.history, config.epsilon, output / "noise.png")
+        say("\n" + terminal_table(results) + "\n")
+        say(f"Model, image processor and noises: {output}. Numbers: {paths['json']}. Picture: {paths['png']}")
+        say(f"Use it: pipeline('image-classification', model={str(output)!r})")
+
+
+def train_base_model(
+    recipe: FinetuneArguments,
+    config: NullspaceConfig,
+    classifier: Classifier,
+    train_set: Any,
+    folder: Path,
+    state: PartialState,
+    say: Any,
+) -> None:
+    """Train the small ViT with the plain Trainer, or take the one that an earlier start of this run left."""
+    if not folder.is_dir():
+        say(f"Training a small ViT for {recipe.base_epochs:g} epochs")
+        unfinished = folder.with_name(folder.name + ".part")
+        args = TrainingArguments(
+            output_dir=str(unfinished),
+            num_train_epochs=recipe.base_epochs,
+            learning_rate=recipe.base_learning_rate,
+            weight_decay=0.05,
+            warmup_steps=0.05,
+            lr_scheduler_type="cosine",
+            per_device_train_batch_size=max(recipe.base_batch_size // config.world_size, 1),
+            save_strategy="no",
+            logging_steps=config.logging_steps,
+            seed=config.seed,
+            use_cpu=config.use_cpu,
+            bf16=config.bf16,
+            torch_compile=config.torch_compile,
+            disable_tqdm=config.disable_tqdm,
+            dataloader_num_workers=config.dataloader_num_workers,
+            dataloader_pin_memory=config.dataloader_pin_memory,
+        )
+        trainer = Trainer(
+            classifier.model,
+            args,
+            train_dataset=train_set,
+            data_collator=collate,
+            processing_class=classifier.image_processor,
+        )
+        trainer.train()
+        trainer.save_model()
+        trainer.accelerator.wait_for_everyone()
+        if state.is_main_process:
+            shutil.move(unfinished, folder)
+        trainer.accelerator.wait_for_everyone()
+    trained = type(classifier.model).from_pretrained(folder)
+    classifier.model.to("cpu").load_state_dict(trained.state_dict())
+    classifier.model.config._name_or_path = str(folder)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,154 @@
+"""The command line of the recipes: YAML gives the defaults, options override them, and a typo is an error.
+
+accelerate launch recipes/finetune.py --config recipes/configs/digits.yaml --epsilon 0.1
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class UsageError(ValueError):
+    """The command line or the configuration file cannot be understood; the message is for the person who typed it."""
+
+
+def parse(
+    types: Sequence[Any],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    default_config: Callable[[Sequence[str]], Path | None] | None = None,
+) -> tuple[Any, ...]:
+    """One instance of every dataclass of ``types`` from ``--config FILE.yaml`` and options; options win.
+
+    ``default_config`` chooses the file where ``--config`` is not given, from the arguments. Options are grouped in
+    ``--help`` by the dataclass that defines the field (its ``_group_title``), fields of a parent class last.
+
+    Raises:
+        UsageError: for an unknown key or option, naming the nearest valid ones, and for values that do not fit.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _Parser(list(types), description=description, allow_abbrev=False)
+    _group(parser, types)
+    parser.add_argument("--config", metavar="FILE.yaml", help="Defaults for everything below; options override them.")
+    names = [field.name for kind in types for field in dataclasses.fields(kind) if field.init]
+    path = _config_path(arguments) or (default_config(arguments) if default_config else None)
+    if path is not None:
+        arguments = [*_as_options(_read(path), names, path), *arguments]
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        option = next((word for word in unknown if word.startswith("-")), unknown[0])
+        name = option.lstrip("-").partition("=")[0]
+        raise UsageError(_unknown(f"option {option!r}", name, [*names, "config", "help"], "--"))
+    made = []
+    for kind in types:
+        keys = {field.name for field in dataclasses.fields(kind) if field.init}
+        try:
+            made.append(kind(**{key: value for key, value in vars(namespace).items() if key in keys}))
+        except (ValueError, TypeError) as error:
+            raise UsageError(str(error)) from error
+    return tuple(made)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe; what its user can mend is one line on standard error and exit code 2, not a traceback.
+
+    ``HF_NULLSPACE_TRACEBACK=1`` shows the traceback all the same.
+    """
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        if os.environ.get("HF_NULLSPACE_TRACEBACK") or not _is_for_users(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_for_users(error: BaseException) -> bool:
+    """Errors that this package raises on purpose, and what files and the network answer; not bugs."""
+    if isinstance(error, OSError | FloatingPointError):
+        return True
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    raised_in = "" if place is None else place.tb_frame.f_globals.get("__name__", "")
+    return raised_in.partition(".")[0] in ("hf_nullspace", "__main__")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(message)
+
+
+def _group(parser: ArgumentParser, types: Sequence[Any]) -> None:
+    """Sort the options into the groups of the classes that define them, for ``--help``."""
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    titles: dict[str, str] = {}
+    for kind in types:
+        for parent in reversed(kind.__mro__):
+            for name in vars(parent).get("__annotations__", {}):
+                titles[name] = getattr(parent, "_group_title", parent.__name__)
+    order = [getattr(parent, "_group_title", parent.__name__) for kind in types for parent in kind.__mro__]
+    for group in [*parser._action_groups]:
+        # HfArgumentParser makes one group per class, parents' fields included; argparse has no public way to move one
+        group._group_actions = [action for action in group._group_actions if action.dest not in titles]
+    for title in dict.fromkeys(order):
+        members = [action for name, action in actions.items() if titles.get(name) == title]
+        if members:
+            group = parser.add_argument_group(title)
+            for action in members:
+                if action.option_strings[0].startswith("--no_"):
+                    action.help = SUPPRESS
+                group._group_actions.append(action)
+
+
+def _config_path(arguments: list[str]) -> Path | None:
+    for index, word in enumerate(arguments):
+        if word == "--config" and index + 1 < len(arguments):
+            return Path(arguments[index + 1])
+        if word.startswith("--config="):
+            return Path(word.partition("=")[2])
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        others = sorted(other.stem for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} has {', '.join(others)}" if others else ""
+        raise UsageError(f"no configuration file {path}{hint}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds {type(content).__name__}; expected lines of the form 'key: value'")
+    return content
+
+
+def _as_options(content: dict[str, Any], names: Sequence[str], path: Path) -> list[str]:
+    options: list[str] = []
+    for key, value in content.items():
+        if key not in names:
+            raise UsageError(_unknown(f"key {key!r} in {path}", str(key), names, ""))
+        if value is None:
+            continue
+        options.append(f"--{key}")
+        if isinstance(value, list):
+            options += [str(item) for item in value]
+        else:
+            options.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return options
+
+
+def _unknown(what: str, name: str, valid: Iterable[str], prefix: str) -> str:
+    near = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(prefix + word for word in near)}?" if near else "--help lists the valid ones"
+    return f"unknown {what}; {hint}"

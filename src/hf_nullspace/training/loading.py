@@ -1,0 +1,190 @@
+"""From names to a model and its data: what every recipe does before its own work begins."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import datasets
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_nullspace.models.patch_embedding import find_patch_embedding
+from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
+from hf_nullspace.training.augmentation import Augmentation
+from hf_nullspace.training.columns import DataError, class_names
+from hf_nullspace.training.data import ImageClassificationDataset, StreamingImageClassificationDataset
+from hf_nullspace.training.label_maps import LabelAlignment, align_labels
+from hf_nullspace.training.sources import load_image_dataset
+
+logger = logging.getLogger(__name__)
+
+
+def _help(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model: a pretrained one, or a small ViT that the recipe trains first."""
+
+    _group_title: ClassVar[str] = "Model"
+
+    model_name_or_path: str | None = _help(
+        None, "Hub id or folder of an image classifier with a patch embedding. Unset: a small ViT is trained first."
+    )
+    model_revision: str | None = _help(None, "Branch, tag or commit of the model on the Hub.")
+    image_size: int = _help(32, "Small ViT: side of its images in pixels.")
+    patch_size: int = _help(8, "Small ViT: side of a patch in pixels.")
+    hidden_size: int = _help(64, "Small ViT: features D; below 3 * patch_size^2 the patch embedding has a nullspace.")
+    num_hidden_layers: int = _help(4, "Small ViT: layers.")
+    num_attention_heads: int = _help(4, "Small ViT: attention heads.")
+    intermediate_size: int = _help(128, "Small ViT: width of the MLP.")
+
+
+@dataclass
+class DataArguments:
+    """Which images, and what is done to them for training."""
+
+    _group_title: ClassVar[str] = "Data"
+
+    dataset_name: str = _help("digits", "Hub id, folder of images or parquet files, or 'digits' (built in).")
+    dataset_config: str | None = _help(None, "Configuration of a Hub data set.")
+    dataset_revision: str | None = _help(None, "Branch, tag or commit of a Hub data set.")
+    train_split: str = _help("train", "Split to train on.")
+    eval_split: str = _help("test", "Split to measure on.")
+    image_column: str | None = _help(None, "Column of the images; found by itself if there is only one.")
+    label_column: str | None = _help(None, "Column of the labels; found by itself if it has a usual name.")
+    streaming: bool = _help(False, "Stream the data instead of downloading it.")
+    shuffle_buffer: int = _help(1000, "Streaming: images held to draw the next one from.")
+    crop_scale: float = _help(0.08, "RandomResizedCrop: smallest area of a crop, in (0, 1]; 1 switches it off.")
+    horizontal_flip: bool = _help(True, "Mirror half of the training images. Not for digits or text.")
+    max_train_images: int | None = _help(None, "Train on the first so many images only.")
+    skip_corrupt_images: bool = _help(False, "Replace images that cannot be decoded by the next one, with a warning.")
+
+    def augmentation(self) -> Augmentation | None:
+        """The random crop and flip that these settings ask for; None if neither."""
+        if self.crop_scale >= 1 and not self.horizontal_flip:
+            return None
+        ratio = (3 / 4, 4 / 3) if self.crop_scale < 1 else (1.0, 1.0)
+        scale = (min(self.crop_scale, 1.0), 1.0)
+        return Augmentation(scale=scale, ratio=ratio, flip=0.5 if self.horizontal_flip else 0.0)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model, its image processor, what that does to images, and how the data's labels become the model's."""
+
+    model: PreTrainedModel
+    image_processor: Any
+    preprocessing: Preprocessing
+    labels: LabelAlignment
+
+
+def load_rows(args: DataArguments, split: str, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+    """One split of the data set that the arguments name, with the columns ``image`` and ``label``."""
+    return load_image_dataset(
+        args.dataset_name,
+        split,
+        streaming=streaming,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        config_name=args.dataset_config,
+        revision=args.dataset_revision,
+    )
+
+
+def load_classifier(
+    args: ModelArguments, rows: datasets.Dataset | datasets.IterableDataset, say: Callable[[str], None]
+) -> Classifier:
+    """The model that the arguments name, with a head for the labels of ``rows``; ``say`` gets a line on the labels.
+
+    Raises:
+        NotAViTError: if the model has no patch embedding.
+        OSError: if there is no such model.
+        ValueError: if the processor's images do not fit the model.
+    """
+    names = class_names(rows)
+    if args.model_name_or_path is None:
+        if names is None:
+            raise DataError("the labels have no names, so the number of classes is not known; name a model instead")
+        model: PreTrainedModel = ViTForImageClassification(_small_vit(args, names))
+        processor = make_image_processor(args.image_size)
+        labels = align_labels(names, model.config)
+    else:
+        name, revision = args.model_name_or_path, args.model_revision
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        labels = align_labels(names, config, None if names is None else len(names))
+        say(labels.message)
+        config.id2label, config.label2id = labels.id2label, labels.label2id
+        model = AutoModelForImageClassification.from_pretrained(
+            name, revision=revision, config=config, ignore_mismatched_sizes=labels.new_head
+        )
+        processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+    find_patch_embedding(model)
+    preprocessing = Preprocessing.from_processor(processor)
+    preprocessing.check_fits(model.config)
+    return Classifier(model, processor, preprocessing, labels)
+
+
+def _small_vit(args: ModelArguments, names: list[str]) -> ViTConfig:
+    return ViTConfig(
+        image_size=args.image_size,
+        patch_size=args.patch_size,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        intermediate_size=args.intermediate_size,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+
+
+def training_images(
+    args: DataArguments, rows: datasets.Dataset | datasets.IterableDataset, classifier: Classifier, seed: int
+) -> torch.utils.data.Dataset[Any]:
+    """The training split as the model takes it, augmented; a stream if ``rows`` is one."""
+    options: dict[str, Any] = {
+        "augmentation": args.augmentation(),
+        "seed": seed,
+        "remap": classifier.labels.remap,
+        "num_labels": classifier.labels.num_labels,
+        "on_corrupt": "skip" if args.skip_corrupt_images else "error",
+    }
+    count = args.max_train_images
+    if isinstance(rows, datasets.IterableDataset):
+        rows = rows if count is None else rows.take(count)
+        return StreamingImageClassificationDataset(
+            rows, classifier.preprocessing, shuffle_buffer=args.shuffle_buffer, repeat=True, **options
+        )
+    rows = rows if count is None else rows.select(range(min(count, len(rows))))
+    return ImageClassificationDataset(rows, classifier.preprocessing, **options)
+
+
+def evaluation_images(
+    rows: datasets.Dataset | datasets.IterableDataset, classifier: Classifier, count: int | None
+) -> ImageClassificationDataset:
+    """The first ``count`` images (all, if None) to measure on: not augmented. Of a stream they are held, encoded.
+
+    Raises:
+        DataError: if a stream is given and no ``count``.
+    """
+    chosen: Any = rows
+    if isinstance(rows, datasets.IterableDataset):
+        if count is None:
+            raise DataError("a streamed evaluation split has no end that is known; set max_eval_images")
+        chosen = list(rows.cast_column("image", datasets.Image(decode=False)).take(count))
+    elif count is not None and count < len(rows):
+        chosen = rows.select(range(count))
+    return ImageClassificationDataset(
+        chosen, classifier.preprocessing, remap=classifier.labels.remap, num_labels=classifier.labels.num_labels
+    )
