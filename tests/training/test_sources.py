@@ -1,8 +1,10 @@
 """Data sources as files on disk, the traps of each layout, and one-line errors for everything that is not there."""
 
 import http.client
+import io
 import json
 import sys
+import tarfile
 
 import datasets
 import huggingface_hub
@@ -250,6 +252,20 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path):
     content = (tmp_path / "set" / "train.parquet").read_bytes()
     (tmp_path / "set" / "train.parquet").write_bytes(content[: len(content) // 2])
     assert "Cannot load the data set" in error_line(tmp_path / "set")
+
+
+def test_webdataset_shards(tmp_path):
+    (tmp_path / "wds").mkdir()
+    with tarfile.open(tmp_path / "wds" / "train-000.tar", "w") as shard:
+        for i in range(3):
+            for name, content in ((f"{i}.png", encoded(i)), (f"{i}.cls", str(2 - i).encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                shard.addfile(entry, io.BytesIO(content))
+    for streaming in (False, True):
+        rows = list(load_image_dataset(tmp_path / "wds", streaming=streaming))
+        assert [row["label"] for row in rows] == [2, 1, 0]
+        assert np.array_equal(np.array(rows[1]["image"]), np.array(picture(1)))
 
 
 def test_saved_to_disk(tmp_path):
