@@ -1,13 +1,19 @@
 """Which checkpoint a killed run can go on from, and how its weights are loaded without losing any."""
 
+import errno
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_nullspace.noise.artifact import WEIGHTS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -17,11 +23,22 @@ _WEIGHTS = (
     "adapter_model.safetensors",
     "pytorch_model_fsdp.bin",
     "pytorch_model_fsdp_0",
+    "latest",  # DeepSpeed's pointer to its own folder, which holds the optimizer as well
 )
+_OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
+_DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+)
+HISTORY_NAME = "nullspace_history.json"
 
 
 class NoCheckpointError(ValueError):
     """There is no checkpoint to go on from, or it is not whole."""
+
+
+class NotWrittenError(OSError):
+    """The disk is full, or cannot be written for another reason."""
 
 
 def missing_from(checkpoint: Path, processes: int) -> list[str]:
@@ -39,12 +56,50 @@ def missing_from(checkpoint: Path, processes: int) -> list[str]:
             missing.append(f"a trainer_state.json of its own (it is of step {state['global_step']})")
     except (OSError, ValueError, KeyError):
         missing.append("a readable trainer_state.json")
-    if not any((checkpoint / name).exists() for name in ("optimizer.pt", "optimizer.bin", "optimizer_0")):
+    if not any((checkpoint / name).exists() for name in _OPTIMIZERS):
         missing.append("the optimizer")
     if not (checkpoint / "scheduler.pt").exists():
         missing.append("the scheduler")
+    if _has_history(checkpoint) and not (checkpoint / WEIGHTS_NAME).exists():
+        missing.append("the noise")
     names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     return missing + [name for name in names if not (checkpoint / name).exists()]
+
+
+def _has_history(checkpoint: Path) -> bool:
+    path = checkpoint / HISTORY_NAME
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else False
+    except ValueError:
+        return True
+
+
+@contextmanager
+def one_clear_error(folder: Path | str) -> Iterator[None]:
+    """Turn what several libraries raise when a disk is full, or cannot be written, into one error that says it.
+
+    Raises:
+        NotWrittenError: naming the folder, the cause, and how to go on.
+    """
+    try:
+        yield
+    except NotWrittenError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, OSError):
+            written = error.errno not in _DISK_ERRORS  # the Hub's errors are OSErrors, too
+        elif isinstance(error, RuntimeError):
+            written = "inline_container" not in lines[0] and "PytorchStreamWriter" not in lines[0]  # torch.save
+        else:
+            written = False
+        if written:
+            raise
+        raise NotWrittenError(
+            (isinstance(error, OSError) and error.errno) or errno.EIO,
+            f"could not write {folder} ({lines[0]}). Check the disk's free space and permissions, then go on from the "
+            "last whole checkpoint with resume_from_checkpoint=True; what is half written is not used",
+        ) from error
 
 
 def last_complete_checkpoint(folder: Path | str, processes: int = 1) -> Path | None:
@@ -75,6 +130,22 @@ def check_complete(checkpoint: Path | str, processes: int = 1) -> Path:
             "checkpoint that is whole"
         )
     return path
+
+
+def checkpoint_to_resume(resume: Path | str | bool | None, folder: Path | str, processes: int) -> Path | None:
+    """What ``resume_from_checkpoint`` means: ``True`` is the last whole checkpoint in ``folder``.
+
+    Raises:
+        NoCheckpointError: if there is none, or the one that is named is not whole.
+    """
+    if not resume:
+        return None
+    if resume is not True:
+        return check_complete(resume, processes)
+    last = last_complete_checkpoint(folder, processes)
+    if last is None:
+        raise NoCheckpointError(f"no checkpoint that is whole in {folder}; start without resuming")
+    return last
 
 
 def load_weights(model: PreTrainedModel, folder: Path | str) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import IterableDataset as HubStream
+from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -53,7 +55,8 @@ def noise_stream(
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         share = _share(batch_size, rank, processes)
         count = -(-_share(held_out_images, rank, processes) // share)  # whole batches, the last one cut below
-        workers = min(num_workers, getattr(dataset, "num_shards", 0))
+        shards = getattr(dataset, "num_shards", 0)
+        workers = min(num_workers, shards // processes if shards % processes == 0 else shards)
         rows = _Restarted(dataset, derive_seed(seed, round), rank, processes, held_out_batches=count, batch_size=share)
         loader = DataLoader(rows, share, collate_fn=collate, num_workers=workers, generator=_generator(seed, round))
         batches = (_images(batch, input_name) for batch in loader)
@@ -65,6 +68,11 @@ def noise_stream(
         raise ValueError("the training set is empty: no image to learn a noise on")
     order = torch.randperm(len(dataset), generator=_generator(seed, round)).tolist()
     held_out_images = min(held_out_images, len(dataset) // 4)
+    if 0 < held_out_images < processes:
+        raise ValueError(
+            f"{held_out_images} held-out images (of {len(dataset)}) are less than one for each of {processes} "
+            "processes; raise held_out_images, or use more data or fewer processes"
+        )
     held, pool = order[:held_out_images], order[held_out_images:]
 
     def drawn() -> Iterator[list[int]]:
@@ -89,7 +97,9 @@ def own_randomness(seed: int) -> Iterator[None]:
     So that data sets which draw from global generators neither disturb the training nor depend on it.
     """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what a user's data set may draw from)
-    with torch.random.fork_rng():
+    # One GPU at most is this process's own; by default fork_rng would open a context on all of them, and warn.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.manual_seed(seed)
@@ -121,6 +131,13 @@ def _images(batch: dict[str, Any], input_name: str) -> Tensor:
     return batch[input_name]
 
 
+def _splitter(dataset: Any) -> Callable[[int, int], Any] | None:
+    """What gives one process's part of a streaming data set, if anything does."""
+    if isinstance(dataset, HubStream):
+        return lambda rank, processes: split_dataset_by_node(dataset, rank, processes)
+    return dataset.split if callable(getattr(dataset, "split", None)) else None
+
+
 class _Endless:
     """Batches of indices without an end, as a batch sampler."""
 
@@ -146,8 +163,8 @@ class _Restarted(IterableDataset[Any]):
         if hasattr(dataset, "shuffle") and not hasattr(dataset, "with_stream"):
             dataset = dataset.shuffle(seed=seed % 2**32, buffer_size=_SHUFFLE_BUFFER)
         self._first, self._step = rank, processes
-        if processes > 1 and hasattr(dataset, "split"):
-            dataset = dataset.split(rank, processes)
+        if processes > 1 and (split := _splitter(dataset)) is not None:
+            dataset = split(rank, processes)
             self._first, self._step = 0, 1
         self._dataset = dataset
         self._held_out_batches, self._batch_size = held_out_batches, batch_size
@@ -157,13 +174,15 @@ class _Restarted(IterableDataset[Any]):
         own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         held_out = self._batch_size * len(range(own, self._held_out_batches, workers))
         for epoch in itertools.count():
-            if iter(self._dataset) is self._dataset:
+            if epoch == 0 and iter(self._dataset) is iter(self._dataset):
                 raise ValueError("the training stream can be read only once; give a data set that can be begun again")
             count = 0
             for row in itertools.islice(self._dataset, self._first, None, self._step):
                 count += 1
                 if epoch == 0 or count > held_out:
                     yield row
+            if count == 0:
+                raise ValueError("the training stream is empty; check the split's name and the data files")
             if count <= held_out:
                 raise ValueError(
                     f"the training stream has {count} images for this reader, and {held_out} of them are to be held "

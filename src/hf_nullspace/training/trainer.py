@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -21,16 +20,26 @@ from hf_nullspace.files import write_json
 from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise, unwrap
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, NoiseProvenance, NullspaceNoise, bank_file_name, model_hash
 from hf_nullspace.noise.learning import NoiseHistory, derive_seed, learn_noise
-from hf_nullspace.training.checkpoints import NoCheckpointError, check_complete, last_complete_checkpoint, load_weights
+from hf_nullspace.training.checkpoints import (
+    HISTORY_NAME,
+    checkpoint_to_resume,
+    load_weights,
+    one_clear_error,
+)
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.ema import FOLDER as EMA_FOLDER
 from hf_nullspace.training.ema import EmaCallback
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
-from hf_nullspace.training.objectives import Objective, make_objective
+from hf_nullspace.training.objectives import (
+    Objective,
+    check_head,
+    check_labels,
+    make_objective,
+    two_views,
+    view_loss,
+)
 
 logger = logging.getLogger(__name__)
-
-HISTORY_NAME = "nullspace_history.json"
 
 
 class NullspaceTrainer(Trainer):
@@ -51,7 +60,6 @@ class NullspaceTrainer(Trainer):
 
     args: NullspaceConfig
     model: Any
-    objective: Objective
 
     def __init__(
         self,
@@ -83,7 +91,7 @@ class NullspaceTrainer(Trainer):
             )
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
             raise ValueError("the training set is empty; check the split's name and the data files")
-        self.objective = make_objective(self.args.objective)
+        self._objective: Objective = make_objective(self.args.objective)  # `objective` is the Trainer's, in a search
         self.ema: EmaCallback | None = None
         if self.args.ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
@@ -99,14 +107,7 @@ class NullspaceTrainer(Trainer):
 
     def _attach(self, model: nn.Module) -> None:
         """Put the hook on the model, before anything is compiled; refuse heads that the loss is not made for."""
-        config = getattr(unwrap(model), "config", None)
-        problem, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
-        if problem in ("multi_label_classification", "regression") or labels == 1:
-            kind = "regression" if labels == 1 or problem == "regression" else "multi-label classification"
-            raise ValueError(
-                f"the model's head is for {kind}; nullspace fine-tuning compares class probabilities and trains with "
-                "cross-entropy, which need one label per image out of at least two"
-            )
+        check_head(getattr(unwrap(model), "config", None))
         if self._hook is not None:
             self._hook.remove()
         self._hook = PatchEmbeddingNoise(model, self._patch_embedding)
@@ -115,9 +116,13 @@ class NullspaceTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's step; the first micro-batch of every S-th optimizer step learns the round's noise before it."""
+        if "labels" not in inputs:
+            raise ValueError(f"training rows have {sorted(inputs)} but no 'labels'; name the label column")
+        if self.compute_loss_func is None:
+            check_labels(inputs["labels"], getattr(getattr(unwrap(self.model), "config", None), "num_labels", None))
         round_ = self.state.global_step // self.args.steps_per_round  # type: ignore[operator]
         if round_ != self._round:
-            self.noise = self.objective.round_noise(lambda: self._learn(model, round_))
+            self.noise = self._objective.round_noise(lambda: self._learn(model, round_))
             self._round = round_
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -127,18 +132,11 @@ class NullspaceTrainer(Trainer):
         """Training: CE(z, y) + CE(z', y) of both views in one forward pass (line 19). Evaluation: the Trainer's."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if "labels" not in inputs:
-            raise ValueError(f"training rows have {sorted(inputs)} but no 'labels'; name the label column")
         labels = inputs["labels"]
-        views = {
-            name: torch.cat([value, value]) if isinstance(value, Tensor) and len(value) == len(labels) else value
-            for name, value in inputs.items()
-            if name != "labels"
-        }
         assert self._hook is not None
         noise = None if self.noise is None else self.noise.tensor.to(labels.device)
         with self._hook.adding(noise, NoiseMode.SECOND_HALF) if noise is not None else nullcontext():
-            logits = model(**views).logits
+            logits = model(**two_views(inputs)).logits
         clean, noisy = logits.chunk(2)
         loss = self._view_loss(clean, labels, num_items_in_batch) + self._view_loss(noisy, labels, num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -146,18 +144,11 @@ class NullspaceTrainer(Trainer):
         return (loss, ImageClassifierOutput(logits=clean)) if return_outputs else loss
 
     def _view_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> Tensor:
-        """Cross-entropy of one view: the sum over its images / all images of the step, or the mean if not counted."""
+        """The loss of one view; a ``compute_loss_func`` of the user is asked for each view."""
         if self.compute_loss_func is not None:
             outputs = ImageClassifierOutput(logits=logits)
             return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-        counted = num_items_in_batch is not None
-        loss = cross_entropy(
-            logits.to(torch.promote_types(torch.float32, logits.dtype)),
-            labels,
-            reduction="sum" if counted else "mean",
-            label_smoothing=self.args.label_smoothing_factor,
-        )
-        return loss / num_items_in_batch if counted else loss
+        return view_loss(logits, labels, num_items_in_batch, self.args.label_smoothing_factor)
 
     # ---- one round
 
@@ -238,8 +229,9 @@ class NullspaceTrainer(Trainer):
         self.history = [*self.history[:round_], entry]
         folder = Path(self._get_output_dir(getattr(self, "_trial", None)))
         if self.args.should_save:
-            noise.save(folder / "noises" / bank_file_name(round_))
-            write_json(folder / HISTORY_NAME, self.history)
+            with one_clear_error(folder):
+                noise.save(folder / "noises" / bank_file_name(round_))
+                write_json(folder / HISTORY_NAME, self.history)
         if history.stopped != "epsilon" and self.is_world_process_zero():
             outcome = "scaled into it" if history.stopped == "rescaled" else "used as it is"
             logger.warning(
@@ -257,16 +249,15 @@ class NullspaceTrainer(Trainer):
         Raises:
             NoCheckpointError: if there is none, or the one that is named is not whole.
         """
-        folder: Path | None = None
-        if resume_from_checkpoint is True:
-            folder = last_complete_checkpoint(str(self.args.output_dir), self.args.world_size)
-            if folder is None:
-                raise NoCheckpointError(
-                    f"no checkpoint that is whole in {self.args.output_dir}; start without resuming"
-                )
-        elif resume_from_checkpoint:
-            folder = check_complete(resume_from_checkpoint, self.args.world_size)
+        self._restored = False
+        folder = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.args.world_size)
         return super().train(str(folder) if folder else None, *positional, **named)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        steps = self.args.max_steps
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self.args.settle_after_trial(steps)
 
     def _begin(self) -> None:
         """A run begins: afresh, also when ``auto_find_batch_size`` begins again; or goes on from a checkpoint."""
@@ -279,11 +270,16 @@ class NullspaceTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's, with the present noise, the history and the averaged weights beside the model's."""
         folder = Path(output_dir or str(self.args.output_dir))
-        if self.args.should_save:
-            self._save_noise(folder)
-            if self.ema is not None:
-                self.ema.save(folder)
-        super().save_model(output_dir, _internal_call)
+        with one_clear_error(folder):
+            if self.args.should_save:
+                self._save_noise(folder)
+                if self.ema is not None:
+                    self.ema.save(folder)
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with one_clear_error(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def _save_noise(self, folder: Path) -> None:
         if self.noise is not None:
@@ -314,6 +310,8 @@ class NullspaceTrainer(Trainer):
             load_weights(self.model, Path(best) / EMA_FOLDER if averaged else best)  # transformers #48805, as above
         else:
             super()._load_best_model()
+        if best and (Path(best) / WEIGHTS_NAME).exists():
+            self.noise = NullspaceNoise.load(Path(best) / WEIGHTS_NAME)  # saved beside the weights: those it was for
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -346,10 +344,16 @@ class NullspaceTrainer(Trainer):
 
 
 class _RunBegins(TrainerCallback):
-    """Tells the trainer that a training loop begins; the Trainer has no method of its own for that moment."""
+    """Tells the trainer that a training loop begins, and the data set which epoch; the Trainer has no method for it."""
 
     def __init__(self, trainer: NullspaceTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._begin()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # accelerate 1.15 tells it to a map-style data set only if there is one process and nothing was skipped.
+        data: Any = self._trainer.train_dataset
+        if hasattr(data, "set_epoch") and hasattr(data, "__len__"):
+            data.set_epoch(int(state.epoch or 0))

@@ -1,0 +1,120 @@
+"""Tiny data sets and settings for the trainer's tests: every run takes well under a second."""
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from hf_nullspace.training.config import NullspaceConfig
+from hf_nullspace.training.trainer import NullspaceTrainer
+from tiny_models import tiny_model
+
+
+class Images(torch.utils.data.Dataset):
+    """Random images with labels; ``jitter`` draws an augmentation from (seed, epoch, index), as the real ones do."""
+
+    def __init__(self, count=40, dtype=torch.float32, jitter=0.0, labels=5, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.pixel_values = torch.randn(count, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
+        self.labels = torch.randint(labels, (count,), generator=generator)
+        self.jitter, self.key = jitter, ("epoch", 0)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        image = self.pixel_values[index]
+        if self.jitter:
+            kind = 0 if self.key[0] == "epoch" else 1
+            generator = np.random.default_rng((kind, *self.key[1:], index))
+            image = image + self.jitter * torch.from_numpy(generator.standard_normal(image.shape)).to(image.dtype)
+        return {"pixel_values": image, "labels": self.labels[index]}
+
+    def set_epoch(self, epoch):
+        self.key = ("epoch", epoch)
+
+
+class Recorder(torch.nn.Module):
+    """Keeps the images that a model's patch embedding is given, in the order of the forward passes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.seen = []
+        model.get_input_embeddings().register_forward_pre_hook(self._keep)
+
+    def _keep(self, module, args):
+        self.seen.append((torch.is_grad_enabled(), args[0].detach().clone()))
+
+
+def config(folder, **given):
+    """Two rounds of two steps, four noise steps each, nothing saved, on the CPU."""
+    short = {
+        "output_dir": str(folder),
+        "rounds": 2,
+        "steps_per_round": 2,
+        "per_device_train_batch_size": 8,
+        "noise_max_steps": 4,
+        "noise_batch_size": 8,
+        "held_out_images": 8,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    if "rounds" in given and given["rounds"] is None:
+        del short["rounds"], short["steps_per_round"]
+    return NullspaceConfig(**{**short, **given})
+
+
+def parameters_of(model):
+    """Name -> a copy of each parameter."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(ours, theirs, **tolerance):
+    """Two dictionaries of tensors are equal: bit for bit, or within ``rtol`` and ``atol``."""
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if tolerance:
+            torch.testing.assert_close(value, theirs[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        else:
+            assert torch.equal(value, theirs[name]), name
+
+
+def assert_differs(ours, theirs):
+    """Some tensor differs."""
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class RoundRecorder(TrainerCallback):
+    """(optimizer step, round) whenever a noise was learned."""
+
+    def __init__(self):
+        self.rounds = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "noise/round" in logs:
+            self.rounds.append((state.global_step, logs["noise/round"]))
+
+
+def trained(folder, model=None, data=None, **given):
+    """A trainer after its run; in float64 unless model and data are given."""
+    names = ("callbacks", "compute_loss_func", "compute_metrics", "eval_dataset")
+    named = {name: given.pop(name) for name in names if name in given}
+    data = data if data is not None else Images(dtype=torch.float64)
+    model = model if model is not None else tiny_model().double()
+    trainer = NullspaceTrainer(model, config(folder, **given), train_dataset=data, **named)
+    trainer.train()
+    return trainer
+
+
+def train_batches(recorder):
+    """The images of the training forward passes: batches [x; x]."""
+    halves = [images.chunk(2) for _, images in recorder.seen if len(images) % 2 == 0]
+    return [clean for clean, noisy in halves if torch.equal(clean, noisy)]
+
+
+def accuracy(prediction):
+    """A ``compute_metrics``."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
