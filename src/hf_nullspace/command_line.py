@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import sys
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ def parse(
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _Parser(list(types), description=description, allow_abbrev=False)
+    parser.usage = "%(prog)s [--config FILE.yaml] [--option value ...]"
+    parser.formatter_class = _Help
     _group(parser, types)
     parser.add_argument("--config", metavar="FILE.yaml", help="Defaults for everything below; options override them.")
     names = [field.name for kind in types for field in dataclasses.fields(kind) if field.init]
@@ -81,6 +83,10 @@ def _is_for_users(error: BaseException) -> bool:
         place = place.tb_next
     raised_in = "" if place is None else place.tb_frame.f_globals.get("__name__", "")
     return raised_in.partition(".")[0] in ("hf_nullspace", "__main__")
+
+
+class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """The recipe's description as it is written, and the default of every option."""
 
 
 class _Parser(HfArgumentParser):

@@ -1,6 +1,5 @@
 """From names to a model and its data: what every recipe does before its own work begins."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -19,12 +18,12 @@ from transformers import (
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.training.augmentation import Augmentation
-from hf_nullspace.training.columns import DataError, class_names
+from hf_nullspace.training.columns import DataError, class_names, num_classes
 from hf_nullspace.training.data import ImageClassificationDataset, StreamingImageClassificationDataset
 from hf_nullspace.training.label_maps import LabelAlignment, align_labels
 from hf_nullspace.training.sources import load_image_dataset
 
-logger = logging.getLogger(__name__)
+_HEAD_NAMES = ("classifier", "cls_classifier", "distillation_classifier")
 
 
 def _help(default: Any, text: str) -> Any:
@@ -119,19 +118,42 @@ def load_classifier(
         processor = make_image_processor(args.image_size)
         labels = align_labels(names, model.config)
     else:
-        name, revision = args.model_name_or_path, args.model_revision
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        labels = align_labels(names, config, None if names is None else len(names))
+        try:
+            model, processor, labels = _pretrained(args.model_name_or_path, args.model_revision, rows, names)
+        except OSError as error:
+            raise OSError(f"cannot load the model {args.model_name_or_path!r}: {error}") from error
         say(labels.message)
-        config.id2label, config.label2id = labels.id2label, labels.label2id
-        model = AutoModelForImageClassification.from_pretrained(
-            name, revision=revision, config=config, ignore_mismatched_sizes=labels.new_head
-        )
-        processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
     find_patch_embedding(model)
     preprocessing = Preprocessing.from_processor(processor)
     preprocessing.check_fits(model.config)
     return Classifier(model, processor, preprocessing, labels)
+
+
+def _pretrained(
+    name: str, revision: str | None, rows: datasets.Dataset | datasets.IterableDataset, names: list[str] | None
+) -> tuple[PreTrainedModel, Any, LabelAlignment]:
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    labels = align_labels(names, config, None if isinstance(rows, datasets.IterableDataset) else num_classes(rows))
+    config.id2label, config.label2id = labels.id2label, labels.label2id
+    model = AutoModelForImageClassification.from_pretrained(
+        name, revision=revision, config=config, ignore_mismatched_sizes=labels.new_head
+    )
+    if labels.new_head:  # of the same size it would keep the weights of other classes
+        _new_head(model)
+    return model, AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil"), labels
+
+
+def _new_head(model: PreTrainedModel) -> None:
+    heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] in _HEAD_NAMES]
+    linear = [layer for head in heads for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
+    if not linear:
+        raise ValueError(
+            f"{type(model).__name__} has no module named {' or '.join(_HEAD_NAMES)}; name a model with one"
+        )
+    for layer in linear:
+        torch.nn.init.trunc_normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            torch.nn.init.zeros_(layer.bias)
 
 
 def _small_vit(args: ModelArguments, names: list[str]) -> ViTConfig:
