@@ -23,6 +23,7 @@ ORDER = [
     "noise.influence",
     "noise.pixels",
     "noise.artifact",
+    "noise.probe",
     "noise.learning",
     "noise.plots",
     "noise.closure",

@@ -180,7 +180,9 @@ def embedding_shape(model: nn.Module, pixel_values: Tensor, patch_embedding: nn.
     if projection is None:
         raise NotAViTError(_not_a_vit(type(unwrap(model)).__name__))
     weight = projection.weight
-    output = module(pixel_values[:1].to(device=weight.device, dtype=weight.dtype))
+    image = pixel_values[:1].to(device=weight.device, dtype=weight.dtype)
+    sharded = hasattr(weight, "full_tensor")  # FSDP2, which wants its root, the whole model, to be called first
+    output = _output_inside(model, module, image) if sharded else module(image)
     embeddings = output[0] if isinstance(output, tuple) else output
     rows, columns = (
         size // kernel for size, kernel in zip(pixel_values.shape[-2:], projection.kernel_size, strict=True)
@@ -197,3 +199,13 @@ def embedding_shape(model: nn.Module, pixel_values: Tensor, patch_embedding: nn.
             f"{rows} x {columns}; tokens other than patches have to be added after it"
         )
     return EmbeddingShape(patches, features, (rows, columns))
+
+
+def _output_inside(model: nn.Module, module: nn.Module, pixel_values: Tensor) -> Any:
+    outputs: list[Any] = []
+    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        model(pixel_values=pixel_values)
+    finally:
+        handle.remove()
+    return outputs[0]

@@ -9,7 +9,6 @@ the same noise and stops at the same step.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from hf_nullspace import __version__
 from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise, embedding_shape, unwrap
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, model_hash
-from hf_nullspace.noise.influence import centred_norm, noise_influence, scale_to_influence
+from hf_nullspace.noise.influence import centred_norm, scale_to_influence
+from hf_nullspace.noise.probe import Probe, frozen
 
 
 class NoiseNotLearnedError(RuntimeError):
@@ -147,12 +147,7 @@ def learn_noise(
         ValueError: if the batches run out, or held-out images are needed and missing.
     """
     settings = settings or NoiseSettings()
-    needs_held_out = settings.epsilon is not None and (settings.stop_on, settings.on_limit) != ("minibatch", "use")
-    if needs_held_out and not held_out and not (settings.stop_on == "minibatch" and settings.on_limit == "error"):
-        raise ValueError(
-            f"stop_on={settings.stop_on!r} with on_limit={settings.on_limit!r} measures the influence on held-out "
-            "images: pass held_out=[pixel_values, ...], or stop_on='minibatch' and on_limit='use'"
-        )
+    needs_held_out = settings.epsilon is not None and (settings.stop_on == "held_out" or settings.on_limit == "rescale")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     begin = time.perf_counter()
@@ -167,8 +162,13 @@ def learn_noise(
     noise = noise.to(device=parameter.device, dtype=dtype).requires_grad_()
     history = NoiseHistory()
     try:
-        with _frozen(model):
-            probe = _Probe(model, hook, held_out, chunk_size)
+        with frozen(model):
+            probe = Probe(model, hook, held_out, chunk_size, spare=first[:1])
+            if needs_held_out and not probe.held_out_images:
+                raise ValueError(
+                    f"stop_on={settings.stop_on!r} with on_limit={settings.on_limit!r} measures the influence on "
+                    "held-out images: pass held_out=[pixel_values, ...], or stop_on='minibatch' and on_limit='use'"
+                )
             _descend(probe, noise, first, stream, settings, history, on_step)
             _finish(probe, noise, settings, history)
     finally:
@@ -189,7 +189,7 @@ def learn_noise(
 
 
 def _descend(
-    probe: "_Probe",
+    probe: Probe,
     noise: Tensor,
     first: Tensor,
     stream: Iterator[Tensor],
@@ -225,13 +225,14 @@ def _descend(
             batch = _next(stream, history.steps, settings)
 
 
-def _finish(probe: "_Probe", noise: Tensor, settings: NoiseSettings, history: NoiseHistory) -> None:
+def _finish(probe: Probe, noise: Tensor, settings: NoiseSettings, history: NoiseHistory) -> None:
     """Decide what becomes of a noise that T steps left outside the epsilon region; measure what is returned."""
     if history.stopped == "steps" and settings.epsilon is not None:
         if settings.on_limit == "error":
+            held_out = f", {probe.held_out_influence(noise):.4g} on held-out images" if probe.held_out_images else ""
             raise NoiseNotLearnedError(
-                f"{settings.max_steps} steps left the influence at {history.influence[-1]:.4g}, epsilon is "
-                f"{settings.epsilon}; raise max_steps (T) or epsilon, lower noise_limit (A), "
+                f"{settings.max_steps} steps left the influence at {history.influence[-1]:.4g} on the last minibatch"
+                f"{held_out}; epsilon is {settings.epsilon}: raise max_steps (T) or epsilon, lower noise_limit (A), "
                 "or choose on_limit='use' or 'rescale'"
             )
         if settings.on_limit == "rescale":
@@ -263,89 +264,6 @@ def _next(stream: Iterator[Tensor], step: int, settings: NoiseSettings) -> Tenso
         raise ValueError(
             f"the batches ran out at noise step {step}; up to {settings.max_steps + 1} are needed: repeat the data"
         ) from None
-
-
-class _Probe:
-    """A frozen model, asked for logits with and without a noise; clean logits of held-out images are kept."""
-
-    def __init__(
-        self, model: nn.Module, hook: PatchEmbeddingNoise, held_out: Sequence[Tensor], chunk_size: int | None
-    ) -> None:
-        self.model, self.hook, self.chunk_size = model, hook, chunk_size
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self.held_out = [chunk for batch in held_out for chunk in self.chunks(batch)]
-        with torch.no_grad():
-            self.clean = [self.logits(self.prepare(chunk)) for chunk in self.held_out]
-        count = torch.tensor(sum(len(chunk) for chunk in self.held_out), device=self.device)
-        self.held_out_images = int(sum_over_processes(count))
-
-    def chunks(self, batch: Tensor) -> Sequence[Tensor]:
-        """``batch`` in pieces of at most ``chunk_size`` images."""
-        return batch.split(self.chunk_size) if self.chunk_size else [batch]
-
-    def prepare(self, pixel_values: Tensor) -> Tensor:
-        """The images where, and as, the model wants them."""
-        return pixel_values.to(self.device, self.dtype, non_blocking=True)
-
-    def logits(self, pixel_values: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Logits (b, K) in at least float32."""
-        with self.hook.adding(noise) if noise is not None else nullcontext():
-            logits = self.model(pixel_values=pixel_values).logits
-        return logits.to(torch.promote_types(torch.float32, logits.dtype))
-
-    def measure(self, batch: Tensor, noise: Tensor, *, squared: bool) -> tuple[float, float, Tensor]:
-        """Influence, loss and its gradient (1, N, D), as means over the images of all processes.
-
-        One message of N x D + 3 numbers per step: the gradient, the influence, the loss and the number of images.
-        """
-        sums = noise.new_zeros(noise.numel() + 3)
-        for chunk in self.chunks(batch):
-            images = self.prepare(chunk)
-            with torch.no_grad():
-                clean = self.logits(images)
-            noisy = self.logits(images, noise)
-            distance = torch.linalg.vector_norm(noisy - clean, dim=-1)
-            loss = (distance.square() if squared else distance).sum()
-            (gradient,) = torch.autograd.grad(loss, [noise])
-            influence = noise_influence(clean, noisy.detach()) * len(chunk)
-            sums += torch.cat([gradient.flatten(), influence[None], loss.detach()[None], sums.new_tensor([len(chunk)])])
-        sums = sum_over_processes(sums)
-        means = sums[:-1] / sums[-1]
-        influence_mean, loss_mean = means[-2:].tolist()
-        return influence_mean, loss_mean, means[:-2].reshape(noise.shape)
-
-    @torch.no_grad()
-    def held_out_influence(self, noise: Tensor) -> float:
-        """Influence of ``noise`` on all held-out images of all processes."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch, clean in zip(self.held_out, self.clean, strict=True):
-            total += noise_influence(clean, self.logits(self.prepare(batch), noise)).double() * len(batch)
-        return float(sum_over_processes(total)) / self.held_out_images
-
-
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """``tensor`` summed, in place, over all processes of the default group, if there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients for parameters inside; every module and parameter as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _provenance_of(model: nn.Module) -> NoiseProvenance:
