@@ -1,0 +1,158 @@
+"""Learn one nullspace noise, or a bank of them, for any image classifier with a patch embedding, and keep it.
+
+    accelerate launch recipes/learn_noise.py --model_name_or_path M --dataset_name D --output_dir noises/M
+    accelerate launch recipes/learn_noise.py --model_name_or_path M --dataset_name D --count 10 --epsilon 0.03
+    accelerate launch recipes/learn_noise.py --model_name_or_path M --dataset_name D --epsilon none --norm_weight 1.0
+
+Writes to --output_dir: nullspace_noise.safetensors and .json (one noise) or round-000.safetensors ... (a bank),
+history.json and history.png. The last form is the exploratory one of equation 6. A bank that was interrupted goes on.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from tqdm.auto import tqdm
+
+from accelerate import PartialState
+from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.files import write_json
+from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, bank_file_name, model_hash
+from hf_nullspace.noise.learning import NoiseSettings, derive_seed, learn_noise
+from hf_nullspace.noise.plots import plot_history
+from hf_nullspace.training.data import collate
+from hf_nullspace.training.loading import DataArguments, ModelArguments, load_classifier, load_rows, training_images
+from hf_nullspace.training.noise_stream import noise_stream, own_randomness
+from hf_nullspace.training.run_settings import claim_folder
+
+
+@dataclass
+class NoiseArguments:
+    """How the noises are learned, and where they go. The defaults are those of the fine-tuning's default preset."""
+
+    _group_title: ClassVar[str] = "Noise"
+
+    output_dir: str = field(default="outputs/noise", metadata={"help": "Folder for the noises."})
+    count: int = field(default=1, metadata={"help": "How many noises to learn, each from a start of its own."})
+    epsilon: str = field(default="0.03", metadata={"help": "Threshold on the influence in (0, 2], or 'none' (eq. 6)."})
+    noise_limit: float = field(default=3.0, metadata={"help": "A: the noise starts as U(-A, A)."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Learning rate of the noise."})
+    max_steps: int = field(default=3000, metadata={"help": "T: the most gradient steps of one noise."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decay of the noise (the paper: 0.01)."})
+    loss: str = field(default="l2", metadata={"help": "'l2' (equation 10) or 'squared_l2' (Algorithm 1, line 12)."})
+    stop_on: str = field(default="held_out", metadata={"help": "Test epsilon on 'held_out' images or one 'minibatch'."})
+    on_limit: str = field(default="use", metadata={"help": "After T steps outside epsilon: 'use', 'rescale', 'error'."})
+    norm_weight: float = field(default=0.0, metadata={"help": "lambda of equation 6."})
+    norm: str = field(default="centred", metadata={"help": "The norm in equation 6: 'centred' or 'raw'."})
+    batch_size: int = field(default=128, metadata={"help": "Images per noise step over all processes."})
+    held_out_images: int = field(default=512, metadata={"help": "Images on which the influence is measured."})
+    chunk_size: int | None = field(default=None, metadata={"help": "At most so many images in the model at once."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
+    seed: int = field(default=42, metadata={"help": "Seed; noise k is learned from (seed, k)."})
+    bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast; the noise stays float32."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
+
+    def settings(self) -> NoiseSettings:
+        """The settings of one noise."""
+        if self.count < 1:
+            raise UsageError(f"count={self.count}: expected at least 1 noise")
+        try:
+            epsilon = None if self.epsilon.lower() == "none" else float(self.epsilon)
+        except ValueError:
+            raise UsageError(f"epsilon={self.epsilon!r}: expected a number in (0, 2], or none") from None
+        names = NoiseSettings.__dataclass_fields__.keys() - {"epsilon"}
+        return NoiseSettings(epsilon=epsilon, **{name: getattr(self, name) for name in names})
+
+
+def main() -> None:
+    args, model_args, data_args = parse((NoiseArguments, ModelArguments, DataArguments), str(__doc__))
+    settings = args.settings()
+    if model_args.model_name_or_path is None:
+        raise UsageError("no model: pass --model_name_or_path (a Hub id or a folder)")
+    state = PartialState(cpu=args.use_cpu)
+    output = Path(args.output_dir)
+
+    # Load
+    with state.main_process_first():
+        claim_folder(output, {"noise": asdict(args), "model": asdict(model_args), "data": asdict(data_args)})
+        rows = load_rows(data_args, data_args.train_split, streaming=data_args.streaming)
+    classifier = load_classifier(model_args, rows, lambda text: state.print(text))
+    if classifier.labels.new_head:
+        raise UsageError("the model's head is not for these classes; a noise is learned on a model that is trained")
+    model = classifier.model.to(state.device).eval()
+    images = training_images(data_args, rows, classifier, args.seed)
+    provenance = {
+        "base_model": model_args.model_name_or_path,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "model_sha256": model_hash(model),
+    }
+
+    # Learn
+    history_path = output / "history.json"
+    histories = json.loads(history_path.read_text(encoding="utf-8")) if history_path.exists() else []
+    for index in range(len(histories), args.count):
+        bar = tqdm(
+            total=settings.max_steps,
+            desc=f"Noise {index + 1}/{args.count}",
+            disable=not state.is_local_main_process,
+            leave=False,
+        )
+
+        def show(step: int, influence: float, bar: tqdm = bar) -> None:
+            bar.set_postfix(influence=f"{influence:.4f}", refresh=False)
+            bar.update(step - bar.n)
+
+        seed = derive_seed(args.seed, index)
+        autocast = torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16)
+        with bar, own_randomness(seed), autocast:
+            held_out, batches = noise_stream(
+                images,
+                collate,
+                batch_size=args.batch_size,
+                held_out_images=args.held_out_images,
+                seed=args.seed,
+                round=index,
+                rank=state.process_index,
+                processes=state.num_processes,
+                num_workers=args.num_workers,
+            )
+            noise, history = learn_noise(
+                model,
+                batches,
+                settings,
+                seed=seed,
+                held_out=held_out,
+                chunk_size=args.chunk_size,
+                provenance=NoiseProvenance(**provenance, round=index),
+                on_step=show,
+            )
+        histories.append({"round": index} | history.summary(noise))
+        if state.is_main_process:
+            keep(noise, histories, settings, output, args.count)
+        state.print(describe(noise, histories[-1]), flush=True)
+    state.print(f"Noises are in {output}; load one with NullspaceNoise.from_pretrained({str(output)!r})")
+
+
+def keep(noise: NullspaceNoise, histories: list[dict], settings: NoiseSettings, output: Path, count: int) -> None:
+    """Write the noise, then the history that says that it is there."""
+    if count == 1:
+        noise.save_pretrained(output)
+    else:
+        noise.save(output / bank_file_name(len(histories) - 1))
+    plot_history(histories, settings.epsilon, output / "history.png")
+    write_json(output / "history.json", histories)
+
+
+def describe(noise: NullspaceNoise, entry: dict) -> str:
+    """One line on what was learned."""
+    return (
+        f"noise {entry['round']}: stopped by {entry['stopped']} after {entry['noise_steps']} steps, influence "
+        f"{entry['influence']:.4f} on {noise.provenance.influence_images} held-out images, norm {entry['norm']:.2f}, "
+        f"centred norm {entry['centred_norm']:.2f}, {entry['seconds']:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
