@@ -17,9 +17,12 @@ class PixelModel(nn.Module):
         model: a transformers image classifier (its output has ``.logits``), or any module from ``pixel_values`` of
             shape (B, C, H, W) to logits of shape (B, K).
         mean, std: per channel, as in the image processor.
+        columns: the model's logit for each class of the label space, where the model has another order or more classes.
     """
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self, model: nn.Module, mean: Sequence[float], std: Sequence[float], columns: Sequence[int] | None = None
+    ):
         super().__init__()
         if len(mean) != len(std):
             raise ValueError(f"mean has {len(mean)} channels, std has {len(std)}; they must agree")
@@ -28,6 +31,7 @@ class PixelModel(nn.Module):
         self.model = model
         self.mean = tuple(float(value) for value in mean)
         self.std = tuple(float(value) for value in std)
+        self.columns = None if columns is None else list(columns)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits of shape (B, K) for ``pixels`` of shape (B, C, H, W) in [0, 1].
@@ -36,7 +40,7 @@ class PixelModel(nn.Module):
         Raises ``ValueError`` for another shape or channel count and for values outside [0, 1] or NaN, ``TypeError`` for
         integer pixels.
         """
-        return logits_of(self.outputs(pixels))
+        return self.logits_of(self.outputs(pixels))
 
     def outputs(self, pixels: Tensor, **kwargs: Any) -> Any:
         """The model's whole output for ``pixels``; ``kwargs`` such as ``output_attentions=True`` go to the model."""
@@ -45,6 +49,12 @@ class PixelModel(nn.Module):
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), pixels.dtype)
         return self.model(pixel_values.to(dtype), **kwargs)
 
+    def logits_of(self, outputs: Any) -> Tensor:
+        """Logits (B, K) in float32 (or float64) from the model's output."""
+        logits = outputs.logits if hasattr(outputs, "logits") else outputs
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return logits if self.columns is None else logits[:, self.columns]
+
     @staticmethod
     def channels(values: tuple[float, ...], pixels: Tensor) -> Tensor:
         return pixels.new_tensor(values).view(1, -1, 1, 1)
@@ -52,12 +62,6 @@ class PixelModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
-
-
-def logits_of(outputs: Any) -> Tensor:
-    """Logits (B, K) in float32 (or float64) from a model's output."""
-    logits = outputs.logits if hasattr(outputs, "logits") else outputs
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def check_pixels(pixels: Tensor, *, channels: int) -> None:

@@ -1,7 +1,7 @@
 """The one evaluation loop: conditions over a set of images, counted exactly on any number of processes."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,7 +20,11 @@ from hf_nullspace.robustness.scores import Interval, accuracy
 
 
 class Images(Protocol):
-    """What a set of labelled images offers; ``training.data.ImageClassificationDataset`` does."""
+    """What a set of labelled images offers; ``training.data.ImageClassificationDataset`` and ``sets.ImageSet`` do.
+
+    Optional: ``subset``, the classes among which the answer is looked for (ImageNet-A and -R); ``protocol()``, what was
+    done to the images. A stream offers ``__iter__`` over (image, label) and ``expected`` instead of a length.
+    """
 
     def __len__(self) -> int: ...
 
@@ -74,13 +78,19 @@ Condition = Clean | Corrupted | Attacked
 
 @dataclass(frozen=True)
 class ConditionResult:
-    """One condition over one set; ``correct`` holds one bool per image, in the order of the set."""
+    """One condition over one set; ``correct`` holds one bool per image, in the order of the set.
+
+    On a set with a ``subset`` of classes ``correct`` judges among those, ``correct_all`` among all classes.
+    ``samples`` has the arrays "label", "prediction" and "confidence" where they were asked for.
+    """
 
     condition: str
     correct: NDArray[np.bool_] = field(repr=False)
     seconds: float
     seed: int
     protocol: dict[str, Any] = field(default_factory=dict)
+    correct_all: NDArray[np.bool_] | None = field(default=None, repr=False)
+    samples: dict[str, NDArray[Any]] | None = field(default=None, repr=False)
 
     @property
     def n(self) -> int:
@@ -99,56 +109,123 @@ def evaluate(
     *,
     batch_size: int,
     seed: int = 0,
+    workers: int = 0,
+    per_sample: bool = False,
     progress: bool = True,
+    on_result: Callable[[ConditionResult], None] | None = None,
 ) -> list[ConditionResult]:
     """Judge ``model`` on every image of ``images`` under every condition; every process returns the same results.
 
     With ``torch.distributed`` initialised, rank r takes the images r, r + world, ...: every image once, none twice,
     whatever the batch size. Corruptions and random starts depend on (seed, image index) alone. Meanwhile the model is
-    in eval mode, afterwards as before. Wrap the call in ``torch.autocast`` to evaluate in bf16. ``progress`` shows one
-    bar with the time left on the main process.
+    in eval mode, afterwards as before. Wrap the call in ``torch.autocast`` to evaluate in bf16. ``workers`` prepare
+    images in processes of their own. ``progress`` shows one bar with the time left on the main process. ``on_result``
+    sees each result as soon as it is there.
     """
-    if not len(images):
+    if not is_stream(images) and not len(images):
         raise ValueError("the set has no images")
-    repeated = {str(condition) for condition in conditions if [str(c) for c in conditions].count(str(condition)) > 1}
-    if repeated:
-        raise ValueError(f"conditions given twice: {', '.join(sorted(repeated))}")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    mine = range(rank, len(images), world)
-    total = round(len(mine) * sum(condition.cost for condition in conditions))
+    names = [str(condition) for condition in conditions]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"conditions given twice: {', '.join(repeated)}")
+    rank, world = process()
+    size = images.expected if is_stream(images) else len(images)  # type: ignore[attr-defined]
+    total = round(size / world * sum(condition.cost for condition in conditions))
     results = []
     with frozen(model), tqdm(total=total, unit="fwd", disable=not progress or rank > 0, leave=False) as bar:
         for condition in conditions:
             bar.set_description(str(condition))
             start = time.perf_counter()
-            part = np.zeros(len(mine), dtype=bool)
-            for places, pixels, labels in batches(images, mine, condition, batch_size, seed):
-                part[places] = judge(model, pixels, labels, mine[places], condition, seed)
+            parts: list[dict[str, NDArray[Any]]] = []
+            for indices, pixels, labels in batches(images, condition, batch_size, seed, rank, world, workers):
+                judged = judge(model, pixels, labels, indices, condition, seed, getattr(images, "subset", None))
+                parts.append(judged if per_sample else {k: v for k, v in judged.items() if k.startswith("correct")})
                 bar.update(len(labels) * condition.cost)
-            correct = gather(part, len(images), rank, world)
-            seconds = time.perf_counter() - start
-            results.append(ConditionResult(str(condition), correct, seconds, seed, protocol(condition, images)))
+            arrays = gather(parts, rank, world)
+            result = ConditionResult(
+                condition=str(condition),
+                correct=arrays.pop("correct"),
+                seconds=time.perf_counter() - start,
+                seed=seed,
+                protocol=protocol(condition, images),
+                correct_all=arrays.pop("correct_all", None),
+                samples=arrays or None,
+            )
+            results.append(result)
+            if on_result is not None:
+                on_result(result)
     return results
 
 
+def process() -> tuple[int, int]:
+    """Rank and number of processes."""
+    running = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+
+def is_stream(images: Any) -> bool:
+    return hasattr(images, "expected")
+
+
+class Prepared(torch.utils.data.Dataset[tuple[int, Tensor, int]]):
+    """This process's images under a condition's corruption: (index, pixels (C, H, W), label)."""
+
+    def __init__(self, images: Images, condition: Condition, seed: int, mine: Sequence[int]):
+        self.images, self.condition, self.seed, self.mine = images, condition, seed, mine
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+    def __getitem__(self, place: int) -> tuple[int, Tensor, int]:
+        index = self.mine[place]
+        return self.prepare(index, self.images.raw_image(index), self.images.label(index))
+
+    def prepare(self, index: int, image: Image.Image, label: int) -> tuple[int, Tensor, int]:
+        c = self.condition
+        if isinstance(c, Corrupted):
+            image = corrupt(image, c.corruption, c.severity, seed=self.seed, index=index)
+        return index, self.images.pixels_from_image(image), label
+
+
+Batch = tuple[list[int], Tensor, Tensor]
+
+
+def stack(rows: Sequence[tuple[int, Tensor, int]]) -> Batch:
+    indices, pixels, labels = zip(*rows, strict=True)
+    return list(indices), torch.stack(pixels), torch.tensor(labels)
+
+
 def batches(
-    images: Images, mine: range, condition: Condition, batch_size: int, seed: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """This process's images, batch by batch: their places in ``mine``, pixels (B, C, H, W), labels (B,)."""
-    for first in range(0, len(mine), batch_size):
-        places = slice(first, min(first + batch_size, len(mine)))
-        rows = []
-        for index in mine[places]:
-            image = images.raw_image(index)
-            if isinstance(condition, Corrupted):
-                image = corrupt(image, condition.corruption, condition.severity, seed=seed, index=index)
-            rows.append(images.pixels_from_image(image))
-        yield places, torch.stack(rows), torch.tensor([images.label(index) for index in mine[places]])
+    images: Images, condition: Condition, batch_size: int, seed: int, rank: int, world: int, workers: int
+) -> Iterator[Batch]:
+    """This process's images, batch by batch: indices in the set, pixels (B, C, H, W), labels (B,)."""
+    if not is_stream(images):
+        prepared = Prepared(images, condition, seed, range(rank, len(images), world))
+        own = torch.Generator()  # a loader without one draws from the global generator
+        yield from torch.utils.data.DataLoader(
+            prepared, batch_size, num_workers=workers, collate_fn=stack, generator=own
+        )
+        return
+    prepared = Prepared(images, condition, seed, ())
+    rows: list[tuple[int, Tensor, int]] = []
+    for index, (image, label) in enumerate(images):  # type: ignore[arg-type, var-annotated]
+        if index % world == rank:
+            rows.append(prepared.prepare(index, image, label))
+        if len(rows) == batch_size:
+            yield stack(rows)
+            rows = []
+    if rows:
+        yield stack(rows)
 
 
 def judge(
-    model: PixelModel, pixels: Tensor, labels: Tensor, indices: Sequence[int], condition: Condition, seed: int
-) -> NDArray[np.bool_]:
+    model: PixelModel,
+    pixels: Tensor,
+    labels: Tensor,
+    indices: Sequence[int],
+    condition: Condition,
+    seed: int,
+    subset: Sequence[int] | None = None,
+) -> dict[str, NDArray[Any]]:
     """Which images the model gets right under the condition; an attack's result is clipped here, whatever it says."""
     device = model.device
     pixels, labels = pixels.to(device), labels.to(device)
@@ -166,7 +243,15 @@ def judge(
             f"labels lie in [{int(labels.min())}, {int(labels.max())}], but the model has {logits.shape[-1]} classes; "
             "map the set's labels to the model's first"
         )
-    return (logits.argmax(-1) == labels).cpu().numpy()
+    answers = {"correct_all": logits.argmax(-1) == labels} if subset is not None else {}
+    if subset is not None:
+        outside = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
+        outside[list(subset)] = False
+        logits = logits.masked_fill(outside, -torch.inf)
+    confidence, prediction = logits.softmax(-1).max(-1)
+    answers |= {"correct": prediction == labels}
+    answers |= {"label": labels, "prediction": prediction, "confidence": confidence}
+    return {name: values.cpu().numpy() for name, values in answers.items()}
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -174,24 +259,33 @@ def image_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def gather(part: NDArray[np.bool_], n: int, rank: int, world: int) -> NDArray[np.bool_]:
-    """All processes' results in the order of the set."""
+def gather(parts: Sequence[dict[str, NDArray[Any]]], rank: int, world: int) -> dict[str, NDArray[Any]]:
+    """All processes' arrays in the order of the set: rank r holds the images r, r + world, ..."""
+    mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
     if world == 1:
-        return part
-    parts: list[NDArray[np.bool_]] = [part] * world
-    dist.all_gather_object(parts, part)
-    correct = np.zeros(n, dtype=bool)
-    for other, values in enumerate(parts):
-        correct[other::world] = values
-    return correct
+        if not mine:
+            raise ValueError("the set has no images")
+        return mine
+    everyone: list[dict[str, NDArray[Any]]] = [mine] * world
+    dist.all_gather_object(everyone, mine)
+    if not everyone[0]:
+        raise ValueError("the set has no images")
+    arrays = {}
+    for name, first in everyone[0].items():
+        values = [other.get(name, first[:0]) for other in everyone]
+        arrays[name] = np.empty(sum(len(value) for value in values), dtype=first.dtype)
+        for other, value in enumerate(values):
+            arrays[name][other::world] = value
+    return arrays
 
 
 def protocol(condition: Condition, images: Images) -> dict[str, Any]:
-    """What a reader needs in order to repeat the number, besides the set and the seed."""
+    """What a reader needs in order to repeat the number, besides the seed."""
+    described = dict(images.protocol()) if hasattr(images, "protocol") else {}
     if isinstance(condition, Attacked):
-        return {"space": "pixels in [0, 1]", "attack": repr(condition.attack)}
+        described |= {"space": "pixels in [0, 1]", "attack": repr(condition.attack)}
     if isinstance(condition, Corrupted):
-        size = images.raw_image(0).size
-        table = "CIFAR-10-C's" if max(size) <= SMALL else "ImageNet-C's"
-        return {"generated": f"at the image's own size (first image: {size[0]}x{size[1]}), {table} severities"}
-    return {}
+        described |= {
+            "generated": f"at the image's own size; up to {SMALL} px CIFAR-10-C's severities, else ImageNet-C's"
+        }
+    return described

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_nullspace.robustness.attacks.base import Adam, Attack, loss_gradient, seeded_like
-from hf_nullspace.robustness.pixel_model import PixelModel, logits_of
+from hf_nullspace.robustness.pixel_model import PixelModel
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,7 +158,7 @@ class PatchFool(Attack):
             attentions: list[Tensor] = []
         else:
             outputs = model.outputs(point, output_attentions=True)
-            logits = logits_of(outputs)
+            logits = model.logits_of(outputs)
             attentions = grid.attentions(outputs, model)
         layers = list(range(1, len(attentions) // 2)) or [min(1, len(attentions) - 1)] * bool(attentions)
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -211,7 +211,7 @@ class PatchGrid:
         if not attentions or attentions[0] is None:
             raise ValueError(f"{type(model.model).__name__} returns no attentions; PatchFool needs a ViT that does")
         batch, _, queries, keys = attentions[0].shape
-        if batch != len(logits_of(outputs)) or queries != keys or keys < self.count:
+        if batch != len(model.logits_of(outputs)) or queries != keys or keys < self.count:
             raise ValueError(
                 f"{type(model.model).__name__} has attentions of shape {tuple(attentions[0].shape)} for {self.count} "
                 "patches; PatchFool needs global attention over all patches (ViT, DeiT, BEiT, DINOv2, CLIP, ...)"

@@ -1,0 +1,270 @@
+"""Robustness sets, from a local folder or the Hub, with the labels and the preprocessing that their protocol fixes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from hf_nullspace.models.preprocessing import Preprocessing, rgb_image
+from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES
+from hf_nullspace.robustness.label_spaces import LabelError, check_wnids, imagenet_labels, indices, wnids
+
+SUFFIXES = {".jpeg", ".jpg", ".png"}
+
+
+class MissingData(FileNotFoundError):
+    """A set that is not there; the message says where it was looked for and how to get it."""
+
+
+@dataclass(frozen=True)
+class SetInfo:
+    """What a protocol fixes about a set. ``layout``: "wnid", "numeric" or "val.txt" (a flat folder beside a list)."""
+
+    name: str
+    images: int
+    page: str
+    hub_id: str | None = None
+    layout: str = "wnid"
+    space: str = "imagenet-1k"
+    resized: bool = False  # 224 px already: never resize or crop again
+
+    @property
+    def subset(self) -> list[int] | None:
+        """The classes among which the answer is looked for, where they are not all 1,000."""
+        return None if self.space == "imagenet-1k" else indices(self.space)
+
+
+SETS = {
+    info.name: info
+    for info in (
+        SetInfo("imagenet-1k", 50_000, "https://www.image-net.org", "timm/imagenet-1k-wds"),
+        SetInfo(
+            "imagenet-a", 7_500, "https://github.com/hendrycks/natural-adv-examples", "barkermrl/imagenet-a",
+            space="imagenet-a",
+        ),
+        SetInfo(
+            "imagenet-r", 30_000, "https://github.com/hendrycks/imagenet-r", "axiong/imagenet-r", space="imagenet-r"
+        ),
+        SetInfo("imagenet-v2", 10_000, "https://huggingface.co/datasets/vaishaal/ImageNetV2", layout="numeric"),
+        SetInfo(
+            "imagenet-sketch", 50_889, "https://github.com/HaohanWang/ImageNet-Sketch",
+            "clip-benchmark/wds_imagenet_sketch",
+        ),
+        SetInfo("stylized-imagenet", 50_000, "https://github.com/rgeirhos/Stylized-ImageNet", resized=True),
+        SetInfo("damagenet", 50_000, "http://www.pami.sjtu.edu.cn/Show/56/122", layout="val.txt", resized=True),
+        *(
+            SetInfo(f"imagenet-c/{c}/{s}", 50_000, "https://github.com/hendrycks/robustness", resized=True)
+            for c in CORRUPTIONS
+            for s in SEVERITIES
+        ),
+    )
+}  # fmt: skip
+
+
+class ImageSet:
+    """Images with labels and one preprocessing; what ``suite.evaluate`` takes.
+
+    ``rows`` is a `datasets.Dataset` with ``image`` and ``label``; ``labels[row["label"]]`` is the class among all that
+    the model knows, ``subset`` the classes among which the answer is looked for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Any,
+        preprocessing: Preprocessing,
+        *,
+        labels: Sequence[int] | None = None,
+        subset: Sequence[int] | None = None,
+        note: str = "",
+    ):
+        self.name, self.rows, self.preprocessing = name, rows, preprocessing
+        self.labels, self.subset, self.note = labels, subset, note
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def raw_image(self, index: int) -> Image.Image:
+        return rgb_image(self.rows[index]["image"])
+
+    def label(self, index: int) -> int:
+        return self.class_of(self.rows[index]["label"])
+
+    def class_of(self, label: int) -> int:
+        return label if self.labels is None else self.labels[label]
+
+    def pixels_from_image(self, image: Image.Image) -> Tensor:
+        return self.preprocessing.pixels_from_image(image)
+
+    def protocol(self) -> dict[str, Any]:
+        """What was done to the images, for the record of a result."""
+        p = self.preprocessing
+        resize = "none" if p.resize is None else f"{p.resize} px, {Image.Resampling(p.resample).name.lower()}"
+        return {"set": self.name, "resize": resize, "input": f"{p.size[0]}x{p.size[1]}"} | (
+            {"note": self.note} if self.note else {}
+        )
+
+
+class ImageStream(ImageSet):
+    """The same from a `datasets.IterableDataset`: no length, read once per condition, nothing downloaded beforehand."""
+
+    @property
+    def expected(self) -> int:
+        """The published number of images, for the progress bar."""
+        return SETS[self.name].images
+
+    def __len__(self) -> int:
+        raise TypeError(f"{self.name} is a stream; it has no length before it was read")
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        for row in self.rows:
+            yield rgb_image(row["image"]), self.class_of(row["label"])
+
+
+class ArrayRows:
+    """Rows of a uint8 array (n, H, W, 3) that may lie on disk."""
+
+    def __init__(self, images: Any, labels: Any):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": Image.fromarray(np.asarray(self.images[index])), "label": int(self.labels[index])}
+
+
+def benchmark_preprocessing(preprocessing: Preprocessing, info: SetInfo) -> Preprocessing:
+    """The protocol's geometry with the processor's mean and std: resize to 256 (in general size / 0.875), bicubic,
+    centre crop; or nothing for sets that are 224 px already."""
+    height, width = preprocessing.size
+    if info.resized:
+        if (height, width) != (224, 224):
+            raise ValueError(f"{info.name} is 224x224 and must not be resized, but the model takes {height}x{width}")
+        return replace(preprocessing, resize=None)
+    return replace(preprocessing, resize=round(min(height, width) / 0.875), resample=Image.Resampling.BICUBIC)
+
+
+def load_set(
+    name: str,
+    preprocessing: Preprocessing,
+    *,
+    data_root: str | Path | None = None,
+    location: str | None = None,
+    streaming: bool = False,
+    label_order: str | None = None,
+    allow_partial: bool = False,
+) -> ImageSet:
+    """A set of ``SETS`` by name: from ``location`` (a folder or a Hub id), else from ``data_root / name``.
+
+    Raises ``MissingData`` when it is not there, ``LabelError`` when its classes are not the set's, and ``ValueError``
+    when it does not have the published number of images, unless ``allow_partial`` (which the result's protocol says).
+    """
+    info = SETS[name]
+    folder = Path(location) if location else Path(data_root or ".") / name
+    if not folder.is_dir():
+        if location is None or location.startswith((".", "/")):
+            hub = f" or pass its Hub id ({info.hub_id})" if info.hub_id else ""
+            raise MissingData(f"{name} is not at {folder}. Get it from {info.page}, put it there{hub}")
+        return from_hub(info, location, preprocessing, streaming, label_order)
+    if info.layout == "val.txt":
+        rows, labels = listed_rows(folder, name), None
+    else:
+        rows, labels = folder_rows(folder, info, streaming)
+    found = None if streaming and info.layout != "val.txt" else len(rows)
+    note = ""
+    if found is not None and found != info.images:
+        note = f"partial: {found} of {info.images} images"
+        if not allow_partial:
+            raise ValueError(f"{name} at {folder} is {note}; complete it, or allow a partial set (the report says so)")
+    kind = ImageStream if found is None else ImageSet
+    return kind(name, rows, benchmark_preprocessing(preprocessing, info), labels=labels, subset=info.subset, note=note)
+
+
+def folder_rows(folder: Path, info: SetInfo, streaming: bool) -> tuple[Any, list[int]]:
+    """Rows of class folders, and the class of each of their labels."""
+    names = sorted(child.name for child in folder.iterdir() if child.is_dir())
+    if not names:
+        raise MissingData(f"{info.name}: {folder} has no class folders; extract the archive there (see {info.page})")
+    if info.layout == "numeric":  # "10" sorts before "2": the folder's name is the class, not its place
+        wrong = [name for name in names if not (name.isdecimal() and int(name) < len(wnids()))]
+        if wrong:
+            raise LabelError(
+                f"{folder}: {', '.join(wrong[:10])} are no classes of {info.name}, whose folders are 0..999"
+            )
+        labels = [int(name) for name in names]
+    else:
+        check_wnids(names, info.space, str(folder))
+        place = {wnid: index for index, wnid in enumerate(wnids())}
+        labels = [place[name] for name in names]
+    rows = datasets.load_dataset(
+        "imagefolder", data_dir=str(folder), split="train", streaming=streaming, drop_labels=False
+    )
+    feature = rows.features["label"]
+    return rows, [labels[names.index(feature.int2str(i))] for i in range(feature.num_classes)]
+
+
+def listed_rows(folder: Path, name: str) -> datasets.Dataset:
+    """Images of a flat folder with the classes that ``val.txt`` gives: lines of "ILSVRC2012_val_00000001.JPEG 65"."""
+    lists = [path for path in (folder / "val.txt", folder.parent / "val.txt") if path.is_file()]
+    if not lists:
+        raise MissingData(f"{name}: no val.txt in {folder} or beside it; it is part of ILSVRC2012's development kit")
+    classes = {Path(line.split()[0]).stem: int(line.split()[1]) for line in lists[0].read_text().splitlines() if line}
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    unknown = [path.name for path in images if path.stem not in classes]
+    if unknown or not images:
+        what = f"{', '.join(unknown[:5])} are not in {lists[0]}" if images else f"{folder} holds no images"
+        raise LabelError(f"{name}: {what}")
+    table = {"image": [str(path) for path in images], "label": [classes[path.stem] for path in images]}
+    return datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
+
+
+def from_hub(
+    info: SetInfo, location: str, preprocessing: Preprocessing, streaming: bool, label_order: str | None
+) -> ImageSet:
+    """A Hub data set with an image and a label column; its class names (wnids or names) decide, never their order.
+
+    Integer labels without names are ImageNet's class indices only if ``label_order="imagenet"`` says so.
+    """
+    splits = datasets.get_dataset_split_names(location)
+    split = next((s for s in ("validation", "val", "test", "train") if s in splits), splits[0])
+    rows = datasets.load_dataset(location, split=split, streaming=streaming)
+    image = next(column for column, f in rows.features.items() if isinstance(f, datasets.Image))
+    label = next((c for c in ("label", "labels", "cls", "wnid") if c in rows.features), None)
+    names = getattr(rows.features[label], "names", None) if label else None
+    if label is None or (names is None and label_order != "imagenet"):
+        raise LabelError(
+            f"{location} has no named classes ({rows.features}). Download it and give the folder, or, if its numbers "
+            "are ImageNet's class indices, say so: label_order='imagenet'"
+        )
+    labels = None if names is None else imagenet_labels(names, location)
+    if info.subset is not None and labels is not None:
+        check_wnids([wnids()[index] for index in labels], info.space, location)
+    other = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
+    rows = rows.select_columns([image, label])
+    rows = rows.rename_columns(other) if other else rows
+    kind = ImageStream if streaming else ImageSet
+    return kind(info.name, rows, benchmark_preprocessing(preprocessing, info), labels=labels, subset=info.subset)
+
+
+def load_cifar10_c(folder: str | Path, corruption: str, severity: int, preprocessing: Preprocessing) -> ImageSet:
+    """CIFAR-10-C from its published .npy files: 10,000 images per severity, one after the other, and labels.npy."""
+    folder = Path(folder)
+    for name in (f"{corruption}.npy", "labels.npy"):
+        if not (folder / name).is_file():
+            raise MissingData(f"CIFAR-10-C: {name} is not in {folder}. Get it from https://zenodo.org/records/2535967")
+    images, labels = np.load(folder / f"{corruption}.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+    shaped = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
+    if not shaped or len(images) != len(labels) or len(images) % len(SEVERITIES):
+        raise ValueError(
+            f"CIFAR-10-C: {corruption}.npy is {images.dtype} {images.shape} with {len(labels)} labels; expected uint8 "
+            "(5 n, 32, 32, 3) and as many labels"
+        )
+    n = len(images) // len(SEVERITIES)
+    part = slice((severity - 1) * n, severity * n)
+    return ImageSet(f"cifar10-c/{corruption}/{severity}", ArrayRows(images[part], labels[part]), preprocessing)

@@ -1,0 +1,195 @@
+"""Small trees of real files in each set's format: every label is checked, and the traps are errors."""
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.robustness.label_spaces import LabelError, indices, wnids
+from hf_nullspace.robustness.sets import (
+    SETS,
+    MissingData,
+    SetInfo,
+    benchmark_preprocessing,
+    load_cifar10_c,
+    load_set,
+)
+from hf_nullspace.robustness.suite import Clean, evaluate
+
+PROCESSOR = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (224, 224), (224, 224))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def marked(value, size=(8, 6)):
+    """An image whose colour says which class it was saved for."""
+    return Image.new("RGB", size, (value // 256, value % 256, 7))
+
+
+def class_of_colour(image):
+    red, green, blue = np.asarray(image)[0, 0]
+    assert blue == 7
+    return int(red) * 256 + int(green)
+
+
+def tree(folder, classes, size=(8, 6)):
+    """folder/<name>/<i>.png for each name -> class, two images in each."""
+    for name, value in classes.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(2):
+            marked(value, size).save(folder / name / f"{i}.png")
+    return folder
+
+
+def check(loaded, n):
+    assert len(loaded) == n
+    for i in range(n):
+        assert loaded.label(i) == class_of_colour(loaded.raw_image(i))
+
+
+@pytest.mark.parametrize("name", ["imagenet-1k", "imagenet-sketch", "stylized-imagenet", "imagenet-c/fog/3"])
+def test_wnid_folders(tmp_path, name):
+    some = [0, 3, 517, 999]
+    tree(tmp_path / name, {wnids()[c]: c for c in some})
+    loaded = load_set(name, PROCESSOR, data_root=tmp_path, allow_partial=True)
+    check(loaded, 8)
+    assert loaded.subset is None
+    assert f"partial: 8 of {SETS[name].images} images" in str(loaded.protocol())
+
+
+@pytest.mark.parametrize("name", ["imagenet-a", "imagenet-r"])
+def test_subsets_of_200_classes(tmp_path, name):
+    places = indices(name)
+    tree(tmp_path / name, {wnids()[c]: c for c in places})
+    loaded = load_set(name, PROCESSOR, data_root=tmp_path, allow_partial=True)
+    check(loaded, 400)
+    assert loaded.subset == places
+
+
+def test_a_wrong_subset_says_which_wnids_do_not_belong(tmp_path):
+    wrong = [wnid for wnid in wnids("imagenet-r") if wnid not in wnids("imagenet-a")]
+    tree(tmp_path / "imagenet-a", dict.fromkeys([*wnids("imagenet-a")[:3], *wrong[:2]], 0))
+    with pytest.raises(LabelError, match=f"{wrong[0]}, {wrong[1]} do not belong to imagenet-a"):
+        load_set("imagenet-a", PROCESSOR, data_root=tmp_path, allow_partial=True)
+    (tmp_path / "imagenet-1k" / "train").mkdir(parents=True)
+    with pytest.raises(LabelError, match="train do not belong to imagenet-1k"):
+        load_set("imagenet-1k", PROCESSOR, data_root=tmp_path)
+
+
+def test_v2_folders_are_numbers_not_strings(tmp_path):
+    tree(tmp_path / "imagenet-v2", {str(c): c for c in (0, 1, 2, 10, 11, 100, 999)})
+    check(load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, allow_partial=True), 14)
+    (tmp_path / "imagenet-v2" / "1000").mkdir()
+    with pytest.raises(LabelError, match="1000 are no classes of imagenet-v2"):
+        load_set("imagenet-v2", PROCESSOR, data_root=tmp_path)
+
+
+def test_damagenet_is_a_flat_folder_and_a_list(tmp_path):
+    folder = tmp_path / "damagenet"
+    folder.mkdir()
+    classes = [65, 970, 230]
+    for i, c in enumerate(classes, 1):
+        marked(c).save(folder / f"ILSVRC2012_val_0000000{i}.png")
+    with pytest.raises(MissingData, match=r"no val.txt .* development kit"):
+        load_set("damagenet", PROCESSOR, data_root=tmp_path, allow_partial=True)
+    lines = [f"ILSVRC2012_val_0000000{i}.JPEG {c}" for i, c in enumerate(classes, 1)]
+    (tmp_path / "val.txt").write_text("\n".join(lines) + "\n")
+    check(load_set("damagenet", PROCESSOR, data_root=tmp_path, allow_partial=True), 3)
+    marked(1).save(folder / "other.png")
+    with pytest.raises(LabelError, match=r"other\.png are not in"):
+        load_set("damagenet", PROCESSOR, data_root=tmp_path, allow_partial=True)
+
+
+def test_streaming_gives_the_same_images(tmp_path, tiny_vit):
+    tree(tmp_path / "imagenet-v2", {str(c): c for c in (0, 2, 10, 100)})
+    whole = load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, allow_partial=True)
+    stream = load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, streaming=True)
+    assert [(class_of_colour(image), label) for image, label in stream] == [
+        (c, c) for c in (0, 0, 10, 10, 100, 100, 2, 2)
+    ]
+    assert stream.expected == 10_000
+    with pytest.raises(TypeError, match="is a stream"):
+        len(stream)
+    for images in (whole, stream):
+        images.labels = [0, 1, 2, 3]
+        images.preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16), (16, 16))
+    (a,) = evaluate(tiny_vit, whole, [Clean()], batch_size=3, progress=False)
+    (b,) = evaluate(tiny_vit, stream, [Clean()], batch_size=3, progress=False)
+    assert a.correct.tolist() == b.correct.tolist()
+
+
+def test_what_is_missing_says_how_to_get_it(tmp_path):
+    with pytest.raises(MissingData, match=r"imagenet-r is not at .*github.com/hendrycks/imagenet-r.*axiong/imagenet-r"):
+        load_set("imagenet-r", PROCESSOR, data_root=tmp_path)
+    (tmp_path / "imagenet-r").mkdir()
+    with pytest.raises(MissingData, match="no class folders; extract the archive"):
+        load_set("imagenet-r", PROCESSOR, data_root=tmp_path)
+    tree(tmp_path / "imagenet-v2", {"0": 0})
+    with pytest.raises(ValueError, match="partial: 2 of 10000 images; complete it"):
+        load_set("imagenet-v2", PROCESSOR, data_root=tmp_path)
+    assert not issubclass(LabelError, FileNotFoundError)
+
+
+def test_preprocessing_is_the_protocols_with_the_processors_numbers():
+    usual = benchmark_preprocessing(PROCESSOR, SETS["imagenet-1k"])
+    assert (usual.resize, usual.size, usual.resample) == (256, (224, 224), Image.Resampling.BICUBIC)
+    assert (usual.mean, usual.std) == (PROCESSOR.mean, PROCESSOR.std)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8))
+    by_hand = photo.resize((426, 256), Image.Resampling.BICUBIC).crop((101, 16, 325, 240))
+    np.testing.assert_array_equal(usual.pixels_from_image(photo).permute(1, 2, 0) * 255, np.asarray(by_hand))
+    untouched = benchmark_preprocessing(PROCESSOR, SETS["stylized-imagenet"])
+    square = photo.crop((0, 0, 224, 224))
+    np.testing.assert_array_equal(untouched.pixels_from_image(square).permute(1, 2, 0) * 255, np.asarray(square))
+    large = Preprocessing((0.5,) * 3, (0.5,) * 3, (384, 384), (384, 384))
+    with pytest.raises(ValueError, match="must not be resized, but the model takes 384x384"):
+        benchmark_preprocessing(large, SETS["damagenet"])
+
+
+def test_the_75_cells_of_imagenet_c_are_there():
+    cells = [name for name in SETS if name.startswith("imagenet-c/")]
+    assert len(cells) == 75
+    assert all(SETS[name].resized for name in cells)
+    assert isinstance(SETS["imagenet-c/frost/5"], SetInfo)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_hub_set_is_mapped_by_its_names(tmp_path, monkeypatch, named):
+    names = [wnids()[c] for c in (10, 2, 500)]
+    feature = datasets.ClassLabel(names=names) if named else datasets.Value("int64")
+    rows = datasets.Dataset.from_dict(
+        {"jpg": [marked(c) for c in (2, 500, 10)], "cls": [1, 2, 0], "key": ["x", "y", "z"]},
+        features=datasets.Features({"jpg": datasets.Image(), "cls": feature, "key": datasets.Value("string")}),
+    )
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _: ["train", "test"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, split, streaming: {"test": rows}[split])
+    if named:
+        check(load_set("imagenet-1k", PROCESSOR, location="someone/imagenet"), 3)
+        with pytest.raises(LabelError, match="do not belong to imagenet-a"):
+            load_set("imagenet-a", PROCESSOR, location="someone/imagenet")
+    else:
+        with pytest.raises(LabelError, match="no named classes"):
+            load_set("imagenet-1k", PROCESSOR, location="someone/imagenet")
+        loaded = load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", label_order="imagenet")
+        assert [loaded.label(i) for i in range(3)] == [1, 2, 0]
+
+
+def test_cifar10_c_from_its_arrays(tmp_path):
+    images = np.arange(20 * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(20, 32, 32, 3)
+    images[:, 0, 0, 0] = np.arange(20)
+    np.save(tmp_path / "fog.npy", images)
+    with pytest.raises(MissingData, match=r"labels\.npy is not in .*zenodo"):
+        load_cifar10_c(tmp_path, "fog", 1, PROCESSOR)
+    np.save(tmp_path / "labels.npy", np.tile([3, 1, 4, 1], 5))
+    loaded = load_cifar10_c(tmp_path, "fog", 3, PROCESSOR)
+    assert [int(np.asarray(loaded.raw_image(i))[0, 0, 0]) for i in range(4)] == [8, 9, 10, 11]
+    assert [loaded.label(i) for i in range(len(loaded))] == [3, 1, 4, 1]
+    with pytest.raises(MissingData, match=r"snow\.npy"):
+        load_cifar10_c(tmp_path, "snow", 3, PROCESSOR)
+    np.save(tmp_path / "labels.npy", np.tile([3, 1, 4, 1], 4))
+    with pytest.raises(ValueError, match="with 16 labels"):
+        load_cifar10_c(tmp_path, "fog", 3, PROCESSOR)
