@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import transformers
 import yaml
 from transformers import HfArgumentParser
 
@@ -65,6 +67,8 @@ def run(main: Callable[[], None]) -> None:
 
     ``HF_NULLSPACE_TRACEBACK=1`` shows the traceback all the same.
     """
+    transformers.logging.disable_progress_bar()  # one per file that is read or written; downloads keep theirs
+    huggingface_hub.utils.enable_progress_bars()
     try:
         main()
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
@@ -76,13 +80,13 @@ def run(main: Callable[[], None]) -> None:
 
 def _is_for_users(error: BaseException) -> bool:
     """Errors that this package raises on purpose, and what files and the network answer; not bugs."""
-    if isinstance(error, OSError | FloatingPointError):
+    if isinstance(error, OSError | FloatingPointError) or type(error).__module__.startswith("hf_nullspace."):
         return True
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
     raised_in = "" if place is None else place.tb_frame.f_globals.get("__name__", "")
-    return raised_in.partition(".")[0] in ("hf_nullspace", "__main__")
+    return raised_in.startswith("hf_nullspace.")
 
 
 class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

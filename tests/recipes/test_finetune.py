@@ -1,0 +1,279 @@
+"""recipes/finetune.py on real images: what it writes loads, resumes and is true; and what it says of bad input."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from hf_nullspace import NullspaceNoise
+from hf_nullspace.command_line import run
+from hf_nullspace.models.preprocessing import make_image_processor
+from tiny_models import tiny_model, tiny_resnet
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = """
+dataset_name: digits
+horizontal_flip: false
+crop_scale: 1.0
+hidden_size: 16
+num_hidden_layers: 1
+num_attention_heads: 2
+intermediate_size: 16
+base_epochs: 1
+rounds: 2
+steps_per_round: 2
+global_batch_size: 16
+noise_batch_size: 16
+noise_max_steps: 5
+held_out_images: 32
+learning_rate: 1.0e-3
+fgsm: [8/255]
+corruptions: [gaussian_noise, contrast, pixelate]
+severities: [3]
+max_eval_images: 40
+save_steps: 2
+disable_tqdm: true
+dataloader_pin_memory: false
+use_cpu: true
+"""
+
+
+def call(recipe, *words):
+    """Run a recipe in this process, as its command line does."""
+    main = runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"]
+    arguments, sys.argv = sys.argv, [recipe, *map(str, words)]
+    try:
+        run(main)
+    finally:
+        sys.argv = arguments
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run on the digits, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "small.yaml").write_text(SMALL)
+    command = [sys.executable, str(RECIPES / "finetune.py"), "--config", str(folder / "small.yaml")]
+    done = subprocess.run([*command, "--output_dir", str(folder / "out")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_it_prints_a_table(finished):
+    out = finished[1]
+    for word in ("before", "plain", "nullspace", "clean", "FGSM(eps=8/255)", "gaussian_noise 3", "pixelate 3"):
+        assert word in out
+
+
+def test_what_it_writes_loads_with_plain_transformers(finished):
+    folder = finished[0] / "out"
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    with torch.no_grad():
+        logits = model(**processor(image, return_tensors="pt")).logits
+    answer = pipeline("image-classification", model=str(folder), image_processor=processor)(image, top_k=10)
+    assert answer[0]["label"] == model.config.id2label[logits.argmax().item()]
+    assert {entry["label"] for entry in answer} == {str(digit) for digit in range(10)}
+
+
+def test_results_are_those_of_the_saved_model(finished):
+    """Counted again by a loop that shares nothing with the suite: clean accuracy of the folders on the disk."""
+    from hf_nullspace.training.sources import load_image_dataset
+
+    folder = finished[0] / "out"
+    rows = load_image_dataset("digits", "test").select(range(40))
+    records = json.loads((folder / "results.json").read_text())["results"]
+    for name, place in (("before", folder / "base"), ("plain", folder / "control"), ("nullspace", folder)):
+        model = AutoModelForImageClassification.from_pretrained(place).eval()
+        processor = AutoImageProcessor.from_pretrained(place, backend="pil")
+        with torch.no_grad():
+            predicted = model(**processor([row["image"] for row in rows], return_tensors="pt")).logits.argmax(-1)
+        correct = sum(int(a == row["label"]) for a, row in zip(predicted.tolist(), rows, strict=True))
+        record = next(r for r in records if r["checkpoint"] == name and r["condition"] == "clean")
+        assert (record["correct"], record["n"]) == (correct, 40)
+
+
+def test_pictures_noises_and_history_are_there(finished):
+    folder = finished[0] / "out"
+    for picture in ("results.png", "noise.png"):
+        with Image.open(folder / picture) as image:
+            assert min(image.size) > 200
+    history = json.loads((folder / "nullspace_history.json").read_text())
+    assert [entry["round"] for entry in history] == [0, 1]
+    assert NullspaceNoise.from_pretrained(folder).provenance.round == 1
+    bank = sorted(path.name for path in (folder / "noises").iterdir())
+    assert bank == ["round-000.safetensors", "round-001.safetensors"]
+    assert not list((folder / "control").glob("noise*"))
+
+
+def test_started_again_it_goes_on_and_with_other_settings_it_refuses(finished, capsys):
+    folder = finished[0]
+    before = (folder / "out" / "model.safetensors").read_bytes()
+    words = ["--config", folder / "small.yaml", "--output_dir", folder / "out"]
+    call("finetune", *words)
+    assert "Going on from" in capsys.readouterr().out
+    assert (folder / "out" / "model.safetensors").read_bytes() == before
+    with pytest.raises(SystemExit):
+        call("finetune", *words, "--epsilon", "0.5")
+    error = capsys.readouterr().err
+    assert "holds a run with other settings (epsilon: 0.03 there, 0.5 now)" in error
+    assert (folder / "out" / "model.safetensors").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A model and a data set of one's own: 16 px images of 3 classes in folders, of which the model knows 5."""
+    folder = tmp_path_factory.mktemp("own")
+    model = tiny_model()
+    model.config.id2label = dict(enumerate(["ant", "bee", "cat", "dog", "elk"]))
+    model.config.label2id = {name: index for index, name in model.config.id2label.items()}
+    model.save_pretrained(folder / "model")
+    make_image_processor(16).save_pretrained(folder / "model")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for name in ("cat", "bee", "elk"):
+            (folder / "images" / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 255, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "images" / split / name / f"{index}.png")
+    return folder
+
+
+OWN = ["--rounds=1", "--steps_per_round=2", "--global_batch_size=8", "--noise_batch_size=8", "--noise_max_steps=3",
+       "--held_out_images=8", "--disable_tqdm=true", "--control=false", "--dataloader_pin_memory=false",
+       "--use_cpu=true", "--save_strategy=no", "--corruptions", "contrast", "--severities", "3"]  # fmt: skip
+
+
+def test_own_model_and_own_data(own, tmp_path, capsys):
+    call("finetune", f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}",
+         f"--output_dir={tmp_path}", *OWN)  # fmt: skip
+    out = capsys.readouterr().out
+    assert "The data has 3 of the model's 5 classes; the head is kept" in out
+    assert json.loads((tmp_path / "config.json").read_text())["id2label"]["3"] == "dog"
+    assert {r["n"] for r in json.loads((tmp_path / "results.json").read_text())["results"]} == {12}
+
+
+def test_streaming(own, tmp_path):
+    call("finetune", f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}",
+         f"--output_dir={tmp_path}", "--streaming=true", "--max_eval_images=6", *OWN)  # fmt: skip
+    assert {r["n"] for r in json.loads((tmp_path / "results.json").read_text())["results"]} == {6}
+
+
+def test_a_new_head_is_new_and_said(own, tmp_path, capsys):
+    """Five classes of other names: a head of the same size must not keep the old classes' weights."""
+    names = ["v", "w", "x", "y", "z"]
+    for split in ("train", "test"):
+        for index, name in enumerate(names):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for copy in range(4):
+                colour = (50 * index, 20 * copy, 100)
+                Image.new("RGB", (16, 16), colour).save(tmp_path / "images" / split / name / f"{copy}.png")
+    call("finetune", f"--model_name_or_path={own / 'model'}", f"--dataset_name={tmp_path / 'images'}",
+         f"--output_dir={tmp_path / 'out'}", "--learning_rate=1e-12", *OWN)  # fmt: skip
+    assert "New classifier head for 5 classes" in capsys.readouterr().out
+    old = AutoModelForImageClassification.from_pretrained(own / "model").classifier.weight
+    new = AutoModelForImageClassification.from_pretrained(tmp_path / "out").classifier.weight
+    assert new.std() < 0.03 < 0.1 < old.std()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {record["checkpoint"] for record in results["results"]} == {"nullspace"}, "an untrained head has no 'before'"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model_name_or_path=nobody/nothing"], "cannot load the model 'nobody/nothing'"),
+        (["--dataset_name=nobody/nothing"], "nobody/nothing"),
+        (["--dataset_name=does/not/exist"], "'does/not/exist' does not exist"),
+        (["--image_column=picture"], "picture"),
+        (["--train_split=trian"], "trian"),
+        (["--epsilon=0"], r"epsilon=0.0: expected a number in (0, 2]"),
+        (["--noise_max_steps=0"], "at least 1 noise step (T)"),
+        (["--max_steps=5"], "max_steps=5 is not rounds=1 x steps_per_round=2"),
+        (["--fgsm", "much"], "expected numbers like 8/255"),
+        (["--corruptions", "fog_of_war"], "fog_of_war"),
+        (["--preset=papers"], "preset='papers'"),
+    ],
+)
+def test_bad_input_is_one_line(own, tmp_path, capfd, monkeypatch, words, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    given = [f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}", f"--output_dir={tmp_path}"]
+    with pytest.raises(SystemExit) as stopped:
+        call("finetune", *given, *OWN, *words)
+    assert stopped.value.code == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_models_and_processors_that_do_not_fit_are_named(own, tmp_path, capsys):
+    tiny_resnet().save_pretrained(tmp_path / "resnet")
+    make_image_processor(16).save_pretrained(tmp_path / "resnet")
+    tiny_model().save_pretrained(tmp_path / "vit")
+    make_image_processor(32).save_pretrained(tmp_path / "vit")
+    (tmp_path / "file").write_text("")
+    data = f"--dataset_name={own / 'images'}"
+    for model, output, message in (
+        (tmp_path / "resnet", tmp_path / "out", "ResNetForImageClassification has no patch embedding"),
+        (tmp_path / "vit", tmp_path / "out", "32x32 images, but the vit model takes 16x16"),
+        (own / "model", tmp_path / "file" / "out", "file"),
+    ):
+        with pytest.raises(SystemExit):
+            call("finetune", f"--model_name_or_path={model}", data, f"--output_dir={output}", *OWN, "--overwrite=true")
+        assert message in capsys.readouterr().err
+
+
+def test_learn_noise_one_bank_and_resumed(own, tmp_path, capsys):
+    words = [f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}", "--batch_size=8",
+             "--held_out_images=8", "--max_steps=6", "--use_cpu=true"]  # fmt: skip
+    call("learn_noise", *words, f"--output_dir={tmp_path / 'one'}")
+    noise = NullspaceNoise.from_pretrained(tmp_path / "one")
+    assert noise.provenance.base_model == str(own / "model")
+    assert noise.provenance.influence_images == 8
+    call("learn_noise", *words, f"--output_dir={tmp_path / 'bank'}", "--count=3")
+    paths = sorted((tmp_path / "bank").glob("round-*"))
+    assert len(paths) == 3
+    assert torch.equal(NullspaceNoise.load(paths[0]).tensor, noise.tensor), "noise k depends on (seed, k) alone"
+    third = paths[2].read_bytes()
+    paths[2].unlink()
+    history = json.loads((tmp_path / "bank" / "history.json").read_text())
+    (tmp_path / "bank" / "history.json").write_text(json.dumps(history[:2]))
+    call("learn_noise", *words, f"--output_dir={tmp_path / 'bank'}", "--count=3")
+    assert paths[2].read_bytes() == third
+    with Image.open(tmp_path / "bank" / "history.png") as image:
+        assert min(image.size) > 200
+    assert "influence" in capsys.readouterr().out
+
+
+def test_learn_noise_exploratory(own, tmp_path):
+    words = [f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}", "--batch_size=8",
+             "--held_out_images=8", "--max_steps=20", "--epsilon=none", "--noise_limit=0.1",
+             "--use_cpu=true"]  # fmt: skip
+    norms = []
+    for weight in ("0", "5"):
+        call("learn_noise", *words, f"--output_dir={tmp_path / weight}", f"--norm_weight={weight}")
+        norms.append(NullspaceNoise.from_pretrained(tmp_path / weight).centred_norm)
+    assert norms[1] > 2 * norms[0]
+
+
+@pytest.mark.slow
+def test_the_demo_of_the_readme(tmp_path):
+    """`make demo` as a newcomer runs it: at least 95% before, and every file that the README names."""
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", RECIPES / "accelerate" / "cpu.yaml",
+         RECIPES / "finetune.py", "--output_dir", tmp_path / "out", "--config", RECIPES / "configs" / "digits.yaml"],
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    clean = next(r for r in records if r["checkpoint"] == "before" and r["condition"] == "clean")
+    assert clean["n"] == 359
+    assert clean["correct"] / clean["n"] >= 0.95

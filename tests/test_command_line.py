@@ -1,0 +1,132 @@
+"""YAML gives defaults, options win, typos name their neighbours, and errors are one line."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from hf_nullspace import NullspaceConfig
+from hf_nullspace.command_line import UsageError, parse, run
+
+
+@dataclass
+class Parent:
+    """Fields of a parent class."""
+
+    _group_title = "Inherited"
+    patience: int = field(default=3, metadata={"help": "How long."})
+
+
+@dataclass
+class Options(Parent):
+    """What the test recipe takes."""
+
+    _group_title = "Own"
+    rate: float = field(default=1.0, metadata={"help": "How fast."})
+    names: list[str] = field(default_factory=lambda: ["a"], metadata={"help": "Who."})
+    flag: bool = field(default=False, metadata={"help": "Whether."})
+    limit: int | None = field(default=5, metadata={"help": "How far."})
+
+
+def parse_options(*words):
+    return parse((Options,), "A test.", words)[0]
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("rate: 1e-5\nnames: [b, c]\nflag: true\nlimit: null\n")
+    return path
+
+
+def test_yaml_gives_defaults_and_options_override_them(config):
+    assert parse_options() == Options()
+    from_file = parse_options("--config", str(config))
+    assert (from_file.rate, from_file.names, from_file.flag) == (1e-5, ["b", "c"], True)
+    both = parse_options("--config", str(config), "--rate", "2", "--flag", "false")
+    assert (both.rate, both.names, both.flag) == (2.0, ["b", "c"], False)
+
+
+def test_a_key_can_be_given_no_value(config):
+    """`null` leaves the field as it is without the file."""
+    assert parse_options(f"--config={config}").limit == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rat", "2"], r"unknown option '--rat'; did you mean --rate"),
+        (["--nmaes=x"], r"unknown option '--nmaes=x'; did you mean --names"),
+        (["--zzzzzz", "2"], "--help lists the valid ones"),
+        (["--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
+        (["--config", "nowhere/x.yaml"], "no configuration file"),
+    ],
+)
+def test_typos_name_their_neighbours(words, message):
+    with pytest.raises(UsageError, match=message):
+        parse_options(*words)
+
+
+def test_a_misspelt_key_in_the_file_is_an_error(tmp_path):
+    path = tmp_path / "y.yaml"
+    path.write_text("rtae: 2\n")
+    with pytest.raises(UsageError, match=r"unknown key 'rtae' in .*y\.yaml; did you mean rate"):
+        parse_options("--config", str(path))
+    path.write_text("- rate\n")
+    with pytest.raises(UsageError, match="expected lines of the form 'key: value'"):
+        parse_options("--config", str(path))
+    path.write_text("rate: [1\n")
+    with pytest.raises(UsageError, match="no valid YAML"):
+        parse_options("--config", str(path))
+    with pytest.raises(UsageError, match=f"{tmp_path} has y"):
+        parse_options("--config", str(tmp_path / "z.yaml"))
+
+
+def test_help_is_grouped(capsys):
+    with pytest.raises(SystemExit):
+        parse_options("--help")
+    text = capsys.readouterr().out
+    assert text.index("Own:") < text.index("--rate") < text.index("Inherited:") < text.index("--patience")
+    assert "How fast. (default: 1.0)" in text
+    assert text.count("--rate") == 1
+
+
+def test_help_of_the_real_configuration_puts_the_method_before_the_trainer(capsys):
+    with pytest.raises(SystemExit):
+        parse((NullspaceConfig,), "", ["--help"])
+    text = capsys.readouterr().out
+    assert text.index("Nullspace fine-tuning") < text.index("--epsilon") < text.index("TrainingArguments:")
+    assert text.index("TrainingArguments:") < text.index("--adam_beta1")
+
+
+def test_errors_of_the_configuration_are_usage_errors(tmp_path):
+    with pytest.raises(UsageError, match=r"epsilon=-1\.0"):
+        parse((NullspaceConfig,), "", ["--epsilon", "-1", "--output_dir", str(tmp_path)])
+
+
+def test_run_prints_one_line_for_what_its_user_can_mend(capsys):
+    def misused():
+        raise UsageError("first line\n   second line")
+
+    with pytest.raises(SystemExit) as stopped:
+        run(misused)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: first line second line\n"
+
+    def missing():
+        Path("/nowhere/at/all").read_text()
+
+    with pytest.raises(SystemExit):
+        run(missing)
+    assert "No such file or directory: '/nowhere/at/all'" in capsys.readouterr().err
+
+
+def test_run_lets_bugs_through(monkeypatch):
+    with pytest.raises(json.JSONDecodeError):  # a ValueError, but not one that this package raised for its user
+        run(lambda: json.loads("{"))
+    with pytest.raises(TypeError):
+        run(lambda: len(3))  # type: ignore[arg-type]
+    monkeypatch.setenv("HF_NULLSPACE_TRACEBACK", "1")
+    with pytest.raises(UsageError):
+        run(lambda: parse_options("--nothing"))
