@@ -2,15 +2,23 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+from hf_nullspace.noise.influence import noise_influence
+from hf_nullspace.robustness import published
 from hf_nullspace.robustness.scores import (
     accuracy,
+    expected_calibration_error,
+    influence,
+    match_rate,
     mean_corruption_error,
     mean_of,
+    nine_column_average,
     paired_difference,
     paired_mean_difference,
     wilson,
+    worst_condition,
 )
 
 
@@ -76,3 +84,53 @@ def test_no_number_over_a_part():
     assert mean_of({"a": 1.0, "b": 3.0, "c": 9.0}, ["a", "b"]) == 2
     with pytest.raises(ValueError, match="R, C not measured"):
         mean_of({"a": 1.0}, ["a", "R", "C"])
+
+
+def test_the_papers_averages_come_out_of_its_columns():
+    assert len(published.TABLE_1) == 6
+    for name, row in published.TABLE_1.items():
+        expected = 48.00 if name.startswith("ViT-B + DAT + NS") else row["average"]  # 48.01 is printed
+        measured = {column: value for column, value in row.items() if value is not None}
+        assert nine_column_average(measured) == pytest.approx(expected, abs=0.01)
+        del measured["R"]
+        with pytest.raises(ValueError, match="R not measured"):
+            nine_column_average(measured)
+
+
+def test_alexnet_against_itself_is_100():
+    reference = published.alexnet_reference()
+    assert mean_corruption_error(reference, reference) == pytest.approx(100)
+    clean = (published.ALEXNET_CLEAN_ERROR, published.ALEXNET_CLEAN_ERROR)
+    assert mean_corruption_error(reference, reference, clean=clean) == pytest.approx(100)
+    assert np.mean(list(published.ALEXNET_ERRORS.values())) == pytest.approx(78.9, abs=0.05)
+    half = {c: [e / 2 for e in errors] for c, errors in reference.items()}
+    assert mean_corruption_error(half, reference) == pytest.approx(50)
+
+
+def test_calibration_by_hand_and_for_a_calibrated_model():
+    confidence, correct = [0.95, 0.95, 0.55, 0.55], [True, False, True, True]
+    assert expected_calibration_error(confidence, correct, bins=10) == pytest.approx((2 * 0.45 + 2 * 0.45) / 4)
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.1, 1, 200_000)
+    assert expected_calibration_error(confidence, rng.random(200_000) < confidence) < 0.01
+    assert expected_calibration_error([0.0, 1.0], [False, True]) == 0
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        expected_calibration_error([1.2], [True])
+
+
+def test_match_rate_influence_and_worst():
+    assert match_rate([1, 2, 3, 4], [1, 2, 0, 4]) == 0.75
+    before, after = [[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]
+    assert influence(before, after) == pytest.approx(1.0)
+    assert influence(before, before) == 0
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 20, 5))
+    softmax = [torch.from_numpy(z).softmax(-1) for z in (a, b)]
+    assert influence(*softmax) == pytest.approx(float(noise_influence(torch.from_numpy(a), torch.from_numpy(b))))
+    with pytest.raises(ValueError, match="not logits"):
+        influence(a, b)
+    with pytest.raises(ValueError, match="as many predictions"):
+        match_rate([1, 2], [1])
+    assert worst_condition({"clean": 0.9, "fog": 0.2, "snow": 0.4}) == ("fog", 0.2)
+    with pytest.raises(ValueError, match="no conditions"):
+        worst_condition({})

@@ -116,6 +116,58 @@ def mean_of(columns: Mapping[str, float], needed: Sequence[str]) -> float:
     return float(np.mean([columns[name] for name in needed]))
 
 
+NINE_COLUMNS = ("clean", "FGSM", "DAmageNet", "A", "C", "V2", "R", "Sketch", "Stylized")
+
+
+def nine_column_average(columns: Mapping[str, float]) -> float:
+    """The paper's average (table 1) in %: eight accuracies and 100 - mCE for "C"; without PatchFool, CW and MIM."""
+    turned = {name: 100 - value if name == "C" else value for name, value in columns.items()}
+    return mean_of(turned, NINE_COLUMNS)
+
+
+def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins, weighted by images, in [0, 1] (Guo et al. 2017).
+
+    ``confidence`` is the probability of the predicted class, one per image; a bin is open below and closed above.
+    """
+    correct, confidence = as_bools(correct), np.asarray(confidence, dtype=float)
+    if confidence.shape != correct.shape or not ((confidence >= 0) & (confidence <= 1)).all():
+        raise ValueError(f"expected one confidence in [0, 1] for each of {correct.size} images")
+    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    surplus = np.bincount(which, weights=confidence - correct, minlength=bins)
+    return float(np.abs(surplus).sum() / correct.size)
+
+
+def match_rate(before: ArrayLike, after: ArrayLike) -> float:
+    """Share of images with the same predicted class in both lists of predictions."""
+    before, after = np.asarray(before), np.asarray(after)
+    if before.shape != after.shape or before.ndim != 1 or not before.size:
+        raise ValueError(f"expected two lists of as many predictions, got {before.shape} and {after.shape}")
+    return float((before == after).mean())
+
+
+def influence(before: ArrayLike, after: ArrayLike) -> float:
+    """Mean over images of the squared shift of the predicted distribution, in [0, 2] (Algorithm 1, line 8).
+
+    ``before`` and ``after`` are probabilities of shape (images, classes).
+    """
+    before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    if before.shape != after.shape or before.ndim != 2 or not before.size:
+        raise ValueError(f"expected probabilities of shape (images, classes), got {before.shape} and {after.shape}")
+    for probabilities in (before, after):
+        if (probabilities < 0).any() or np.abs(probabilities.sum(1) - 1).max() > 1e-3:
+            raise ValueError("rows must be probabilities: non-negative, with sum 1; pass a softmax, not logits")
+    return float(np.square(after - before).sum(1).mean())
+
+
+def worst_condition(accuracies: Mapping[str, float]) -> tuple[str, float]:
+    """Name and accuracy of the condition with the lowest accuracy; the first of equals."""
+    if not accuracies:
+        raise ValueError("there are no conditions")
+    name = min(accuracies, key=accuracies.__getitem__)
+    return name, accuracies[name]
+
+
 def as_bools(correct: ArrayLike) -> NDArray[np.bool_]:
     array = np.asarray(correct)
     if array.dtype != np.bool_ or array.ndim != 1 or not array.size:
