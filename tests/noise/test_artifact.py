@@ -41,6 +41,11 @@ def test_json_beside_the_tensor_is_for_people(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["nullspace_noise.json", "nullspace_noise.safetensors"]
 
 
+def test_equal_noises_are_equal_files(tmp_path):
+    files = {make_noise(seed=3).save(tmp_path / f"{index}.safetensors").read_bytes() for index in range(20)}
+    assert len(files) == 1
+
+
 def test_bank(tmp_path):
     noises = [make_noise(seed=seed, round=seed) for seed in range(12)]
     save_noise_bank(noises, tmp_path / "noises")

@@ -124,7 +124,8 @@ class NullspaceNoise:
     def save(self, path: Path | str) -> Path:
         """Write one self-describing safetensors file: the tensor, and :meth:`config` in its header."""
         tensors = {"noise": self.tensor.detach().cpu().contiguous()}
-        metadata = {"format": "pt", "hf_nullspace": json.dumps(self.config(), allow_nan=False)}
+        # one entry only: safetensors writes several in a random order, and equal noises should be equal files
+        metadata = {"hf_nullspace": json.dumps(self.config(), allow_nan=False)}
         return write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
