@@ -1,9 +1,11 @@
 """Settings of a nullspace fine-tuning run: TrainingArguments, and what the method adds."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from transformers import TrainingArguments
 
 from hf_nullspace.noise.learning import NoiseSettings
@@ -114,6 +116,8 @@ class NullspaceConfig(TrainingArguments):
         self._check("noise_batch_size", (self.noise_batch_size or 0) >= 1, "at least 1 image")
         self.noise_settings()  # raises on values out of range
         self.per_device_train_batch_size = batch_size or 1
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else accelerate 1.15 does not see the other processes, and each trains by itself
         super().__post_init__()
         views = self.world_size * accumulation
         if batch_size is None:
