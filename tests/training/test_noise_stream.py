@@ -197,7 +197,8 @@ def test_own_randomness_gives_the_generators_back():
             raise KeyError
 
     before = state()
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError):
+        fail()
     assert again == [inside]
     assert state() == before
     with own_randomness(6):

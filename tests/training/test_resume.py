@@ -1,0 +1,199 @@
+"""Killed with SIGKILL and resumed: the same weights and noises, bit for bit, as a run that was never killed.
+
+The runs are real processes of their own (run_for_resume.py), forked from a server that has imported everything once.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from run_for_resume import STEPS, run
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from hf_nullspace.noise.artifact import load_noise_bank
+from hf_nullspace.training.checkpoints import last_complete_checkpoint
+from tiny_training import assert_differs, assert_same
+
+EMA = {"ema_decay": 0.7}
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts ``run`` in a process; importing happens once, in the fork server."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), str(here.parents[1] / "src")]
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths + ([before] if before else []))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["run_for_resume"])
+
+    def start(folder, timeout=60, **options):
+        process = context.Process(target=run, args=(str(folder),), kwargs=options)
+        process.start()
+        process.join(timeout)
+        assert process.exitcode is not None, "the run hangs"
+        return process.exitcode
+
+    yield start
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="module")
+def whole(processes, tmp_path_factory):
+    """Folder of a run that was never killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert processes(folder) == 0, (folder / "log.txt").read_text()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_ema(processes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole_ema")
+    assert processes(folder, **EMA) == 0, (folder / "log.txt").read_text()
+    return folder
+
+
+def history(folder):
+    entries = json.loads((folder / "nullspace_history.json").read_text())
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+
+
+def assert_same_end(folder, whole):
+    assert_same(load_file(folder / "final" / "model.safetensors"), load_file(whole / "final" / "model.safetensors"))
+    ours, theirs = load_noise_bank(folder / "noises"), load_noise_bank(whole / "noises")
+    assert len(ours) == len(theirs) == 3
+    assert_same({n.provenance.round: n.tensor for n in ours}, {n.provenance.round: n.tensor for n in theirs})
+    assert [n.provenance for n in ours] == [n.provenance for n in theirs]
+    assert history(folder / "final") == history(whole / "final") == history(folder)
+    last = f"checkpoint-{STEPS}"
+    states = [json.loads((f / last / "trainer_state.json").read_text())["log_history"] for f in (folder, whole)]
+    losses = [[entry["loss"] for entry in state if "loss" in entry] for state in states]
+    assert losses[0] == losses[1]
+
+
+def killed_and_resumed(processes, folder, die, **given):
+    assert processes(folder, die=die, **given) == -signal.SIGKILL
+    assert not (folder / "final").exists()
+    state = {path.name for path in folder.glob("checkpoint-*")}
+    assert processes(folder, resume=True, **given) == 0, (folder / "log.txt").read_text()
+    return state
+
+
+def test_the_run_is_worth_resuming(whole):
+    """Every checkpoint and noise differs from the one before, and the rounds do not begin at checkpoints."""
+    weights = [load_file(whole / f"checkpoint-{step}" / "model.safetensors") for step in (2, 4, 6, 8)]
+    for one, other in itertools.pairwise(weights):
+        assert_differs(one, other)
+    assert [entry["step"] for entry in history(whole)] == [0, 3, 6]
+    bank = [noise.tensor for noise in load_noise_bank(whole / "noises")]
+    assert not (bank[0] == bank[1]).all()
+    assert not (bank[1] == bank[2]).all()
+
+
+def test_killed_at_a_random_moment(processes, whole, tmp_path):
+    first_saved, total = map(int, (whole / "forwards.txt").read_text().split())
+    moment = random.SystemRandom().randint(first_saved + 1, total)
+    print(f"killed at forward pass {moment} of {total}")
+    found = killed_and_resumed(processes, tmp_path / "run", ("forward", moment))
+    assert found, "a checkpoint had been written before"
+    assert_same_end(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_killed_while_a_noise_is_learned(processes, whole, tmp_path, limit):
+    """In round 2, after checkpoint 6 was written at its very beginning."""
+    folder = tmp_path / "run"
+    found = killed_and_resumed(processes, folder, ("noise", 2, 5), save_total_limit=limit)
+    assert found == ({"checkpoint-6"} if limit else {"checkpoint-2", "checkpoint-4", "checkpoint-6"})
+    assert_same_end(folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("die", "missing"),
+    [
+        (("save", 8, "weights"), "no a readable trainer_state.json, no the optimizer, no the scheduler, no rng_state"),
+        (("save", 8, "optimizer"), "no a readable trainer_state.json, no rng_state.pth"),
+        (("save", 8, "rng"), "no a readable trainer_state.json"),
+        (("truncate", 8, "rng"), "no a readable trainer_state.json"),
+    ],
+)
+def test_killed_while_a_checkpoint_is_written(processes, whole, tmp_path, die, missing):
+    """Checkpoint 8 is half there; the run goes on from 6, in the second epoch and with round 2 about to begin."""
+    folder = tmp_path / "run"
+    found = killed_and_resumed(processes, folder, die, save_total_limit=1)
+    assert found == {"checkpoint-6", "checkpoint-8"}
+    said = (folder / "log.txt").read_text()
+    assert "skipped" in said
+    assert missing in said
+    assert_same_end(folder, whole)
+
+
+def test_resumed_within_a_round_it_uses_the_noise_of_the_checkpoint(processes, whole, tmp_path):
+    """From checkpoint 4, after step 3 began round 1: nothing is learned again until round 2."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole / "checkpoint-4", folder / "checkpoint-4")
+    assert processes(folder, resume=str(folder / "checkpoint-4")) == 0, (folder / "log.txt").read_text()
+    assert [path.name for path in (folder / "noises").iterdir()] == ["round-002.safetensors"]
+    shutil.copytree(
+        whole / "noises", folder / "noises", dirs_exist_ok=True, ignore=lambda *_: ["round-002.safetensors"]
+    )
+    assert_same_end(folder, whole)
+
+
+def test_with_ema(processes, whole, whole_ema, tmp_path):
+    folder = tmp_path / "run"
+    killed_and_resumed(processes, folder, ("save", 8, "optimizer"), save_total_limit=1, **EMA)
+    assert_same_end(folder, whole_ema)
+    ours, theirs = (load_file(path / "final" / "ema" / "model.safetensors") for path in (folder, whole_ema))
+    assert_same(ours, theirs)
+    assert_differs(ours, load_file(folder / "final" / "model.safetensors"))
+    assert_same_end(whole_ema, whole)  # averaging changes nothing else
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(processes, whole, tmp_path):
+    """By a clock, wherever that is: also between the files of a checkpoint, or while an old one is deleted."""
+    folder, seconds = tmp_path / "run", float((whole / "seconds.txt").read_text())
+    codes = []
+    for _ in range(5):
+        resume = last_complete_checkpoint(folder) is not None
+        after = random.SystemRandom().uniform(0.1, 0.8) * seconds
+        codes.append(processes(folder, resume=resume, die=("clock", after), save_total_limit=1))
+        if codes[-1] == 0:
+            break
+        assert codes[-1] == -signal.SIGKILL, (folder / "log.txt").read_text()
+    assert -signal.SIGKILL in codes, "no run took as long as it did before"
+    if codes[-1] != 0:
+        assert processes(folder, resume=last_complete_checkpoint(folder) is not None, save_total_limit=1) == 0
+    assert_same_end(folder, whole)
+
+
+@pytest.mark.parametrize("file", ["the noise", "the weights", "the optimizer"])
+def test_a_full_disk_is_one_clear_error(processes, whole, tmp_path, file):
+    """RLIMIT_FSIZE while checkpoint 4 is written: the noise, the weights or the optimizer no longer fit."""
+    folder, example = tmp_path / "run", whole / "checkpoint-4"
+    sizes = {
+        "the noise": 300,
+        "the weights": (example / "model.safetensors").stat().st_size // 2,
+        "the optimizer": (example / "model.safetensors").stat().st_size * 3 // 2,
+    }
+    assert sizes["the optimizer"] < (example / "optimizer.pt").stat().st_size
+    assert processes(folder, die=("full", 4, sizes[file]), save_total_limit=1) == 3
+    name, _, message = (folder / "error.txt").read_text().split("\n", 2)
+    assert name == "NotWrittenError"
+    assert f"could not write {folder / 'checkpoint-4'} (" in message
+    assert "free space" in message
+    assert "\n" not in message
+    assert last_complete_checkpoint(folder) == folder / "checkpoint-2"
+    AutoModelForImageClassification.from_pretrained(folder / "checkpoint-2")
+    assert processes(folder, resume=True) == 0, (folder / "log.txt").read_text()
+    assert_same_end(folder, whole)
