@@ -15,9 +15,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
+from accelerate import PartialState
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
-from accelerate import PartialState
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.noise.plots import plot_history

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from accelerate import PartialState
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.files import write_json
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, bank_file_name, model_hash

@@ -84,7 +84,7 @@ def make_targets() -> frozenset[str]:
 
 
 def exists(path: str) -> bool:
-    """Whether a path is there, from the repository's root or below the package; ``*`` and ``NAME`` stand for any name."""
+    """Whether a path, in which ``*`` and ``NAME`` stand for any name, is in the repository or below the package."""
     path = re.sub(r"\bNAME\b", "*", path)
     return any(any(folder.glob(path)) if "*" in path else (folder / path).exists() for folder in (ROOT, PACKAGE))
 
@@ -238,8 +238,8 @@ def test_the_checker_finds_what_is_wrong():
 def test_the_checker_lets_pass_what_is_right():
     good = """
     `noise/learning.py`, `src/hf_nullspace/files.py`, `noise.learning.learn_noise`, `noise.learning._descend`, `noise`,
-    `NoiseSettings.epsilon`, `tests/test_files.py::test_a_full_disk_names_the_file`, `recipes/configs/NAME.yaml`, `slow`,
-    `make test`, `make PYTHON=python3.11`, `learn_noise`, `CE(z, y)`, `outputs/digits`
+    `NoiseSettings.epsilon`, `tests/test_files.py::test_a_full_disk_names_the_file`, `recipes/configs/NAME.yaml`,
+    `slow`, `make test`, `make PYTHON=python3.11`, `learn_noise`, `CE(z, y)`, `outputs/digits`
     """
     assert exact_problems(good) == []
 
