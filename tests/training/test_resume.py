@@ -120,10 +120,10 @@ def test_killed_while_a_noise_is_learned(processes, whole, tmp_path, limit):
 @pytest.mark.parametrize(
     ("die", "missing"),
     [
-        (("save", 8, "weights"), "no a readable trainer_state.json, no the optimizer, no the scheduler, no rng_state"),
-        (("save", 8, "optimizer"), "no a readable trainer_state.json, no rng_state.pth"),
-        (("save", 8, "rng"), "no a readable trainer_state.json"),
-        (("truncate", 8, "rng"), "no a readable trainer_state.json"),
+        (("save", 8, "weights"), "lacks a readable trainer_state.json, the optimizer, the scheduler, rng_state.pth"),
+        (("save", 8, "optimizer"), "lacks a readable trainer_state.json, rng_state.pth"),
+        (("save", 8, "rng"), "lacks a readable trainer_state.json"),
+        (("truncate", 8, "rng"), "lacks a readable trainer_state.json"),
     ],
 )
 def test_killed_while_a_checkpoint_is_written(processes, whole, tmp_path, die, missing):

@@ -26,10 +26,8 @@ _WEIGHTS = (
     "latest",  # DeepSpeed's pointer to its own folder, which holds the optimizer as well
 )
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
-_DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS),
-    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
-)
+_DISK_ERRORS = (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+_DISK_ERROR_NUMBERS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
 HISTORY_NAME = "nullspace_history.json"
 
 
@@ -54,7 +52,7 @@ def missing_from(checkpoint: Path, processes: int) -> list[str]:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if f"{PREFIX_CHECKPOINT_DIR}-{state['global_step']}" != checkpoint.name:
             missing.append(f"a trainer_state.json of its own (it is of step {state['global_step']})")
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         missing.append("a readable trainer_state.json")
     if not any((checkpoint / name).exists() for name in _OPTIMIZERS):
         missing.append("the optimizer")
@@ -88,12 +86,13 @@ def one_clear_error(folder: Path | str) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if isinstance(error, OSError):
-            written = error.errno not in _DISK_ERRORS  # the Hub's errors are OSErrors, too
+            # The Hub's errors are OSErrors, too.
+            other = not isinstance(error, _DISK_ERRORS) and error.errno not in _DISK_ERROR_NUMBERS
         elif isinstance(error, RuntimeError):
-            written = "inline_container" not in lines[0] and "PytorchStreamWriter" not in lines[0]  # torch.save
+            other = "inline_container" not in lines[0] and "PytorchStreamWriter" not in lines[0]  # torch.save
         else:
-            written = False
-        if written:
+            other = False
+        if other:
             raise
         raise NotWrittenError(
             (isinstance(error, OSError) and error.errno) or errno.EIO,
@@ -112,7 +111,7 @@ def last_complete_checkpoint(folder: Path | str, processes: int = 1) -> Path | N
         missing = missing_from(path, processes)
         if not missing:
             return path
-        logger.warning("skipped %s, it is not whole: no %s", path, ", no ".join(missing))
+        logger.warning("skipped %s, it is not whole: it lacks %s", path, ", ".join(missing))
     return None
 
 
@@ -123,10 +122,12 @@ def check_complete(checkpoint: Path | str, processes: int = 1) -> Path:
         NoCheckpointError: if it is not whole, saying what is missing.
     """
     path = Path(checkpoint)
-    missing = missing_from(path, processes) if path.is_dir() else ["folder of that name"]
+    if not path.is_dir():
+        raise NoCheckpointError(f"cannot resume from {path}: there is no such folder")
+    missing = missing_from(path, processes)
     if missing:
         raise NoCheckpointError(
-            f"cannot resume from {path}: no {', no '.join(missing)}. resume_from_checkpoint=True takes the last "
+            f"cannot resume from {path}: it lacks {', '.join(missing)}. resume_from_checkpoint=True takes the last "
             "checkpoint that is whole"
         )
     return path

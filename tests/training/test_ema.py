@@ -1,0 +1,171 @@
+"""The averaged weights: against the recursion written out, saved, evaluated, and never left in the model."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification, TrainerCallback
+
+from hf_nullspace.training.ema import EmaCallback
+from hf_nullspace.training.trainer import NullspaceTrainer
+from tiny_models import tiny_model
+from tiny_training import Images, accuracy, assert_differs, assert_same, config, parameters_of, trained
+
+
+class Weights(TrainerCallback):
+    """The weights after every optimizer step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.steps.append(parameters_of(model))
+
+
+def test_it_is_the_recursion(tmp_path):
+    weights = Weights()
+    trainer = trained(tmp_path, ema_decay=0.8, callbacks=[weights])
+    average = parameters_of(tiny_model().double())
+    assert len(weights.steps) == 4
+    for step in weights.steps:
+        average = {name: 0.8 * value + 0.2 * step[name] for name, value in average.items()}
+    assert_same(parameters_of(trainer.ema.model), average, rtol=1e-12, atol=1e-15)
+    assert_differs(average, weights.steps[-1])
+    assert_same(parameters_of(trainer.model), weights.steps[-1])
+
+
+def test_it_does_not_change_training(tmp_path):
+    with_average = trained(tmp_path / "1", ema_decay=0.8)
+    without = trained(tmp_path / "2")
+    assert_same(parameters_of(with_average.model), parameters_of(without.model))
+
+
+def test_with_accumulation_it_counts_optimizer_steps(tmp_path):
+    whole = trained(tmp_path / "1", ema_decay=0.8)
+    parts = trained(tmp_path / "2", ema_decay=0.8, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert_same(parameters_of(parts.ema.model), parameters_of(whole.ema.model), rtol=1e-6, atol=1e-9)
+
+
+def test_it_is_saved_as_a_model(tmp_path):
+    trainer = trained(tmp_path, tiny_model(), Images(), ema_decay=0.8, save_strategy="steps", save_steps=4)
+    for folder in (tmp_path / "checkpoint-4", tmp_path / "final"):
+        trainer.save_model(str(tmp_path / "final"))
+        average = AutoModelForImageClassification.from_pretrained(folder, subfolder="ema")
+        own = AutoModelForImageClassification.from_pretrained(folder)
+        assert_same(parameters_of(average), parameters_of(trainer.ema.model))
+        assert_same(parameters_of(own), parameters_of(trainer.model))
+        images = Images().pixel_values[:4]
+        assert not torch.equal(average(images).logits, own(images).logits)
+
+
+def test_it_is_evaluated_beside_the_model(tmp_path):
+    held_out = Images(count=30, seed=7)
+    trainer = trained(
+        tmp_path,
+        tiny_model(),
+        Images(),
+        ema_decay=0.8,
+        eval_dataset=held_out,
+        compute_metrics=accuracy,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    logged = [entry for entry in trainer.state.log_history if "eval_ema_accuracy" in entry]
+    assert len(logged) == 2
+    metrics = trainer.evaluate()
+    own, average = trainer.model, trainer.ema.model
+    for prefix, model in (("eval_", own), ("eval_ema_", average)):
+        with torch.no_grad():
+            expected = torch.nn.functional.cross_entropy(model.eval()(held_out.pixel_values).logits, held_out.labels)
+        assert metrics[f"{prefix}loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["eval_loss"] != metrics["eval_ema_loss"]
+    several = trainer.evaluate({"a": held_out, "b": Images(count=9, seed=8)})
+    assert {"eval_a_loss", "eval_a_ema_loss", "eval_b_loss", "eval_b_ema_loss"} <= several.keys()
+    assert several["eval_a_ema_loss"] == metrics["eval_ema_loss"]
+
+
+def test_the_models_own_weights_come_back(tmp_path):
+    trainer = trained(tmp_path, tiny_model(), Images(), ema_decay=0.8, eval_dataset=Images(count=9))
+    own, average = parameters_of(trainer.model), parameters_of(trainer.ema.model)
+    addresses = [parameter.data_ptr() for parameter in trainer.model.parameters()]
+    trainer.evaluate()
+    assert_same(parameters_of(trainer.model), own)
+
+    seen = []
+
+    def fail(prediction):
+        seen.append(parameters_of(trainer.model))
+        if len(seen) == 2:
+            raise KeyError("metric")
+        return {}
+
+    trainer.compute_metrics = fail
+    with pytest.raises(KeyError, match="metric"):
+        trainer.evaluate()
+    assert_same(seen[0], own)
+    assert_same(seen[1], average)
+    assert_same(parameters_of(trainer.model), own)
+    assert [parameter.data_ptr() for parameter in trainer.model.parameters()] == addresses
+
+
+def test_best_model_by_the_averages_metric(tmp_path):
+    """metric_for_best_model=eval_ema_loss: the model that is returned is the average of the best checkpoint."""
+    trainer = trained(
+        tmp_path,
+        tiny_model(),
+        Images(),
+        ema_decay=0.5,
+        learning_rate=0.1,
+        eval_dataset=Images(count=30, seed=7),
+        metric_for_best_model="eval_ema_loss",
+        load_best_model_at_end=True,
+        greater_is_better=False,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    losses = [entry["eval_ema_loss"] for entry in trainer.state.log_history if "eval_ema_loss" in entry]
+    best = losses.index(min(losses)) + 1
+    folder = tmp_path / f"checkpoint-{best}"
+    assert trainer.state.best_model_checkpoint == str(folder)
+    average = AutoModelForImageClassification.from_pretrained(folder, subfolder="ema")
+    assert_same(parameters_of(trainer.model), parameters_of(average))
+    assert trainer.evaluate()["eval_loss"] == min(losses)
+
+
+def test_a_second_run_starts_a_new_average(tmp_path):
+    trainer = trained(tmp_path, ema_decay=0.8)
+    start = parameters_of(trainer.model)
+    weights = Weights()
+    trainer.add_callback(weights)
+    trainer.train()
+    for step in weights.steps:
+        start = {name: 0.8 * value + 0.2 * step[name] for name, value in start.items()}
+    assert_same(parameters_of(trainer.ema.model), start, rtol=1e-12, atol=1e-15)
+
+
+def test_frozen_parameters_and_buffers(tmp_path):
+    model = tiny_model().double()
+    model.vit.embeddings.requires_grad_(False)
+    trainer = trained(tmp_path, model, Images(dtype=torch.float64), ema_decay=0.8)
+    assert torch.equal(trainer.ema.model.vit.embeddings.cls_token, tiny_model().double().vit.embeddings.cls_token)
+
+
+def test_a_checkpoint_without_an_average(tmp_path):
+    trained(tmp_path, tiny_model(), Images(), save_strategy="steps", save_steps=2)
+    trainer = NullspaceTrainer(tiny_model(), config(tmp_path, ema_decay=0.9), train_dataset=Images())
+    with pytest.raises(OSError, match="ema"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_only_whole_transformers_models(tmp_path):
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = tiny_model()
+
+        def get_input_embeddings(self):
+            return self.vit.get_input_embeddings()
+
+    with pytest.raises(ValueError, match="ema_decay needs a whole transformers model"):
+        NullspaceTrainer(Bare(), config(tmp_path, ema_decay=0.9), train_dataset=Images())
+    assert EmaCallback(tiny_model(), 0.9).decay == 0.9
