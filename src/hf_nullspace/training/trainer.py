@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -20,12 +21,7 @@ from hf_nullspace.files import write_json
 from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise, unwrap
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, NoiseProvenance, NullspaceNoise, bank_file_name, model_hash
 from hf_nullspace.noise.learning import NoiseHistory, derive_seed, learn_noise
-from hf_nullspace.training.checkpoints import (
-    HISTORY_NAME,
-    checkpoint_to_resume,
-    load_weights,
-    one_clear_error,
-)
+from hf_nullspace.training.checkpoints import HISTORY_NAME, checkpoint_to_resume, load_weights, one_clear_error
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.ema import FOLDER as EMA_FOLDER
 from hf_nullspace.training.ema import EmaCallback
@@ -158,7 +154,7 @@ class NullspaceTrainer(Trainer):
         settings = args.noise_settings()
         collate = self.data_collator
         dataset: Any = self.train_dataset
-        if type(dataset).__module__.startswith("datasets."):
+        if isinstance(dataset, Dataset):  # as the Trainer does it: a mapped stream does not know its columns
             dataset = self._remove_unused_columns(dataset, description="noise")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="noise")
