@@ -8,8 +8,9 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test test-slow check format clean
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
-		|| { echo "hf-nullspace needs Python 3.11 to 3.13; found $$($(PYTHON) --version). Call make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+		|| { echo "hf-nullspace needs Python 3.11 to 3.13; $(PYTHON) is" \
+			"$$($(PYTHON) --version 2>/dev/null || echo 'not there'). Name another: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
