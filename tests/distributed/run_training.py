@@ -82,11 +82,16 @@ def rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def stream_of(dtype: torch.dtype) -> Any:
-    """The fixed images as a streaming data set of four shards."""
+def stream_of(dtype: torch.dtype, read: list[int]) -> Any:
+    """The fixed images as a streaming data set of four shards; ``read`` gets the index of each that this rank reads."""
     images = FixedImages(dtype)
-    columns = {"pixel_values": images.pixel_values.tolist(), "labels": images.labels.tolist()}
-    return Dataset.from_dict(columns).to_iterable_dataset(num_shards=4)
+    columns = {"pixel_values": images.pixel_values.tolist(), "labels": images.labels.tolist(), "index": range(IMAGES)}
+
+    def note(row: dict[str, Any]) -> dict[str, Any]:
+        read.append(row["index"])
+        return row
+
+    return Dataset.from_dict(columns).to_iterable_dataset(num_shards=4).map(note, remove_columns=["index"])
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -100,7 +105,8 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     model = tiny_model().to(dtype)
     output = folder / case.get("output", case["name"]) / "run"
     config = NullspaceConfig(**{**SETTINGS, "output_dir": str(output), **case.get("settings", {})})
-    dataset = stream_of(dtype) if case.get("streaming") else FixedImages(dtype, case.get("trouble"))
+    read: list[int] = []
+    dataset = stream_of(dtype, read) if case.get("streaming") else FixedImages(dtype, case.get("trouble"))
     trainer = NullspaceTrainer(
         model,
         config,
@@ -118,12 +124,12 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "kind": type(next(trainer.model.parameters())).__name__ + type(next(trainer.model.parameters()).data).__name__,
         "parameters": full_parameters(trainer.model),
         "average": full_parameters(trainer.ema.model) if trainer.ema is not None else {},
-        "noise": trainer.noise.tensor,
-        "provenance": asdict(trainer.noise.provenance),
+        "noise": trainer.noise and trainer.noise.tensor,
+        "provenance": trainer.noise and asdict(trainer.noise.provenance),
+        "read": read,
         "noises": [NullspaceNoise.load(path).tensor for path in sorted((output / "noises").glob("*.safetensors"))],
         "history": trainer.history,
         "global_step": trainer.state.global_step,
-        "resumed_from": case.get("resume") and sorted(path.name for path in output.glob("checkpoint-*")),
         "metrics": metrics,
         "messages": messages,
     }

@@ -31,16 +31,24 @@ SEVERAL: list[dict[str, Any]] = [
     {"name": "every_step_saved", "settings": {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}},
     {"name": "minibatch", "settings": {"noise_stop_on": "minibatch", "epsilon": 0.02}},
     {"name": "stream", "streaming": True, "settings": {"noise_on_limit": "rescale"}},
+    {"name": "stream_dispatched", "streaming": True, "settings": {"objective": "plain"}},
+    {
+        "name": "stream_by_shards",
+        "streaming": True,
+        "settings": {"objective": "plain", "accelerator_config": {"dispatch_batches": False}},
+    },
     {"name": "ema", "evaluate": True, "settings": {"ema_decay": 0.9}},
     {"name": "bf16", "dtype": "float32", "settings": {"bf16": True}},
     {"name": "not_a_number", "fails": True, "trouble": {"round": 1, "rank": 1, "after": 12, "what": "nan"}},
     {"name": "not_learned", "fails": True, "settings": {"epsilon": 0.001, "noise_max_steps": 3}},
     {"name": "few_held_out", "fails": True, "settings": {"held_out_images": 1}},
+    {"name": "few_images", "fails": True, "settings": {"noise_batch_size": 1}},
 ]
 ALONE: list[dict[str, Any]] = [
     {"name": "one_by_eight"},
     {"name": "accumulated", "settings": {"gradient_accumulation_steps": 2}},
     {"name": "minibatch", "settings": {"noise_stop_on": "minibatch", "epsilon": 0.02}},
+    {"name": "stream_dispatched", "streaming": True, "settings": {"objective": "plain"}},
     {"name": "ema", "evaluate": True, "settings": {"ema_decay": 0.9}},
     {"name": "bf16", "dtype": "float32", "settings": {"bf16": True}},
 ]
@@ -75,13 +83,18 @@ class Launch:
 
 
 def launch(launcher: list[str], cases: list[dict[str, Any]], folder: Path) -> Launch:
-    """Run the worker under ``launcher``; everything that it started is dead afterwards."""
-    folder.mkdir(exist_ok=True)
+    """Run the worker under ``launcher``."""
     (folder / "cases.json").write_text(json.dumps(cases))
+    return start([*launcher, str(WORKER), str(folder / "cases.json"), str(folder)], folder)
+
+
+def start(words: list[str], folder: Path) -> Launch:
+    """Run ``python -m words``; everything that it started is dead afterwards."""
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", *launcher, str(WORKER), str(folder / "cases.json"), str(folder)]
+    command = [sys.executable, "-m", *words]
     begin = time.perf_counter()
-    with (folder / "output.txt").open("w") as output:
+    log = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
+    with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             process.wait(LIMIT_S)
@@ -89,7 +102,7 @@ def launch(launcher: list[str], cases: list[dict[str, Any]], folder: Path) -> La
             process.terminate()  # the launcher ends its workers
             process.wait(30)
     seconds = time.perf_counter() - begin
-    return Launch(folder, (folder / "output.txt").read_text(), process.returncode, seconds)
+    return Launch(folder, log.read_text(), process.returncode, seconds)
 
 
 def accelerate(config: Path) -> list[str]:
@@ -247,10 +260,25 @@ def test_every_rank_says_why_when_no_noise_is_learned(two: Launch) -> None:
         assert "on held-out images; epsilon is 0.001" in result["error"]
 
 
-def test_every_rank_says_why_when_there_are_fewer_held_out_images_than_processes(two: Launch) -> None:
+def test_every_rank_says_why_when_there_are_fewer_images_than_processes(two: Launch) -> None:
     for result in two.results("few_held_out"):
         assert "1 held-out images" in result["error"]
         assert "raise held_out_images" in result["error"]
+    for result in two.results("few_images"):
+        assert "noise_batch_size=1 is less than one image per process" in result["error"]
+
+
+def test_who_reads_a_stream(one: Launch, two: Launch) -> None:
+    """By default rank 0 reads for all, as accelerate does it; undispatched, every rank reads shards of its own."""
+    first, second = two.results("stream_dispatched")
+    assert second["read"] == []
+    assert first["read"][:48] == one.result("stream_dispatched")["read"][:48]  # 6 steps of 8 images
+    assert difference(first["parameters"], one.result("stream_dispatched")["parameters"]) < 1e-6
+    first, second = two.results("stream_by_shards")
+    assert len(first["read"]) >= 24
+    assert len(second["read"]) >= 24
+    assert not set(first["read"]) & set(second["read"])
+    assert same_bits(first["parameters"], second["parameters"])
 
 
 def test_a_run_of_two_processes_resumes_exactly_after_sigkill(two: Launch, resumed: tuple[list[str], Launch]) -> None:
@@ -316,3 +344,19 @@ def test_fsdp2_ends_with_the_same_parameters_as_one_process(one: Launch, tmp_pat
     for resumed in after.results("resumed"):
         assert same_bits(resumed["parameters"], first["parameters"])
         assert resumed["messages"][(N_D + 3, 8)] == steps(resumed)[2] + 1
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_on_two_processes(tmp_path: Path) -> None:
+    """Slow: half a minute. The command of the README, with the recipe cut short."""
+    output = tmp_path / "digits"
+    words = "--base_epochs 1 --rounds 2 --steps_per_round 2 --noise_max_steps 5 --max_eval_images 50 --save_steps 2"
+    recipe = [str(ACCELERATE_CONFIGS.parent / "finetune.py"), "--output_dir", str(output), *words.split()]
+    ended = start([*TWO, *recipe, "--disable_tqdm", "true"], tmp_path)
+    assert ended.code == 0, ended.output[-8000:]
+    assert ended.output.count("Measuring before") == ended.output.count("nullspace - before") == 1
+    state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    assert (output / "checkpoint-4" / "rng_state_1.pth").exists()  # of the second process
+    assert len(list((output / "noises").glob("*.safetensors"))) == 2
+    assert set(json.loads((output / "results.json").read_text()))
