@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from hf_nullspace.noise.learning import derive_seed
 
 _SHUFFLE_BUFFER = 1024
+_EMPTY = "the training stream is empty; check the split's name and the data files"
 
 
 def noise_stream(
@@ -110,6 +111,17 @@ def own_randomness(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)  # noqa: NPY002
 
 
+@contextmanager
+def an_empty_stream_is_said() -> Iterator[None]:
+    """accelerate has words of its own for a stream without a row; this has the reader's."""
+    try:
+        yield
+    except ValueError as error:
+        if "Batch does not contain any data" not in str(error):
+            raise
+        raise ValueError(_EMPTY) from error
+
+
 def _share(total: int, rank: int, processes: int) -> int:
     """How many of ``total`` images fall to a rank: positions rank, rank + processes, ..."""
     return len(range(rank, total, processes))
@@ -182,7 +194,7 @@ class _Restarted(IterableDataset[Any]):
                 if epoch == 0 or count > held_out:
                     yield row
             if count == 0:
-                raise ValueError("the training stream is empty; check the split's name and the data files")
+                raise ValueError(_EMPTY)
             if count <= held_out:
                 raise ValueError(
                     f"the training stream has {count} images for this reader, and {held_out} of them are to be held "

@@ -25,15 +25,8 @@ from hf_nullspace.training.checkpoints import HISTORY_NAME, checkpoint_to_resume
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.ema import FOLDER as EMA_FOLDER
 from hf_nullspace.training.ema import EmaCallback
-from hf_nullspace.training.noise_stream import noise_stream, own_randomness
-from hf_nullspace.training.objectives import (
-    Objective,
-    check_head,
-    check_labels,
-    make_objective,
-    two_views,
-    view_loss,
-)
+from hf_nullspace.training.noise_stream import an_empty_stream_is_said, noise_stream, own_randomness
+from hf_nullspace.training.objectives import Objective, check_head, check_labels, make_objective, two_views, view_loss
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +102,10 @@ class NullspaceTrainer(Trainer):
         self._hook = PatchEmbeddingNoise(model, self._patch_embedding)
 
     # ---- one batch
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        with an_empty_stream_is_said():
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's step; the first micro-batch of every S-th optimizer step learns the round's noise before it."""
