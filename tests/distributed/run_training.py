@@ -102,7 +102,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train as the case says; what this rank ended with."""
     dtype = getattr(torch, case.get("dtype", "float64"))
-    model = tiny_model().to(dtype)
+    model = tiny_model(case.get("family", "vit")).to(dtype)
     output = folder / case.get("output", case["name"]) / "run"
     config = NullspaceConfig(**{**SETTINGS, "output_dir": str(output), **case.get("settings", {})})
     read: list[int] = []

@@ -17,7 +17,7 @@ import pytest
 import run_training
 import torch
 
-from tiny_models import tiny_model
+from tiny_models import FAMILIES, tiny_model
 
 HERE = Path(__file__).parent
 WORKER = HERE / "run_training.py"
@@ -315,6 +315,16 @@ def test_a_compiled_model_on_two_processes_ends_with_the_same_parameters(tmp_pat
     first, second = compiled.results("compiled")
     check_ranks_agree(first, second)
     assert difference(first["parameters"], compiled.result("as_is")["parameters"]) < 1e-6
+
+
+@pytest.mark.slow
+def test_every_family_on_two_processes(tmp_path: Path) -> None:
+    """Slow: eight models. Some have parameters that get no gradient, which DDP has to be told."""
+    settings = {"rounds": 1, "noise_max_steps": 3, "noise_on_limit": "rescale"}
+    families = launch(TWO, [{"name": family, "family": family, "settings": settings} for family in FAMILIES], tmp_path)
+    assert families.code == 0, families.output[-8000:]
+    for family in FAMILIES:
+        check_ranks_agree(*families.results(family))
 
 
 @pytest.mark.slow
