@@ -108,12 +108,11 @@ def test_killed_at_a_random_moment(processes, whole, tmp_path):
     assert_same_end(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("limit", [None, 1])
-def test_killed_while_a_noise_is_learned(processes, whole, tmp_path, limit):
+def test_killed_while_a_noise_is_learned(processes, whole, tmp_path):
     """In round 2, after checkpoint 6 was written at its very beginning."""
     folder = tmp_path / "run"
-    found = killed_and_resumed(processes, folder, ("noise", 2, 5), save_total_limit=limit)
-    assert found == ({"checkpoint-6"} if limit else {"checkpoint-2", "checkpoint-4", "checkpoint-6"})
+    found = killed_and_resumed(processes, folder, ("noise", 2, 5), save_total_limit=1)
+    assert found == {"checkpoint-6"}
     assert_same_end(folder, whole)
 
 
@@ -122,7 +121,6 @@ def test_killed_while_a_noise_is_learned(processes, whole, tmp_path, limit):
     [
         (("save", 8, "weights"), "lacks a readable trainer_state.json, the optimizer, the scheduler, rng_state.pth"),
         (("save", 8, "optimizer"), "lacks a readable trainer_state.json, rng_state.pth"),
-        (("save", 8, "rng"), "lacks a readable trainer_state.json"),
         (("truncate", 8, "rng"), "lacks a readable trainer_state.json"),
     ],
 )

@@ -86,19 +86,17 @@ def hub_stream(images):
     return stream.with_format("torch")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("make", [Stream, hub_stream])
+@pytest.mark.parametrize(("make", "workers"), [(Stream, 0), (hub_stream, 0), (hub_stream, 2)])
 def test_streaming(tmp_path, make, workers):
     model = tiny_model()
     recorder = Recorder(model)
-    given = {"dataloader_num_workers": workers if make is hub_stream else 0, "rounds": 3}
-    trainer = trained(tmp_path, model, make(Images(count=40)), **given)
+    trainer = trained(tmp_path, model, make(Images(count=40)), dataloader_num_workers=workers, rounds=3)
     assert trainer.state.global_step == 6, "more than one pass over five batches"
     assert [entry["step"] for entry in trainer.history] == [0, 2, 4]
     assert all(entry["influence"] <= 0.03 for entry in trainer.history)
     batches = train_batches(recorder)
     assert len(batches) == 6
-    if not given["dataloader_num_workers"]:  # each of two workers ends its pass with half a batch
+    if not workers:  # each of two workers ends its pass with half a batch
         batches = batches[:5]
     assert len(torch.cat(batches).flatten(1).unique(dim=0)) == 40, "each image once"
     assert_differs(parameters_of(model), parameters_of(tiny_model()))
@@ -209,6 +207,9 @@ def test_auto_find_batch_size_starts_the_round_again(tmp_path, when):
     assert [(entry["round"], entry["step"]) for entry in trainer.history] == [(0, 0), (1, 2)]
     bank = load_noise_bank(tmp_path / "noises")
     assert torch.equal(bank[1].tensor, trainer.noise.tensor)
+    small = trained(tmp_path / "small", tiny_model(), Images(), per_device_train_batch_size=9)
+    assert_same(parameters_of(model), parameters_of(small.model))  # as if it had been run with 9 at once
+    assert torch.equal(small.noise.tensor, trainer.noise.tensor)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert trainer._hook.noise is None
 

@@ -204,3 +204,25 @@ class NullspaceConfig(TrainingArguments):
             )
         except ValueError as error:
             raise ValueError(f"noise setting {error}") from None
+
+
+def usable_config(args: Any) -> NullspaceConfig:
+    """``args`` as the trainer takes them; ``None`` is all defaults.
+
+    Raises:
+        TypeError: if they are no NullspaceConfig.
+        ValueError: if the process has several GPUs, which the Trainer would drive with DataParallel.
+    """
+    if args is None:
+        args = NullspaceConfig(output_dir="outputs")
+    if not isinstance(args, NullspaceConfig):
+        raise TypeError(
+            f"args is a {type(args).__name__}; expected a NullspaceConfig (TrainingArguments and the settings of the "
+            "method): NullspaceConfig(output_dir=...)"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported; "
+            "start one process per GPU: accelerate launch --multi_gpu, or torchrun --nproc_per_node"
+        )
+    return args

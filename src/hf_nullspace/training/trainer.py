@@ -22,7 +22,7 @@ from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise, 
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, NoiseProvenance, NullspaceNoise, bank_file_name, model_hash
 from hf_nullspace.noise.learning import NoiseHistory, derive_seed, learn_noise
 from hf_nullspace.training.checkpoints import HISTORY_NAME, checkpoint_to_resume, load_weights, one_clear_error
-from hf_nullspace.training.config import NullspaceConfig
+from hf_nullspace.training.config import NullspaceConfig, usable_config
 from hf_nullspace.training.ema import FOLDER as EMA_FOLDER
 from hf_nullspace.training.ema import EmaCallback
 from hf_nullspace.training.noise_stream import an_empty_stream_is_said, noise_stream, own_randomness
@@ -58,29 +58,22 @@ class NullspaceTrainer(Trainer):
         patch_embedding: nn.Module | None = None,
         **named: Any,
     ) -> None:
-        if args is not None and not isinstance(args, NullspaceConfig):
-            raise TypeError(
-                f"args is a {type(args).__name__}; expected a NullspaceConfig (TrainingArguments and the settings of "
-                "the method): NullspaceConfig(output_dir=...)"
-            )
+        args = usable_config(args)
         self._patch_embedding = patch_embedding
         self._hook: PatchEmbeddingNoise | None = None
         self.noise: NullspaceNoise | None = None
         self.history: list[dict[str, Any]] = []
         self._round: int | None = None
         self._restored = False
+        self._start: dict[str, Tensor] | None = None
         self._compiled: nn.Module | None = None
         if model is not None:
             self._attach(model)
-        super().__init__(model, args or NullspaceConfig(output_dir="outputs"), *positional, **named)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process (DataParallel) are not supported; "
-                "start one process per GPU: accelerate launch --multi_gpu, or torchrun --nproc_per_node"
-            )
+        super().__init__(model, args, *positional, **named)
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
             raise ValueError("the training set is empty; check the split's name and the data files")
         self._objective: Objective = make_objective(self.args.objective)  # `objective` is the Trainer's, in a search
+        self._given_optimizer = self.optimizer
         self.ema: EmaCallback | None = None
         if self.args.ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
@@ -242,9 +235,17 @@ class NullspaceTrainer(Trainer):
         Raises:
             NoCheckpointError: if there is none, or the one that is named is not whole.
         """
-        self._restored = False
+        self._restored, self._start = False, None
         folder = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.args.world_size)
         return super().train(str(folder) if folder else None, *positional, **named)
+
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        super()._update_auto_batch_size(batch_size)
+        if self._start is None:
+            self._start = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+        elif not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # again after out of memory: upstream goes on
+            self.model.load_state_dict(self._start)
+            self.optimizer = self._given_optimizer
 
     def _hp_search_setup(self, trial: Any) -> None:
         steps = self.args.max_steps
