@@ -22,7 +22,7 @@ from tiny_models import FAMILIES, tiny_model
 HERE = Path(__file__).parent
 WORKER = HERE / "run_training.py"
 ACCELERATE_CONFIGS = HERE.parents[1] / "recipes" / "accelerate"
-LIMIT_S = 120
+LIMIT_S = 240
 """More than any launch here takes, so that a deadlock fails a test and does not hang it."""
 
 N_D = 16 * 24  # patches x features of the tiny model
