@@ -252,6 +252,30 @@ def test_same_seed_same_noise_and_no_trace_in_the_global_generators(tmp_path):
     assert torch.equal(one._learn(one.model, 1).tensor, again.tensor)
 
 
+def test_a_data_set_that_draws_from_the_global_generator(tmp_path):
+    """The noise is the same whatever was drawn before, and what is drawn after is as if no noise had been learned."""
+
+    class Drawing(Images):
+        def __getitem__(self, index):
+            row = super().__getitem__(index)
+            return row | {"pixel_values": row["pixel_values"] + 0.1 * torch.randn(3, 16, 16)}
+
+    trainer = NullspaceTrainer(tiny_model(), config(tmp_path), train_dataset=Drawing())
+    noises, after = [], []
+    for steps in (2, 5):
+        trainer.args.noise_max_steps = steps
+        for seed in (11, 12):
+            set_seed(seed)
+            noises.append(trainer._learn(trainer.model, 0).tensor)
+            after.append(torch.rand(()).item())
+    assert torch.equal(noises[0], noises[1])
+    assert torch.equal(noises[2], noises[3])
+    assert not torch.equal(noises[0], noises[2])
+    assert after[0] == after[2]
+    assert after[1] == after[3]
+    assert after[0] != after[1]
+
+
 def test_rounds_differ_and_are_kept(tmp_path):
     trainer = trained(tmp_path, tiny_model(), Images(), save_strategy="steps", save_steps=1)
     bank = load_noise_bank(tmp_path / "noises")

@@ -79,7 +79,8 @@ def check_labels(labels: Tensor, classes: int | None) -> None:
         shown = f"{labels.dtype} of shape {tuple(labels.shape)}" if not wrong.any() else str(labels[wrong].tolist()[:5])
         raise ValueError(
             f"labels {shown}: expected one whole number per image, in [0, {classes or 'number of classes'}) as the "
-            "model's head has it; map the labels of the data to the model's, or give the model a new head"
+            "model's head has it; map the labels of the data to the model's, or give the model a new head (and pass "
+            "compute_loss_func for soft labels)"
         )
 
 
