@@ -43,6 +43,8 @@ ORDER = [
     "robustness.suite",
     "robustness.records",
     "robustness.plans",
+    "robustness.summaries",
+    "robustness.plots",
     "robustness.report",
     "training.config",
     "training.run_settings",

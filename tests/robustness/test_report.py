@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_nullspace.robustness import report
+from hf_nullspace.robustness import plots, published, records, report
+from hf_nullspace.robustness.checks import Check
+from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from hf_nullspace.robustness.suite import ConditionResult
+from hf_nullspace.robustness.summaries import CIFAR_COLUMNS, IMAGENET_COLUMNS, summaries
 
 
 def result(condition, correct, n=50, seed=0):
@@ -27,17 +30,19 @@ def arms():
 
 
 def test_the_table_shows_scores_and_paired_differences(arms):
-    header, _, fgsm = report.table_rows(arms)
+    header, _, fgsm, worst = report.table_rows(arms)
     assert header == [
         *("condition", "images", "before", "plain control", "nullspace"),
         *("plain control - before", "nullspace - before", "nullspace - plain control"),
     ]
     assert fgsm[:5] == ["FGSM(eps=1/255)", "50", "20.00", "30.00", "50.00"]
+    assert worst[0] == "worst condition"
+    assert worst[2:] == ["20.00", "30.00", "50.00", "+10.00", "+30.00", "+20.00"]
     assert fgsm[6].startswith("+30.00 [")
     assert fgsm[7].startswith("+20.00 [")
     lines = report.terminal_table(arms).splitlines()
     assert len({len(line) for line in lines[:4]}) == 1
-    assert report.markdown_table(arms).splitlines()[3].count("|") == 9
+    assert report.markdown(arms).splitlines()[3].count("|") == 9
 
 
 def test_files_hold_the_counts_and_read_back(arms, tmp_path):
@@ -49,7 +54,7 @@ def test_files_hold_the_counts_and_read_back(arms, tmp_path):
         ("before", 45, 50),
         ("before", 10, 50),
     ]
-    back = report.result_from_record(stored["results"][1])
+    back = records.result_from_record(stored["results"][1])
     np.testing.assert_array_equal(back.correct, arms["before"][1].correct)
     assert back.condition == "FGSM(eps=1/255)"
     change = next(d for d in stored["differences"] if d["after"] == "nullspace" and d["condition"] == "clean")
@@ -65,9 +70,9 @@ def test_files_hold_the_counts_and_read_back(arms, tmp_path):
 
 
 def test_a_damaged_record_is_an_error(arms):
-    record = report.record(arms["before"][0])
+    record = records.record(arms["before"][0])
     with pytest.raises(ValueError, match="damaged record of 'clean'"):
-        report.result_from_record(record | {"correct": 44})
+        records.result_from_record(record | {"correct": 44})
 
 
 def test_checkpoints_measured_differently_are_not_compared(arms):
@@ -88,3 +93,82 @@ def test_one_checkpoint_alone(arms):
     text = report.terminal_table({"model": arms["before"]})
     assert "90.00" in text
     assert "points" not in text
+
+
+def test_what_is_missing_or_doubted_is_said(arms, tmp_path):
+    checks = {"before": [Check("gradients", False, "zero for 7 of 32 images", "attacks")], "nullspace": []}
+    arms["before"][0].protocol.clear()
+    missing = {"imagenet-a": "not at ./imagenet-a. Get it from somewhere"}
+    text = report.terminal_table(arms, missing=missing, checks=checks)
+    lines = text.splitlines()
+    assert "(!)" not in lines[2]
+    assert "20.00 (!)" in lines[3]
+    assert "(!) before: gradients: zero for 7 of 32 images" in text
+    assert next(line for line in lines if line.startswith("imagenet-a")).split()[1:] == ["missing"] * 3
+    assert "Missing: imagenet-a: not at ./imagenet-a" in text
+    paths = report.write_report(arms, tmp_path, missing=missing, checks=checks, published=True)
+    stored = json.loads(paths["json"].read_text())
+    assert stored["missing"] == missing
+    assert stored["checks"]["before"][0]["passed"] is False
+    assert stored["averages"]["nullspace"] == {"worst condition": 50.0}
+    markdown = paths["md"].read_text()
+    assert "Quoted from the paper" in markdown
+    assert "| ViT-B + DAT + NS (quoted) | 81.33 |" in markdown
+
+
+def cells(right, pattern="generated {c} {s}"):
+    return [
+        ConditionResult(
+            pattern.format(c=c, s=s), result("", right(c, s)).correct, 0.1, 0, {"corruption": c, "severity": s}
+        )
+        for c in CORRUPTIONS
+        for s in SEVERITIES
+    ]
+
+
+def test_averages_are_over_everything_or_not_at_all():
+    before, after = cells(lambda c, s: 30 - 2 * s), cells(lambda c, s: 40 - 2 * s)
+    found = summaries(after, before)
+    assert found["generated corruptions, mean of 75"] == pytest.approx(100 * (40 - 6) / 50)
+    assert found["generated corruptions, mCE against the first checkpoint"] == pytest.approx(100 * 16 / 26)
+    assert "generated corruptions, mCE against the first checkpoint" not in summaries(before, before)
+    assert "generated corruptions, mean of 75" not in summaries(after[:-1], before[:-1])
+    four = [result(name, 25) for name in CIFAR_COLUMNS]
+    average = summaries([*four, *after])["average of clean, FGSM 1/255, PGD-10 1/255, cells"]
+    assert average == pytest.approx((3 * 50 + 68) / 4)
+
+
+def test_the_nine_columns_come_from_the_sets():
+    alexnet = published.ALEXNET_ERRORS
+    c = cells(lambda c, s: 25, "imagenet-c/{c}/{s}")
+    sets = [result(title, 20 + i) for i, title in enumerate(IMAGENET_COLUMNS.values())]
+    found = summaries([*c, *sets])
+    mce = np.mean([100 * 50 / alexnet[name] for name in CORRUPTIONS])
+    assert found["ImageNet-C, mCE (AlexNet)"] == pytest.approx(mce)
+    accuracies = [100 * (20 + i) / 50 for i in range(8)]
+    assert found["average of nine columns (table 1)"] == pytest.approx((sum(accuracies) + 100 - mce) / 9)
+    assert "average of nine columns (table 1)" not in summaries([*c, *sets[:-1]])
+
+
+def test_pictures_of_severity_and_strength(tmp_path):
+    def attacked(eps, right):
+        bits = result("", right).correct
+        protocol = {"attack": "FGSM", "settings": {"eps": eps / 255}}
+        return ConditionResult(f"FGSM(eps={eps}/255)", bits, 0.1, 0, protocol)
+
+    rows = [result("clean", 40), attacked(1, 30), attacked(4, 10), *cells(lambda c, s: 40 - s)]
+    paths = report.write_report({"one": rows, "two": rows}, tmp_path)
+    assert {path.name for path in paths.values()} >= {"severity.png", "strength.png", "results.png"}
+    assert plots.complete_corruptions(rows) == list(CORRUPTIONS)
+    assert plots.complete_corruptions(rows[:-1]) == list(CORRUPTIONS[:-1])
+    for name in ("severity", "strength"):
+        with Image.open(paths[name]) as image:
+            assert len(image.convert("RGB").getcolors(1_000_000)) > 3
+
+
+def test_two_judgements_of_a_subset_are_two_rows():
+    bits = result("", 30).correct
+    both = ConditionResult("imagenet-a", bits, 1.0, 0, {}, correct_all=np.roll(bits, 3) & bits)
+    rows = report.table_rows({"model": [both]})
+    assert rows[1][:3] == ["imagenet-a", "50", "60.00"]
+    assert rows[2][:3] == ["imagenet-a, among all classes", "50", "54.00"]

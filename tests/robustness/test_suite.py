@@ -133,8 +133,10 @@ def test_nan_logits_are_no_wrong_answer(tiny_vit, images):
 def test_the_protocol_is_written_down(tiny_vit, images):
     clean, noise, fgsm, _ = evaluate(tiny_vit, images, CONDITIONS, batch_size=13, seed=4, progress=False)
     assert clean.protocol == {}
-    assert "CIFAR-10-C's severities" in noise.protocol["generated"]
-    assert fgsm.protocol["attack"] == "FGSM(eps=2/255)"
+    assert "CIFAR-10-C's table" in noise.protocol["generated"]
+    assert (noise.protocol["corruption"], noise.protocol["severity"]) == ("gaussian_noise", 5)
+    assert fgsm.protocol["attack"] == "FGSM"
+    assert fgsm.protocol["settings"] == {"eps": 2 / 255}
     assert fgsm.seed == 4
     assert fgsm.correct.dtype == np.bool_
 

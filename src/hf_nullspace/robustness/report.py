@@ -1,66 +1,151 @@
-"""Results to read: a table for the terminal, JSON, CSV, Markdown, and bars."""
+"""Results to read: a table for the terminal, JSON, CSV, Markdown, and pictures.
 
-import base64
+Nothing is left out in silence: a condition that was not measured is a row that says so, a number whose checks failed
+carries a mark, quoted numbers say that they are quoted.
+"""
+
 import csv
 import io
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.robustness.checks import Check, unreliable
+from hf_nullspace.robustness.plots import plot_bars, plot_severity, plot_strength
+from hf_nullspace.robustness.published import TABLE_1, TABLE_1_COLUMNS
+from hf_nullspace.robustness.records import record
 from hf_nullspace.robustness.scores import Interval, paired_difference
 from hf_nullspace.robustness.suite import ConditionResult
+from hf_nullspace.robustness.summaries import summaries
 
 Results = Mapping[str, Sequence[ConditionResult]]  # checkpoint name -> its results, in the same order of conditions
+Checks = Mapping[str, Sequence[Check]]  # checkpoint name -> what checks.run_checks said
+Missing = Mapping[str, str]  # condition -> why it was not measured, and how to get what it needs
 LIBRARIES = ("hf-nullspace", "torch", "transformers", "datasets", "accelerate", "numpy", "pillow")
+UNRELIABLE = "(!)"
 
 
-def write_report(results: Results, folder: str | Path, *, context: Mapping[str, Any] | None = None) -> dict[str, Path]:
-    """Write results.json, results.md, results.csv and results.png into ``folder``; returns their paths.
+def write_report(
+    results: Results,
+    folder: str | Path,
+    *,
+    context: Mapping[str, Any] | None = None,
+    missing: Missing | None = None,
+    checks: Checks | None = None,
+    published: bool = False,
+) -> dict[str, Path]:
+    """Write results.json, .md, .csv and pictures into ``folder``; returns their paths.
 
-    ``context`` goes into the JSON (set, checkpoint, settings of the run). Call it on the main process only.
+    ``context`` goes into the JSON (set, checkpoint, settings of the run). severity.png and strength.png exist where
+    there is something to draw. Call it on the main process only.
     """
-    paths = {kind: Path(folder) / f"results.{kind}" for kind in ("json", "md", "csv", "png")}
-    write_json(paths["json"], as_json(results, context or {}))
-    write_text(paths["md"], markdown_table(results) + "\n")
+    folder = Path(folder)
+    paths = {kind: folder / f"results.{kind}" for kind in ("json", "md", "csv", "png")}
+    write_json(paths["json"], as_json(results, context or {}, missing, checks))
+    write_text(paths["md"], markdown(results, missing=missing, checks=checks, published=published))
     write_text(paths["csv"], csv_table(results))
     plot_bars(results, paths["png"])
+    for name, plot in (("severity", plot_severity), ("strength", plot_strength)):
+        if (path := plot(results, folder / f"{name}.png")) is not None:
+            paths[name] = path
     return paths
 
 
-def table_rows(results: Results) -> list[list[str]]:
+def table_rows(results: Results, missing: Missing | None = None, checks: Checks | None = None) -> list[list[str]]:
     """Header and rows in %: a column per checkpoint, then the differences with 95% paired bootstrap intervals."""
     check_same_conditions(results)
     names = list(results)
     pairs = comparisons(names)
     rows = [["condition", "images", *names, *(f"{after} - {before}" for before, after in pairs)]]
     for index, first in enumerate(results[names[0]]):
-        scores = [f"{100 * results[name][index].score.value:.2f}" for name in names]
+        row = [results[name][index] for name in names]
+        scores = [f"{100 * r.score.value:.2f}{mark(r, (checks or {}).get(n))}" for n, r in zip(names, row, strict=True)]
         changes = [signed(difference(results, before, after, index)) for before, after in pairs]
         rows.append([first.condition, str(first.n), *scores, *changes])
+        if first.correct_all is not None:
+            every = [f"{100 * r.correct_all.mean():.2f}" for r in row if r.correct_all is not None]
+            rows.append([f"{first.condition}, among all classes", str(first.n), *every, *[""] * len(pairs)])
+    averages = {name: summaries(results[name], results[names[0]]) for name in names}
+    for title in dict.fromkeys(title for found in averages.values() for title in found):
+        values = {name: found[title] for name, found in averages.items() if title in found}
+        changes = [f"{values[a] - values[b]:+.2f}" if a in values and b in values else "" for b, a in pairs]
+        rows.append([title, "", *(f"{values[name]:.2f}" if name in values else "" for name in names), *changes])
+    rows += [[title, "", *["missing"] * len(names), *[""] * len(pairs)] for title in missing or {}]
     return rows
 
 
-def terminal_table(results: Results) -> str:
-    """Aligned columns, numbers to the right."""
-    rows = table_rows(results)
+def mark(result: ConditionResult, checks: Sequence[Check] | None) -> str:
+    """A sign at a number whose checks failed."""
+    return f" {UNRELIABLE}" if unreliable(checks or (), attack="attack" in result.protocol) else ""
+
+
+def notes(results: Results, missing: Missing | None, checks: Checks | None) -> list[str]:
+    """What has to be read with the table."""
+    lines = ["Accuracy in %; mCE in %, lower is better."]
+    if len(results) > 1:
+        lines[0] += " Differences in points with 95% intervals (paired bootstrap over images)."
+    for name, answers in (checks or {}).items():
+        failed = [check for check in answers if not check.passed]
+        lines += [f"{UNRELIABLE} {name}: {check.name}: {check.detail}" for check in failed]
+        if not failed:
+            lines.append(f"{name}: {len(answers)} checks passed.")
+    partial = {str(r.protocol["note"]) for rows in results.values() for r in rows if "note" in r.protocol}
+    lines += [f"Note: {note}" for note in sorted(partial)]
+    lines += [f"Missing: {title}: {why}" for title, why in (missing or {}).items()]
+    return lines
+
+
+def terminal_table(
+    results: Results,
+    *,
+    missing: Missing | None = None,
+    checks: Checks | None = None,
+    published: bool = False,
+) -> str:
+    """Aligned columns, numbers to the right, and what has to be read with them."""
+    lines = aligned(table_rows(results, missing, checks)) + notes(results, missing, checks)
+    if published:
+        lines += ["", "Quoted from the paper, table 1 (not measured here):", *aligned(published_rows())]
+    return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(cells))
         for cells in (list(zip(row, widths, strict=True)) for row in rows)
     ]
-    note = "Accuracy in %; differences in points with 95% intervals (paired bootstrap over images)."
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], note if len(results) > 1 else "Accuracy in %."])
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def markdown_table(results: Results) -> str:
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in table_rows(results)]
+def markdown(
+    results: Results, *, missing: Missing | None = None, checks: Checks | None = None, published: bool = False
+) -> str:
+    """The same as a Markdown document."""
+    parts = [
+        markdown_table(table_rows(results, missing, checks)),
+        "\n".join(f"* {n}" for n in notes(results, missing, checks)),
+    ]
+    if published:
+        parts += ["Quoted from the paper, table 1 (not measured here):", markdown_table(published_rows())]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+    return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
+
+
+def published_rows() -> list[list[str]]:
+    """The paper's table 1: accuracies in %, but MIM is an error and C an mCE."""
+    header = ["model", *("MIM (error)" if c == "MIM" else "C (mCE)" if c == "C" else c for c in TABLE_1_COLUMNS)]
+    body = [[name, *("-" if v is None else f"{v:.2f}" for v in row.values())] for name, row in TABLE_1.items()]
+    return [header, *body]
 
 
 def csv_table(results: Results) -> str:
@@ -76,8 +161,10 @@ def csv_table(results: Results) -> str:
         return file.getvalue()
 
 
-def as_json(results: Results, context: Mapping[str, Any]) -> dict[str, Any]:
-    """One record per checkpoint and condition, differences between checkpoints, versions."""
+def as_json(
+    results: Results, context: Mapping[str, Any], missing: Missing | None = None, checks: Checks | None = None
+) -> dict[str, Any]:
+    """One record per checkpoint and condition, averages, differences between checkpoints, checks, versions."""
     check_same_conditions(results)
     records = [{"checkpoint": name} | record(r) for name, conditions in results.items() for r in conditions]
     differences = [
@@ -85,33 +172,16 @@ def as_json(results: Results, context: Mapping[str, Any]) -> dict[str, Any]:
         for before, after in comparisons(list(results))
         for index, r in enumerate(results[before])
     ]
-    return {"context": dict(context), "versions": versions(), "results": records, "differences": differences}
-
-
-def record(result: ConditionResult) -> dict[str, Any]:
-    score = result.score
+    first = next(iter(results.values()))
     return {
-        "condition": result.condition,
-        "protocol": result.protocol,
-        "n": result.n,
-        "correct": int(result.correct.sum()),
-        "score": score.value,
-        "interval": [score.low, score.high],
-        "seconds": round(result.seconds, 3),
-        "seed": result.seed,
-        "correct_bits": base64.b64encode(np.packbits(result.correct).tobytes()).decode(),
+        "context": dict(context),
+        "versions": versions(),
+        "results": records,
+        "averages": {name: summaries(conditions, first) for name, conditions in results.items()},
+        "differences": differences,
+        "missing": dict(missing or {}),
+        "checks": {name: [asdict(check) for check in answers] for name, answers in (checks or {}).items()},
     }
-
-
-def result_from_record(record: Mapping[str, Any]) -> ConditionResult:
-    """The inverse of ``record``: what a results.json says about one condition."""
-    bits = np.frombuffer(base64.b64decode(record["correct_bits"]), dtype=np.uint8)
-    correct = np.unpackbits(bits, count=record["n"]).astype(bool)
-    if int(correct.sum()) != record["correct"]:
-        raise ValueError(
-            f"damaged record of {record['condition']!r}: the bits do not sum to {record['correct']} correct"
-        )
-    return ConditionResult(record["condition"], correct, record["seconds"], record["seed"], record["protocol"])
 
 
 def comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -135,37 +205,6 @@ def check_same_conditions(results: Results) -> None:
         if other != first:
             odd = sorted({str(c) for c in set(first) ^ set(other)})
             raise ValueError(f"{name} was measured under other conditions than {next(iter(results))}: {', '.join(odd)}")
-
-
-def plot_bars(results: Results, path: str | Path) -> None:
-    """Accuracy with its 95% interval per condition, a bar for each checkpoint."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    check_same_conditions(results)
-    labels = [short(r.condition) for r in next(iter(results.values()))]
-    figure = Figure(figsize=(max(6.0, 1.6 + len(labels) * (0.5 + 0.25 * len(results))), 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    width = 0.8 / len(results)
-    for place, (name, conditions) in enumerate(results.items()):
-        scores = [r.score for r in conditions]
-        heights = np.array([100 * s.value for s in scores])
-        spread = np.array([[100 * (s.value - s.low), 100 * (s.high - s.value)] for s in scores]).T
-        where = np.arange(len(labels)) + (place - (len(results) - 1) / 2) * width
-        axes.bar(where, heights, width, yerr=spread, capsize=2, label=name, error_kw={"linewidth": 0.8})
-    axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
-    axes.set_ylim(0, 100)
-    axes.set_ylabel("accuracy in % (95% interval)")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside upper center", ncols=min(len(results), 4), frameon=False)
-    canvas = FigureCanvasAgg(figure)
-    write_whole(path, lambda temporary: canvas.print_png(str(temporary)))
-
-
-def short(condition: str) -> str:
-    """A condition's name for an axis: its full settings stand in the table."""
-    return condition.removeprefix("generated ").replace("_", " ").replace(", ", ",\n", 1)
 
 
 def versions() -> dict[str, str]:

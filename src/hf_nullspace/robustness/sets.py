@@ -85,6 +85,8 @@ class ImageSet:
     ):
         self.name, self.rows, self.preprocessing = name, rows, preprocessing
         self.labels, self.subset, self.note = labels, subset, note
+        # Asking a row for its label would decode its image; so the column is read once.
+        self.row_labels = rows["label"][:] if isinstance(rows, datasets.Dataset) else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -93,7 +95,7 @@ class ImageSet:
         return rgb_image(self.rows[index]["image"])
 
     def label(self, index: int) -> int:
-        return self.class_of(self.rows[index]["label"])
+        return self.class_of(int(self.rows[index]["label"] if self.row_labels is None else self.row_labels[index]))
 
     def class_of(self, label: int) -> int:
         return label if self.labels is None else self.labels[label]
@@ -268,3 +270,31 @@ def load_cifar10_c(folder: str | Path, corruption: str, severity: int, preproces
     n = len(images) // len(SEVERITIES)
     part = slice((severity - 1) * n, severity * n)
     return ImageSet(f"cifar10-c/{corruption}/{severity}", ArrayRows(images[part], labels[part]), preprocessing)
+
+
+class Part:
+    """At most ``limit`` evenly spaced images of a set; the protocol of its results says so."""
+
+    def __init__(self, images: Any, limit: int):
+        self.images = images
+        self.places = sorted({round(place) for place in np.linspace(0, len(images) - 1, min(limit, len(images)))})
+        self.subset = getattr(images, "subset", None)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def raw_image(self, index: int) -> Image.Image:
+        image: Image.Image = self.images.raw_image(self.places[index])
+        return image
+
+    def label(self, index: int) -> int:
+        return int(self.images.label(self.places[index]))
+
+    def pixels_from_image(self, image: Image.Image) -> Tensor:
+        pixels: Tensor = self.images.pixels_from_image(image)
+        return pixels
+
+    def protocol(self) -> dict[str, Any]:
+        described = dict(self.images.protocol()) if hasattr(self.images, "protocol") else {}
+        notes = [described["note"]] if "note" in described else []
+        return described | {"note": "; ".join([*notes, f"{len(self)} of {len(self.images)} images, evenly spaced"])}

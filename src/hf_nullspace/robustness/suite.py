@@ -283,9 +283,9 @@ def protocol(condition: Condition, images: Images) -> dict[str, Any]:
     """What a reader needs in order to repeat the number, besides the seed."""
     described = dict(images.protocol()) if hasattr(images, "protocol") else {}
     if isinstance(condition, Attacked):
-        described |= {"space": "pixels in [0, 1]", "attack": repr(condition.attack)}
+        attack = condition.attack
+        described |= {"space": "pixels in [0, 1]", "attack": type(attack).__name__, "settings": attack.settings()}
     if isinstance(condition, Corrupted):
-        described |= {
-            "generated": f"at the image's own size; up to {SMALL} px CIFAR-10-C's severities, else ImageNet-C's"
-        }
+        described |= {"corruption": condition.corruption, "severity": condition.severity}
+        described |= {"generated": f"at the image's own size; up to {SMALL} px CIFAR-10-C's table, else ImageNet-C's"}
     return described

@@ -1,0 +1,219 @@
+"""Measure how robust image classifiers are, honestly: attacks in pixel space, corruptions, shifted sets.
+
+    accelerate launch recipes/evaluate_robustness.py --model_name_or_path M --dataset_name D --suite quick
+    accelerate launch recipes/evaluate_robustness.py --compare BEFORE CONTROL AFTER --dataset_name D --suite standard
+    accelerate launch recipes/evaluate_robustness.py --model_name_or_path M --data_root FOLDER --suite paper --published
+
+Writes results.json, .md, .csv and pictures to --output_dir. A finished condition is kept there and found again unless
+the checkpoint, the data, the protocol or the seed changed. What cannot be measured is listed as missing, and the exit
+code is then 1 (--allow_missing: 0).
+"""
+
+import contextlib
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.robustness.checks import Check, run_checks
+from hf_nullspace.robustness.label_spaces import imagenet_columns
+from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.plans import BASE, Planned, load_plan
+from hf_nullspace.robustness.records import Records, evaluate_resumably, images_fingerprint, model_fingerprint
+from hf_nullspace.robustness.report import terminal_table, write_report
+from hf_nullspace.robustness.sets import ImageSet, MissingData, Part, load_cifar10_c, load_set
+from hf_nullspace.robustness.suite import ConditionResult, is_stream
+from hf_nullspace.training.columns import class_names
+from hf_nullspace.training.label_maps import align_labels
+from hf_nullspace.training.sources import load_image_dataset
+
+
+def option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class EvaluationArguments:
+    """Which checkpoints, which conditions, which images."""
+
+    _group_title: ClassVar[str] = "Robustness"
+
+    model_name_or_path: str | None = option(None, "Hub id or folder of an image classifier.")
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Several checkpoints side by side; differences are against the first."},
+    )
+    suite: str = option("quick", "quick, standard, paper, or a YAML file (docs/robustness_protocols.md).")
+    dataset_name: str | None = option(None, "The user's own images: Hub id, folder, parquet, or 'digits'.")
+    split: str = option("test", "Split of --dataset_name.")
+    data_root: str | None = option(None, "Folder that holds the robustness sets, one folder each, by name.")
+    location: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Other places: NAME=FOLDER or NAME=HUB_ID, for example imagenet-a=org/set."},
+    )
+    label_order: str | None = option(
+        None, "'imagenet': trust that logits (or a Hub set's numbers) without names are in ImageNet's order."
+    )
+    output_dir: str = option("outputs/robustness", "Where results and finished conditions go.")
+    batch_size: int = option(64, "Images per forward on each process.")
+    seed: int = option(0, "Seed of random starts and corruptions.")
+    limit: int | None = option(None, "At most so many evenly spaced images of every set; the report says so.")
+    workers: int = option(0, "Processes that prepare images, for each process that measures.")
+    streaming: bool = option(False, "Read the robustness sets as streams.")
+    bf16: bool = option(False, "Forwards in bfloat16.")
+    use_cpu: bool = option(False, "Do not use a GPU.")
+    checks: bool = option(True, "Doubt the evaluation: run the checks on a few images first.")
+    published: bool = option(False, "Add the paper's table 1, marked as quoted.")
+    per_sample: bool = option(False, "Write label, prediction and confidence of every image (parquet).")
+    allow_missing: bool = option(False, "Exit with 0 although conditions are missing.")
+    allow_partial: bool = option(False, "Accept a set without the published number of images; the report says so.")
+    disable_tqdm: bool = option(False, "No progress bars.")
+
+    def __post_init__(self) -> None:
+        if bool(self.model_name_or_path) == bool(self.compare):
+            raise UsageError("give either --model_name_or_path M or --compare A B ...")
+        for place in self.location:
+            if "=" not in place:
+                raise UsageError(f"--location {place}: expected NAME=FOLDER or NAME=HUB_ID")
+
+
+def main() -> None:
+    (args,) = parse((EvaluationArguments,), str(__doc__))
+    plan = load_plan(args.suite)
+    if any(planned.images == BASE for planned in plan) and args.dataset_name is None:
+        raise UsageError(f"suite {args.suite} measures your own images: name them with --dataset_name")
+    state = PartialState(cpu=args.use_cpu or not torch.cuda.is_available())
+    records = Records(Path(args.output_dir) / "records")
+    results: dict[str, list[ConditionResult]] = {}
+    missing: dict[str, str] = {}
+    checks: dict[str, list[Check]] = {}
+    keys: list[str] = []
+    checkpoints = args.compare or [args.model_name_or_path]
+    for place, checkpoint in enumerate(checkpoints, 1):
+        name = short_name(checkpoint, checkpoints)
+        state.print(f"Checkpoint {place} of {len(checkpoints)}: {name}", flush=True)
+        measured = measure(args, plan, checkpoint, name, state, records, missing, keys)
+        results[name], checks[name] = measured
+    if not any(results.values()):
+        raise MissingData("nothing could be measured: " + "; ".join(f"{t}: {why}" for t, why in missing.items()))
+
+    if state.is_main_process:
+        if others := records.others(keys):
+            state.print(f"{others} records in {records.folder} are of another checkpoint, protocol, data set or seed")
+        extras = {"missing": missing, "checks": checks if args.checks else None, "published": args.published}
+        context = dataclasses.asdict(args)
+        paths = write_report(results, args.output_dir, context=context, **extras)
+        state.print("\n" + terminal_table(results, **extras) + "\n")
+        state.print(f"Numbers: {paths['json']}. Table: {paths['md']}. Pictures: {paths['png'].parent}")
+    if missing and not args.allow_missing:
+        state.print(f"{len(missing)} conditions are missing; --allow_missing accepts that", file=sys.stderr)
+        sys.exit(1)
+
+
+def measure(
+    args: EvaluationArguments,
+    plan: list[Planned],
+    checkpoint: str,
+    name: str,
+    state: PartialState,
+    records: Records,
+    missing: dict[str, str],
+    keys: list[str],
+) -> tuple[list[ConditionResult], list[Check]]:
+    """All conditions of one checkpoint, in the plan's order, and what the checks said."""
+    processor = AutoImageProcessor.from_pretrained(checkpoint)
+    preprocessing = Preprocessing.from_processor(processor)
+    model = AutoModelForImageClassification.from_pretrained(checkpoint).to(state.device).eval()
+    found: dict[str, ConditionResult] = {}
+    answers: list[Check] = []
+    for where in dict.fromkeys(planned.images for planned in plan):
+        mine = [planned for planned in plan if planned.images == where]
+        try:
+            images = load_images(args, where, checkpoint, preprocessing)
+        except MissingData as error:
+            missing.update({planned.title: str(error) for planned in mine})
+            continue
+        limit = min((value for value in (args.limit, mine[0].limit) if value), default=None)
+        if limit is not None and not is_stream(images) and limit < len(images):
+            images = Part(images, limit)
+        columns = None
+        if where != BASE and not where.startswith("cifar10-c") and args.label_order != "imagenet":
+            columns = imagenet_columns(AutoConfig.from_pretrained(checkpoint).id2label)
+        pixel_model = PixelModel(model, preprocessing.mean, preprocessing.std, columns)
+        autocast = torch.autocast(state.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+        with autocast:
+            if args.checks and not answers and not is_stream(images):
+                key = records.key(
+                    model=model_fingerprint(pixel_model), images=images_fingerprint(images), checks=args.seed
+                )
+                keys.append(key)
+                stored = records.read(key)
+                answers = check(pixel_model, images, args) if stored is None else [Check(**entry) for entry in stored]
+                records.write(key, [dataclasses.asdict(answer) for answer in answers])
+            results, used = evaluate_resumably(
+                records,
+                pixel_model,
+                images,
+                {planned.title: planned.condition for planned in mine},
+                batch_size=args.batch_size,
+                seed=args.seed,
+                dtype="bf16" if args.bf16 else str(model.dtype),
+                workers=args.workers,
+                samples=Path(args.output_dir) / "per_sample" / name if args.per_sample else None,
+                progress=not args.disable_tqdm,
+                say=lambda text: state.print(text, flush=True),
+            )
+            found |= results
+            keys += used
+    return [found[planned.title] for planned in plan if planned.title in found], answers
+
+
+def load_images(args: EvaluationArguments, where: str, checkpoint: str, preprocessing: Preprocessing) -> Any:
+    """The set ``where`` with labels as the checkpoint numbers them."""
+    places = dict(place.split("=", 1) for place in args.location)
+    if where == BASE:
+        rows = load_image_dataset(args.dataset_name, args.split)
+        labels = align_labels(class_names(rows), AutoConfig.from_pretrained(checkpoint))
+        if labels.new_head:
+            raise UsageError(f"{checkpoint} does not know the classes of {args.dataset_name}: {labels.message}")
+        return ImageSet(f"{args.dataset_name}, {args.split}", rows, preprocessing, labels=labels.remap)
+    if where.startswith("cifar10-c/"):
+        _, corruption, severity = where.split("/")
+        folder = places.get("cifar10-c", str(Path(args.data_root or ".") / "cifar10-c"))
+        return load_cifar10_c(folder, corruption, int(severity), preprocessing)
+    location = places.get(where)
+    if location is None and where.startswith("imagenet-c/") and "imagenet-c" in places:
+        location = str(Path(places["imagenet-c"]) / where.removeprefix("imagenet-c/"))
+    return load_set(
+        where, preprocessing, data_root=args.data_root, location=location, streaming=args.streaming,
+        label_order=args.label_order, allow_partial=args.allow_partial,
+    )  # fmt: skip
+
+
+def check(model: PixelModel, images: Any, args: EvaluationArguments) -> list[Check]:
+    """The checks on the first 32 evenly spaced images, on every process alike."""
+    few = Part(images, 32) if len(images) > 32 else images
+    pixels = torch.stack([few.pixels_from_image(few.raw_image(i)) for i in range(len(few))]).to(model.device)
+    labels = torch.tensor([few.label(i) for i in range(len(few))], device=model.device)
+    return run_checks(model, pixels, labels, seed=args.seed)
+
+
+def short_name(checkpoint: str, all_of_them: list[str]) -> str:
+    """As many of the last parts of a path or Hub id as tell it from the others."""
+    parts = [Path(other).parts for other in all_of_them]
+    own = Path(checkpoint).parts
+    for length in range(1, len(own) + 1):
+        if sum(other[-length:] == own[-length:] for other in parts) == 1:
+            return "/".join(own[-length:])
+    raise UsageError(f"{checkpoint} is given twice")
+
+
+if __name__ == "__main__":
+    run(main)

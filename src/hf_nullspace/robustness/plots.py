@@ -1,0 +1,112 @@
+"""Pictures of results: bars per condition, accuracy against severity, accuracy against attack strength."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_nullspace.files import write_whole
+from hf_nullspace.robustness.corruptions import SEVERITIES
+from hf_nullspace.robustness.suite import ConditionResult
+
+Results = Mapping[str, Sequence[ConditionResult]]
+MOST_BARS = 24  # conditions that one picture can show; corruption cells beyond it stand in the severity plot
+
+
+def plot_bars(results: Results, path: str | Path) -> Path:
+    """Accuracy with its 95% interval per condition, a bar for each checkpoint."""
+    first = next(iter(results.values()))
+    shown = [i for i in range(len(first)) if len(first) <= MOST_BARS or "severity" not in first[i].protocol][:MOST_BARS]
+    figure, axes = new_figure(max(6.0, 1.6 + len(shown) * (0.5 + 0.25 * len(results))))
+    width = 0.8 / len(results)
+    for place, (name, conditions) in enumerate(results.items()):
+        heights, spread = percentages([conditions[i] for i in shown])
+        where = np.arange(len(shown)) + (place - (len(results) - 1) / 2) * width
+        axes.bar(where, heights, width, yerr=spread, capsize=2, label=name, error_kw={"linewidth": 0.8})
+    axes.set_xticks(range(len(shown)), [short(first[i].condition) for i in shown], rotation=30, ha="right", fontsize=8)
+    if len(shown) < len(first):
+        axes.set_title(f"{len(shown)} of {len(first)} conditions; the table has all", fontsize=9)
+    return save(figure, axes, path, len(results))
+
+
+def plot_severity(results: Results, path: str | Path) -> Path | None:
+    """Accuracy against severity, averaged over the corruptions measured at all five; None where there are none."""
+    whole = complete_corruptions(next(iter(results.values())))
+    if not whole:
+        return None
+    figure, axes = new_figure(6.0)
+    for name, conditions in results.items():
+        cells = {(r.protocol.get("corruption"), r.protocol.get("severity")): r.score.value for r in conditions}
+        means = [100 * np.mean([cells[corruption, s] for corruption in whole]) for s in SEVERITIES]
+        axes.plot(SEVERITIES, means, marker="o", label=name)
+    axes.set_xticks(SEVERITIES)
+    axes.set_xlabel(f"severity (mean over {len(whole)} generated corruptions)")
+    return save(figure, axes, path, len(results))
+
+
+def plot_strength(results: Results, path: str | Path) -> Path | None:
+    """Accuracy against eps (x 255) for every attack measured at several radii; None where there is none."""
+    curves: dict[tuple[str, str], list[tuple[float, ConditionResult]]] = defaultdict(list)
+    for name, conditions in results.items():
+        for result in conditions:
+            settings = result.protocol.get("settings", {})
+            if "eps" in settings and settings.get("norm", "linf") == "linf" and settings["eps"] is not None:
+                curves[name, result.protocol["attack"]].append((255 * settings["eps"], result))
+    curves = {key: sorted(points, key=lambda p: p[0]) for key, points in curves.items() if len(points) > 1}
+    if not curves:
+        return None
+    figure, axes = new_figure(6.0)
+    styles = dict(zip(sorted({attack for _, attack in curves}), ("-", "--", ":", "-."), strict=False))
+    for (name, attack), points in curves.items():
+        heights, spread = percentages([result for _, result in points])
+        colour = f"C{list(results).index(name)}"
+        axes.errorbar(
+            [eps for eps, _ in points], heights, yerr=spread, marker="o", capsize=2,
+            label=f"{name}, {attack}", color=colour, linestyle=styles.get(attack, "-"),
+        )  # fmt: skip
+    axes.set_xlabel("radius eps x 255 (L-inf, pixels in [0, 1])")
+    return save(figure, axes, path, len(curves))
+
+
+def complete_corruptions(conditions: Sequence[ConditionResult]) -> list[str]:
+    """The generated corruptions that were measured at all five severities."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for result in conditions:
+        if "severity" in result.protocol:
+            found[result.protocol["corruption"]].add(result.protocol["severity"])
+    return [corruption for corruption, severities in found.items() if severities == set(SEVERITIES)]
+
+
+def percentages(results: Sequence[ConditionResult]) -> tuple[np.ndarray, np.ndarray]:
+    scores = [result.score for result in results]
+    spread = [[100 * (s.value - s.low) for s in scores], [100 * (s.high - s.value) for s in scores]]
+    return np.array([100 * s.value for s in scores]), np.maximum(np.array(spread), 0)
+
+
+def new_figure(width: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("accuracy in %")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def save(figure: Any, axes: Any, path: str | Path, entries: int) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.legend(loc="outside upper center", ncols=min(entries, 3), frameon=False, fontsize=9)
+    canvas = FigureCanvasAgg(figure)
+    return write_whole(path, lambda temporary: canvas.print_png(str(temporary)))
+
+
+def short(condition: str) -> str:
+    """A condition's name for an axis: its full settings stand in the table."""
+    name, _, settings = condition.removeprefix("generated ").partition("(")
+    first = settings.rstrip(")").split(", ")[0]
+    return f"{name} {first}".strip().replace("_", " ")

@@ -1,0 +1,196 @@
+"""Finished conditions on disk: a record per condition, found again only if nothing that it depends on has changed."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.suite import Condition, ConditionResult, Images, evaluate, is_stream, process
+
+FORMAT = 1
+
+
+def record(result: ConditionResult) -> dict[str, Any]:
+    """What results.json says about one condition; scores in [0, 1]."""
+    score = result.score
+    entry = {
+        "condition": result.condition,
+        "protocol": result.protocol,
+        "n": result.n,
+        "correct": int(result.correct.sum()),
+        "score": score.value,
+        "interval": [score.low, score.high],
+        "seconds": round(result.seconds, 3),
+        "seed": result.seed,
+        "correct_bits": bits(result.correct),
+    }
+    if result.correct_all is not None:
+        entry |= {"score_all_classes": float(result.correct_all.mean()), "correct_all_bits": bits(result.correct_all)}
+    return entry
+
+
+def result_from_record(entry: Mapping[str, Any]) -> ConditionResult:
+    """The inverse of ``record``; raises ``ValueError`` for a damaged one."""
+    correct = from_bits(entry["correct_bits"], entry["n"])
+    if int(correct.sum()) != entry["correct"]:
+        raise ValueError(f"damaged record of {entry['condition']!r}: its bits say {int(correct.sum())} correct")
+    every = entry.get("correct_all_bits")
+    return ConditionResult(
+        condition=entry["condition"],
+        correct=correct,
+        seconds=entry["seconds"],
+        seed=entry["seed"],
+        protocol=entry["protocol"],
+        correct_all=None if every is None else from_bits(every, entry["n"]),
+    )
+
+
+def bits(values: NDArray[np.bool_]) -> str:
+    return base64.b64encode(np.packbits(values).tobytes()).decode()
+
+
+def from_bits(text: str, n: int) -> NDArray[np.bool_]:
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=n).astype(bool)
+
+
+class Records:
+    """The folder of finished conditions, one JSON file each, named by the hash of everything it depends on."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def key(self, **depends_on: Any) -> str:
+        """A name for a condition: fingerprints of model and images, condition, protocol, seed, dtype."""
+        text = json.dumps({"format": FORMAT, **depends_on}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def load(self, key: str) -> ConditionResult | None:
+        """The result under ``key``, or None."""
+        entry = self.read(key)
+        return None if entry is None else result_from_record(entry)
+
+    def save(self, key: str, result: ConditionResult) -> None:
+        self.write(key, record(result))
+
+    def read(self, key: str) -> Any:
+        """What is under ``key``, or None: on the main process's word, so that no process goes another way."""
+        found: list[Any] = [None]
+        rank, world = process()
+        path = self.folder / f"{key}.json"
+        if rank == 0 and path.is_file():
+            found = [json.loads(path.read_text(encoding="utf-8"))]
+        if world > 1:
+            dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def write(self, key: str, entry: Any) -> None:
+        if process()[0] == 0:
+            write_json(self.folder / f"{key}.json", entry)
+
+    def others(self, keys: Iterable[str]) -> int:
+        """How many records belong to another checkpoint, protocol, data set or seed; they are never mixed in."""
+        known = set(keys)
+        return sum(path.stem not in known for path in self.folder.glob("*.json")) if self.folder.is_dir() else 0
+
+
+def model_fingerprint(model: PixelModel) -> str:
+    """A hash of every weight and buffer, the normalisation, and the order of the logits."""
+    digest = hashlib.sha256(repr((model.mean, model.std, model.columns)).encode())
+    for name, tensor in sorted(model.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def images_fingerprint(images: Images, *, sample: int = 64) -> str:
+    """A hash of the number of images, their labels and geometry, and the pixels of ``sample`` of them.
+
+    Of a stream the first ``sample`` images count: it would have to be read once more otherwise.
+    """
+    described = images.protocol() if hasattr(images, "protocol") else {}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    digest.update(repr(getattr(images, "subset", None)).encode())
+    if is_stream(images):
+        rows = [row for row, _ in zip(images, range(sample), strict=False)]  # type: ignore[call-overload]
+    else:
+        n = len(images)
+        digest.update(repr([n, [images.label(index) for index in range(n)]]).encode())
+        places = sorted({round(place) for place in np.linspace(0, n - 1, min(sample, n))})
+        rows = [(images.raw_image(index), images.label(index)) for index in places]
+    for image, label in rows:
+        digest.update(f"{label} {image.size}".encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def evaluate_resumably(
+    records: Records,
+    model: PixelModel,
+    images: Images,
+    conditions: Mapping[str, Condition],
+    *,
+    batch_size: int,
+    seed: int,
+    dtype: str,
+    workers: int = 0,
+    samples: Path | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, ConditionResult], list[str]]:
+    """``suite.evaluate`` for conditions by title, each kept as soon as it is finished, none measured twice.
+
+    Returns the results by title, in the order asked for, and the keys of their records. ``dtype`` names what the
+    forwards compute in. With ``samples`` (a folder) every condition is measured, and its label, prediction and
+    confidence per image are written there as parquet.
+    """
+    fingerprints = {"model": model_fingerprint(model), "images": images_fingerprint(images)}
+    keys = {
+        title: records.key(**fingerprints, title=title, condition=repr(condition), seed=seed, dtype=dtype)
+        for title, condition in conditions.items()
+    }
+    found = {} if samples else {title: result for title, key in keys.items() if (result := records.load(key))}
+    if found:
+        say(f"{len(found)} of {len(conditions)} conditions were finished before: {', '.join(found)}")
+    titles = {str(condition): title for title, condition in conditions.items()}
+
+    def keep(result: ConditionResult) -> None:
+        title = titles[result.condition]
+        protocol = result.protocol | {"fingerprints": fingerprints, "dtype": dtype}
+        if samples is not None and process()[0] == 0:
+            write_samples(result, samples / f"{keys[title]}.parquet", title)
+        found[title] = replace(result, condition=title, protocol=protocol, samples=None)
+        records.save(keys[title], found[title])
+
+    if left := [condition for title, condition in conditions.items() if title not in found]:
+        evaluate(
+            model,
+            images,
+            left,
+            batch_size=batch_size,
+            seed=seed,
+            workers=workers,
+            per_sample=samples is not None,
+            progress=progress,
+            on_result=keep,
+        )
+    return {title: found[title] for title in conditions}, list(keys.values())
+
+
+def write_samples(result: ConditionResult, path: Path, title: str) -> None:
+    """One row per image; the condition's title is in the file's metadata."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"correct": result.correct, **(result.samples or {})})
+    table = table.replace_schema_metadata({"condition": title})
+    write_whole(path, lambda temporary: pyarrow.parquet.write_table(table, temporary))

@@ -1,0 +1,94 @@
+"""Run by every process of a launch: evaluate 103 images under several conditions and write down what this rank got.
+
+``python run_evaluation.py FOLDER``. FOLDER/rank-R.json holds the results of rank R.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import evaluate as hf_evaluate
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+import hf_nullspace
+from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
+from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.records import Records, evaluate_resumably
+from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate
+
+N = 103
+CONDITIONS = [Clean(), Corrupted("gaussian_noise", 4), Attacked(FGSM(4 / 255)), Attacked(PGD(4 / 255, steps=2))]
+METRIC = Path(hf_nullspace.__file__).parent / "metrics" / "robustness"
+
+
+class Noise:
+    """103 images that their seed alone decides, labelled by the model on odd places."""
+
+    def __init__(self, model: nn.Module):
+        rng = np.random.default_rng(0)
+        self.images = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(N)]
+        with torch.no_grad():
+            predicted = model(torch.stack([self.pixels_from_image(image) for image in self.images])).argmax(1)
+        self.labels = [int(p) if i % 2 else i % 10 for i, p in enumerate(predicted)]
+
+    def __len__(self) -> int:
+        return N
+
+    def raw_image(self, index: int) -> Image.Image:
+        return self.images[index]
+
+    def label(self, index: int) -> int:
+        return self.labels[index]
+
+    def pixels_from_image(self, image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).double() / 255
+
+
+class Stream(Noise):
+    expected = N
+
+    def __iter__(self):
+        return iter(zip(self.images, self.labels, strict=True))
+
+
+def main(folder: Path) -> None:
+    state = PartialState(cpu=True)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vit = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=10)).double()
+    with torch.no_grad():
+        vit.classifier.weight.mul_(30)
+    model = PixelModel(vit, (0.5,) * 3, (0.25,) * 3).eval()
+    found = {}
+    for name, images, batch_size in [("seven", Noise, 7), ("all", Noise, 200), ("stream", Stream, 16)]:
+        results = evaluate(model, images(model), CONDITIONS, batch_size=batch_size, seed=5, progress=name == "seven")
+        found[name] = {r.condition: [int(bit) for bit in r.correct] for r in results}
+    folder_of_rank = folder / f"records-{state.process_index}"  # no shared disk: rank 1 finds nothing of its own
+    for _ in range(2):
+        results, _ = evaluate_resumably(
+            Records(folder_of_rank), model, Noise(model), {"clean": Clean()},
+            batch_size=9, seed=5, dtype="float64", progress=False,
+        )  # fmt: skip
+    found["resumed"] = {"clean": [int(bit) for bit in results["clean"].correct]}
+    metric = hf_evaluate.load(
+        str(METRIC), num_process=state.num_processes, process_id=state.process_index,
+        experiment_id="test", cache_dir=str(folder / "cache"),
+    )  # fmt: skip
+    images = Noise(model)
+    mine = range(state.process_index, N, state.num_processes)
+    for i in mine:
+        prediction = images.labels[i] if found["seven"]["clean"][i] else (images.labels[i] + 1) % 10
+        metric.add(prediction=prediction, reference=images.labels[i], condition="clean")
+    answer = metric.compute()
+    found["metric"] = None if answer is None else answer["accuracy"]
+    (folder / f"rank-{state.process_index}.json").write_text(json.dumps(found))
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

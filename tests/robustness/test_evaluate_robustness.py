@@ -1,0 +1,167 @@
+"""recipes/evaluate_robustness.py on real digits and small trees of sets: what it writes, resumes, and misses."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_nullspace.command_line import run
+from hf_nullspace.models.preprocessing import make_image_processor
+from hf_nullspace.robustness.label_spaces import wnids
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate_robustness.py"
+PLAN = """
+limit: 24
+conditions:
+  - clean
+  - {attack: FGSM, eps: 4/255}
+  - {attack: FGSM, eps: 16/255}
+  - {corruption: contrast, severity: all}
+"""
+
+
+def call(*words):
+    """Run the recipe in this process, as its command line does; its exit code."""
+    main = runpy.run_path(str(RECIPE))["main"]
+    arguments, sys.argv = sys.argv, ["evaluate_robustness", *map(str, words), "--use_cpu", "--disable_tqdm"]
+    try:
+        run(main)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = arguments
+    return 0
+
+
+def checkpoint(folder, labels, size=32, seed=0):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(**sizes, image_size=size, patch_size=8, id2label=dict(enumerate(labels)))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    ViTForImageClassification(config).save_pretrained(folder)
+    make_image_processor(size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def digits(tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    names = [str(d) for d in range(10)]
+    return [checkpoint(tmp_path / name, names, seed=seed) for seed, name in enumerate(("before", "after"))]
+
+
+def test_a_plan_on_ones_own_images_and_again(digits, tmp_path, capsys):
+    words = ["--compare", *digits, "--dataset_name", "digits", "--suite", tmp_path / "plan.yaml"]
+    words += ["--output_dir", tmp_path / "out", "--published"]
+    assert call(*words) == 0
+    said = capsys.readouterr().out
+    assert "after - before" in said
+    assert "Quoted from the paper" in said
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(stored["results"]) == 2 * 8
+    for record in stored["results"]:
+        assert record["n"] == 24
+        assert record["interval"][0] <= record["score"] == record["correct"] / 24 <= record["interval"][1]
+        assert "24 of" in record["protocol"]["note"]
+        assert set(record["protocol"]["fingerprints"]) == {"model", "images"}
+    assert {d["condition"] for d in stored["differences"]} == {r["condition"] for r in stored["results"]}
+    assert len(stored["checks"]["before"]) == 10
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"records", "strength.png", "severity.png", *(f"results.{k}" for k in ("json", "md", "csv", "png"))}
+
+    assert call(*words) == 0
+    assert capsys.readouterr().out.count("8 of 8 conditions were finished before") == 2
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert again["results"] == stored["results"]
+    assert call(*words, "--seed", 3, "--per_sample") == 0
+    said = capsys.readouterr().out
+    assert "were finished before" not in said
+    assert "records in" in said
+    assert len(list((tmp_path / "out" / "per_sample").glob("*/*.parquet"))) == 16
+
+
+def imagenets(root):
+    """Two images in each of a few classes of three sets; their colour is their class."""
+    for name, folders in {
+        "imagenet-1k": {wnids()[c]: c for c in (0, 1, 207)},
+        "imagenet-a": {wnid: wnids().index(wnid) for wnid in wnids("imagenet-a")[:3]},
+        "imagenet-v2": {str(c): c for c in (2, 10)},
+    }.items():
+        for folder, value in folders.items():
+            (root / name / folder).mkdir(parents=True)
+            for i in range(2):
+                noise = np.random.default_rng(value + i).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(root / name / folder / f"{i}.png")
+    return root
+
+
+def test_missing_sets_are_listed_and_fail(tmp_path, capsys):
+    model = checkpoint(tmp_path / "model", wnids())
+    root = imagenets(tmp_path / "sets")
+    plan = "conditions: [{set: imagenet-1k}, {set: imagenet-1k, attack: MIM}, {set: imagenet-a}, {set: imagenet-v2}, "
+    (tmp_path / "plan.yaml").write_text(plan + "{set: imagenet-r}]")
+    words = ["--model_name_or_path", model, "--data_root", root, "--suite", tmp_path / "plan.yaml"]
+    words += ["--output_dir", tmp_path / "out", "--no_checks", "--allow_partial"]
+    assert call(*words) == 1
+    said = capsys.readouterr()
+    assert "1 conditions are missing" in said.err + said.out
+    assert "Missing: imagenet-r: imagenet-r is not at" in said.out
+    assert "partial: 6 of 50000 images" in said.out
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = {record["condition"]: record for record in stored["results"]}
+    assert list(found) == ["imagenet-1k", "imagenet-1k: MIM(eps=1/255, step=0.1/255, steps=10, decay=1)",
+                           "imagenet-a", "imagenet-v2"]  # fmt: skip
+    assert "score_all_classes" in found["imagenet-a"]
+    assert list(stored["missing"]) == ["imagenet-r"]
+    assert "nine columns" not in json.dumps(stored["averages"])
+    assert call(*words, "--allow_missing") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give either --model_name_or_path M or --compare"),
+        (["--compare", "A", "--model_name_or_path", "A"], "give either"),
+        (["--model_name_or_path", "A"], "name them with --dataset_name"),
+        (["--model_name_or_path", "A", "--suite", "papers"], "expected quick, standard, paper"),
+        (["--model_name_or_path", "A", "--suit", "paper"], "did you mean --suite"),
+        (["--model_name_or_path", "A", "--location", "imagenet-a"], "expected NAME=FOLDER"),
+        (["--model_name_or_path", "./nowhere", "--suite", "paper"], "nowhere"),
+    ],
+)
+def test_bad_calls_are_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(*words) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert errors[-1].startswith("error: ")
+    assert message in errors[-1]
+
+
+def test_a_model_of_other_classes_is_refused(tmp_path, capsys):
+    model = checkpoint(tmp_path / "model", ["cat", "dog"])
+    assert call("--model_name_or_path", model, "--dataset_name", "digits", "--output_dir", tmp_path / "out") == 2
+    assert "does not know the classes of digits" in capsys.readouterr().err
+    words = ["--model_name_or_path", model, "--data_root", imagenets(tmp_path / "sets"), "--allow_partial"]
+    (tmp_path / "plan.yaml").write_text("conditions: [{set: imagenet-v2}]")
+    assert call(*words, "--suite", tmp_path / "plan.yaml", "--output_dir", tmp_path / "out") == 2
+    assert "does not name 1000 of ImageNet's 1,000 classes" in capsys.readouterr().err
+
+
+def test_nothing_at_all_is_an_error(tmp_path, capsys):
+    model = checkpoint(tmp_path / "model", wnids())
+    words = ["--model_name_or_path", model, "--data_root", tmp_path / "none", "--suite", "paper", "--allow_missing"]
+    assert call(*words, "--output_dir", tmp_path / "out") == 2
+    assert "nothing could be measured" in capsys.readouterr().err

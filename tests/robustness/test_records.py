@@ -1,0 +1,156 @@
+"""A finished condition is found again if nothing changed, and never if anything did."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from hf_nullspace.robustness.attacks.gradient import FGSM
+from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.records import (
+    Records,
+    evaluate_resumably,
+    images_fingerprint,
+    model_fingerprint,
+    record,
+    result_from_record,
+)
+from hf_nullspace.robustness.sets import Part
+from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted
+
+CONDITIONS = {"clean": Clean(), "weak": Attacked(FGSM(1 / 255)), "noisy": Corrupted("shot_noise", 2)}
+USUAL = {"batch_size": 5, "seed": 1, "dtype": "float32", "progress": False}
+
+
+@pytest.fixture
+def counted(tiny_vit):
+    """The tiny ViT, and how many images it has seen."""
+    seen = []
+    tiny_vit.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    return tiny_vit, seen
+
+
+def test_finished_conditions_are_not_run_again(counted, images, tmp_path):
+    model, seen = counted
+    records, said = Records(tmp_path), []
+    first, keys = evaluate_resumably(records, model, images, {"clean": Clean()}, **USUAL)
+    assert sum(seen) == 13
+    both, more = evaluate_resumably(records, model, images, CONDITIONS, **USUAL, say=said.append)
+    assert list(both) == list(CONDITIONS)
+    assert sum(seen) == 13 + 2 * 13 + 13
+    assert both["clean"].correct.tolist() == first["clean"].correct.tolist()
+    assert said == ["1 of 3 conditions were finished before: clean"]
+    assert more[0] == keys[0]
+    again, _ = evaluate_resumably(records, model, images, CONDITIONS, **USUAL)
+    assert sum(seen) == 52
+    assert [r.correct.tolist() for r in again.values()] == [r.correct.tolist() for r in both.values()]
+    assert records.others(more) == 0
+
+
+def test_an_interrupted_run_keeps_what_was_finished(counted, images, tmp_path):
+    model, seen = counted
+    original, calls = images.pixels_from_image, []
+
+    def fails_later(image):
+        calls.append(image)
+        if len(calls) > 13 + 4:
+            raise KeyboardInterrupt
+        return original(image)
+
+    images.pixels_from_image = fails_later
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_resumably(Records(tmp_path), model, images, CONDITIONS, **USUAL)
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    images.pixels_from_image = original
+    seen.clear()
+    evaluate_resumably(Records(tmp_path), model, images, CONDITIONS, **USUAL)
+    assert sum(seen) == 26 + 13
+
+
+def change_weight(model, images):
+    model.model.classifier.bias.data[3] += 1e-6
+
+
+def change_normalisation(model, images):
+    model.std = (0.25, 0.2, 0.31)
+
+
+def change_pixel(model, images):
+    images.images[4] = images.images[4].copy()
+    images.images[4].putpixel((0, 0), (1, 2, 3))
+
+
+def change_label(model, images):
+    images.labels[7] = 9
+
+
+def change_number(model, images):
+    images.images.pop()
+    images.labels.pop()
+
+
+@pytest.mark.parametrize("change", [change_weight, change_normalisation, change_pixel, change_label, change_number])
+def test_a_changed_checkpoint_or_data_set_is_never_mixed_in(counted, images, tmp_path, change):
+    model, seen = counted
+    evaluate_resumably(Records(tmp_path), model, images, {"clean": Clean()}, **USUAL)
+    seen.clear()
+    change(model, images)
+    _, keys = evaluate_resumably(Records(tmp_path), model, images, {"clean": Clean()}, **USUAL)
+    assert sum(seen) == len(images)
+    assert Records(tmp_path).others(keys) == 1
+
+
+@pytest.mark.parametrize("setting", [{"seed": 2}, {"dtype": "bf16"}])
+def test_a_changed_protocol_is_run_again(counted, images, tmp_path, setting):
+    model, seen = counted
+    evaluate_resumably(Records(tmp_path), model, images, {"weak": Attacked(FGSM(1 / 255))}, **USUAL)
+    seen.clear()
+    evaluate_resumably(Records(tmp_path), model, images, {"weak": Attacked(FGSM(1 / 255))}, **(USUAL | setting))
+    assert sum(seen) == 26
+    evaluate_resumably(Records(tmp_path), model, images, {"weak": Attacked(FGSM(2 / 255))}, **USUAL)
+    assert sum(seen) == 52
+
+
+def test_fingerprints_do_not_depend_on_where_a_model_sits(tiny_vit, images):
+    twin = PixelModel(tiny_vit.model, tiny_vit.mean, tiny_vit.std)
+    assert model_fingerprint(twin.train()) == model_fingerprint(tiny_vit)
+    assert model_fingerprint(PixelModel(tiny_vit.model.bfloat16(), tiny_vit.mean, tiny_vit.std))
+    assert images_fingerprint(images) == images_fingerprint(images)
+    assert images_fingerprint(Part(images, 5)) != images_fingerprint(images)
+
+
+def test_a_part_is_evenly_spaced_and_says_so(images):
+    part = Part(images, 4)
+    assert part.places == [0, 4, 8, 12]
+    assert [part.label(i) for i in range(4)] == [images.labels[p] for p in part.places]
+    assert part.protocol()["note"] == "4 of 13 images, evenly spaced"
+    assert len(Part(images, 99)) == 13
+
+
+def test_samples_are_written_per_image(tiny_vit, images, tmp_path):
+    found, keys = evaluate_resumably(
+        Records(tmp_path / "records"), tiny_vit, images, {"clean": Clean()}, **USUAL, samples=tmp_path / "samples"
+    )
+    table = pyarrow.parquet.read_table(tmp_path / "samples" / f"{keys[0]}.parquet")
+    assert table.column("label").to_pylist() == images.labels
+    assert table.column("correct").to_pylist() == found["clean"].correct.tolist()
+    assert table.schema.metadata[b"condition"] == b"clean"
+    assert found["clean"].samples is None
+
+
+def test_a_damaged_record_is_an_error(tiny_vit, images, tmp_path):
+    found, _ = evaluate_resumably(Records(tmp_path), tiny_vit, images, {"clean": Clean()}, **USUAL)
+    entry = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert entry == record(found["clean"])
+    entry["correct"] = entry["correct"] + 1
+    with pytest.raises(ValueError, match="damaged record of 'clean'"):
+        result_from_record(entry)
+
+
+def test_a_subsets_second_judgement_survives(images, tiny_vit, tmp_path):
+    images.subset = list(range(10))
+    found, _ = evaluate_resumably(Records(tmp_path), tiny_vit, images, {"clean": Clean()}, **USUAL)
+    again, _ = evaluate_resumably(Records(tmp_path), tiny_vit, images, {"clean": Clean()}, **USUAL)
+    assert again["clean"].correct_all.dtype == np.bool_
+    assert again["clean"].correct_all.tolist() == found["clean"].correct_all.tolist()

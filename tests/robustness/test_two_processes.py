@@ -1,0 +1,63 @@
+"""103 images on two real processes (gloo): every image once, the same counts as on one, whatever the batch size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import pytest
+import run_evaluation
+import torch
+
+WORKER = Path(__file__).parent / "run_evaluation.py"
+LIMIT_S = 120
+
+
+def launch(processes, folder):
+    """What each rank got, and standard error; one process is this one."""
+    folder.mkdir()
+    if processes == 1:
+        with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(folder / "modules"))
+            run_evaluation.main(folder)
+        return [json.loads((folder / "rank-0.json").read_text())], ""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [str(WORKER), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(processes)], done.stderr
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    return launch(1, folder / "one"), launch(2, folder / "two")
+
+
+def test_counts_are_those_of_one_process(runs):
+    (alone,), _ = runs[0]
+    first, second = runs[1][0]
+    for name in ("seven", "all", "stream", "resumed"):
+        for condition, correct in alone[name].items():
+            assert len(correct) == 103
+            assert 0 < sum(correct) < 103
+            assert first[name][condition] == second[name][condition] == correct, (name, condition)
+    assert alone["seven"] == alone["all"] == alone["stream"]
+    assert alone["resumed"]["clean"] == alone["seven"]["clean"]
+
+
+def test_the_metric_pools_on_process_0(runs):
+    (alone,), _ = runs[0]
+    first, second = runs[1][0]
+    assert first["metric"] == alone["metric"] == sum(alone["seven"]["clean"]) / 103
+    assert second["metric"] is None
+
+
+def test_one_progress_bar_on_the_main_process(runs):
+    _, errors = runs[1]
+    done = [line for line in errors.replace("\r", "\n").splitlines() if "0%|" in line and "clean" in line]
+    assert len(done) <= 2
+    assert "fwd" in errors
