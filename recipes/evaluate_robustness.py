@@ -23,12 +23,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.checks import Check, run_checks
+from hf_nullspace.robustness.image_sets import ImageSet, InMemory, Part
 from hf_nullspace.robustness.label_spaces import imagenet_columns
 from hf_nullspace.robustness.pixel_model import PixelModel
-from hf_nullspace.robustness.plans import BASE, Planned, load_plan
+from hf_nullspace.robustness.plans import BASE, OWN, Planned, load_plan
 from hf_nullspace.robustness.records import Records, evaluate_resumably, images_fingerprint, model_fingerprint
 from hf_nullspace.robustness.report import terminal_table, write_report
-from hf_nullspace.robustness.sets import ImageSet, MissingData, Part, load_cifar10_c, load_set
+from hf_nullspace.robustness.sets import MissingData, load_cifar10_c, load_set
 from hf_nullspace.robustness.suite import ConditionResult, is_stream
 from hf_nullspace.training.columns import class_names
 from hf_nullspace.training.label_maps import align_labels
@@ -66,6 +67,7 @@ class EvaluationArguments:
     seed: int = option(0, "Seed of random starts and corruptions.")
     limit: int | None = option(None, "At most so many evenly spaced images of every set; the report says so.")
     workers: int = option(0, "Processes that prepare images, for each process that measures.")
+    in_memory: bool = option(False, "Prepare the images of a set once and keep them (8 bits per value).")
     streaming: bool = option(False, "Read the robustness sets as streams.")
     bf16: bool = option(False, "Forwards in bfloat16.")
     use_cpu: bool = option(False, "Do not use a GPU.")
@@ -143,8 +145,10 @@ def measure(
         limit = min((value for value in (args.limit, mine[0].limit) if value), default=None)
         if limit is not None and not is_stream(images) and limit < len(images):
             images = Part(images, limit)
+        if args.in_memory and not is_stream(images):
+            images = InMemory(images)
         columns = None
-        if where != BASE and not where.startswith("cifar10-c") and args.label_order != "imagenet":
+        if not is_own(where) and not where.startswith("cifar10-c") and args.label_order != "imagenet":
             columns = imagenet_columns(AutoConfig.from_pretrained(checkpoint).id2label)
         pixel_model = PixelModel(model, preprocessing.mean, preprocessing.std, columns)
         autocast = torch.autocast(state.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
@@ -178,12 +182,13 @@ def measure(
 def load_images(args: EvaluationArguments, where: str, checkpoint: str, preprocessing: Preprocessing) -> Any:
     """The set ``where`` with labels as the checkpoint numbers them."""
     places = dict(place.split("=", 1) for place in args.location)
-    if where == BASE:
-        rows = load_image_dataset(args.dataset_name, args.split)
+    if is_own(where):
+        dataset = args.dataset_name if where == BASE else where.removeprefix(OWN)
+        rows = load_image_dataset(dataset, args.split)
         labels = align_labels(class_names(rows), AutoConfig.from_pretrained(checkpoint))
         if labels.new_head:
-            raise UsageError(f"{checkpoint} does not know the classes of {args.dataset_name}: {labels.message}")
-        return ImageSet(f"{args.dataset_name}, {args.split}", rows, preprocessing, labels=labels.remap)
+            raise UsageError(f"{checkpoint} does not know the classes of {dataset}: {labels.message}")
+        return ImageSet(f"{dataset}, {args.split}", rows, preprocessing, labels=labels.remap)
     if where.startswith("cifar10-c/"):
         _, corruption, severity = where.split("/")
         folder = places.get("cifar10-c", str(Path(args.data_root or ".") / "cifar10-c"))
@@ -195,6 +200,10 @@ def load_images(args: EvaluationArguments, where: str, checkpoint: str, preproce
         where, preprocessing, data_root=args.data_root, location=location, streaming=args.streaming,
         label_order=args.label_order, allow_partial=args.allow_partial,
     )  # fmt: skip
+
+
+def is_own(where: str) -> bool:
+    return where == BASE or where.startswith(OWN)
 
 
 def check(model: PixelModel, images: Any, args: EvaluationArguments) -> list[Check]:

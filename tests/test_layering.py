@@ -36,6 +36,7 @@ ORDER = [
     "robustness.corruption_functions",
     "robustness.corruptions",
     "robustness.label_spaces",
+    "robustness.image_sets",
     "robustness.sets",
     "robustness.checks",
     "robustness.scores",

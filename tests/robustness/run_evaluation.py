@@ -17,6 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import hf_nullspace
 from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
+from hf_nullspace.robustness.image_sets import InMemory
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.records import Records, evaluate_resumably
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate
@@ -46,7 +47,7 @@ class Noise:
         return self.labels[index]
 
     def pixels_from_image(self, image: Image.Image) -> torch.Tensor:
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).double() / 255
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
 class Stream(Noise):
@@ -54,6 +55,10 @@ class Stream(Noise):
 
     def __iter__(self):
         return iter(zip(self.images, self.labels, strict=True))
+
+
+def Kept(model: nn.Module) -> InMemory:
+    return InMemory(Noise(model))
 
 
 def main(folder: Path) -> None:
@@ -65,7 +70,12 @@ def main(folder: Path) -> None:
         vit.classifier.weight.mul_(30)
     model = PixelModel(vit, (0.5,) * 3, (0.25,) * 3).eval()
     found = {}
-    for name, images, batch_size in [("seven", Noise, 7), ("all", Noise, 200), ("stream", Stream, 16)]:
+    for name, images, batch_size in [
+        ("seven", Noise, 7),
+        ("all", Noise, 200),
+        ("stream", Stream, 16),
+        ("memory", Kept, 10),
+    ]:
         results = evaluate(model, images(model), CONDITIONS, batch_size=batch_size, seed=5, progress=name == "seven")
         found[name] = {r.condition: [int(bit) for bit in r.correct] for r in results}
     folder_of_rank = folder / f"records-{state.process_index}"  # no shared disk: rank 1 finds nothing of its own

@@ -5,7 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_nullspace.robustness.attacks.carlini_wagner import CW
 from hf_nullspace.robustness.attacks.gradient import FGSM, MIM, PGD
+from hf_nullspace.robustness.attacks.patch_fool import PatchFool
+from hf_nullspace.robustness.pixel_model import PixelModel
 
 SEEDS = [11, 12, 13, 14, 15, 16]
 ATTACKS = [
@@ -178,3 +181,42 @@ def test_bad_arguments_are_named(linear):
         PGD(norm="l1")
     with pytest.raises(ValueError, match="at least 1"):
         MIM(steps=0)
+
+
+@pytest.mark.parametrize(
+    ("attack", "steps"),
+    [
+        (FGSM(), 1),
+        (PGD(steps=7), 7),
+        (PGD(0.5, norm="l2", steps=3), 3),
+        (MIM(steps=5), 5),
+        (CW(steps=9, abort_early=False), 1 + 9),
+    ],
+    ids=repr,
+)
+def test_one_forward_and_backward_per_step(tiny_vit, pixels, labels, attack, steps):
+    """CW's first forward finds out which images are wrong already."""
+    forwards, backwards = [], []
+    with torch.no_grad():
+        labels = tiny_vit(pixels).argmax(1)
+    tiny_vit.model.register_forward_hook(lambda *_: forwards.append(1))
+    tiny_vit.model.classifier.register_full_backward_hook(lambda *_: backwards.append(1))
+    attack(tiny_vit, pixels, labels, seeds=SEEDS)
+    assert len(forwards) == steps
+    assert len(backwards) == steps - isinstance(attack, CW)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attack", [*ATTACKS, CW(c=20), PatchFool(steps=5)], ids=repr)
+def test_on_a_gpu_as_on_the_cpu(tiny_vit, pixels, labels, attack, dtype):
+    """The threat model holds and the attack works; in float32 the random start and most signs are the CPU's."""
+    model, pixels = PixelModel(tiny_vit.model.to("cuda", dtype), tiny_vit.mean, tiny_vit.std), pixels.float()
+    adversarial = attack(model, pixels.cuda(), labels.cuda(), seeds=SEEDS)
+    assert adversarial.is_cuda
+    assert adversarial.dtype == torch.float32
+    torch.testing.assert_close(attack.project(adversarial, pixels.cuda()), adversarial, rtol=0, atol=1e-6)
+    if dtype == torch.float32:
+        model = PixelModel(tiny_vit.model.to("cpu"), tiny_vit.mean, tiny_vit.std)
+        expected = attack(model, pixels, labels, seeds=SEEDS)
+        assert ((adversarial.cpu() - expected).abs() < 1e-3).float().mean() > 0.9

@@ -43,6 +43,8 @@ conditions:
   - {set: imagenet-a, limit: 7}
   - {set: imagenet-v2, attack: FGSM}
   - {set: cifar10-c}
+  - {dataset: some/folder}
+  - {dataset: some/folder, corruption: fog, severity: 1}
 """,
         )
     )
@@ -53,7 +55,8 @@ conditions:
     assert [p.condition for p in plan[3:7]] == [Corrupted(c, s) for c in ("fog", "snow") for s in (1, 5)]
     assert (plan[7].title, plan[7].limit) == ("imagenet-a", 7)
     assert plan[8].title == "imagenet-v2: FGSM(eps=1/255)"
-    assert len(plan) == 9 + 75
+    assert len(plan) == 9 + 75 + 2
+    assert [p.title for p in plan[-2:]] == ["some/folder", "some/folder: generated fog 1"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from hf_nullspace.robustness.attacks.gradient import FGSM
+from hf_nullspace.robustness.image_sets import Part
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.records import (
     Records,
@@ -16,7 +17,6 @@ from hf_nullspace.robustness.records import (
     record,
     result_from_record,
 )
-from hf_nullspace.robustness.sets import Part
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted
 
 CONDITIONS = {"clean": Clean(), "weak": Attacked(FGSM(1 / 255)), "noisy": Corrupted("shot_noise", 2)}

@@ -7,6 +7,7 @@ import torch
 from hf_nullspace.robustness.attacks.base import Attack
 from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
 from hf_nullspace.robustness.corruptions import corrupt
+from hf_nullspace.robustness.image_sets import InMemory
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate, image_seed
 
 CONDITIONS = [Clean(), Corrupted("gaussian_noise", 5), Attacked(FGSM(2 / 255)), Attacked(PGD(2 / 255, steps=3))]
@@ -67,6 +68,20 @@ def test_workers_and_streams_see_the_same_images(tiny_vit, half_right):
     assert clean.samples["label"].tolist() == half_right.labels
     assert (clean.correct == (clean.samples["prediction"] == clean.samples["label"])).all()
     assert (clean.samples["confidence"] >= 0.1).all()
+
+
+def test_a_set_in_memory_gives_the_same_counts(tiny_vit, half_right):
+    kept = InMemory(half_right)
+    assert kept.pixels.dtype == torch.uint8
+    plain = evaluate(tiny_vit, half_right, CONDITIONS, batch_size=4, seed=3, progress=False)
+    for ours, theirs in zip(
+        evaluate(tiny_vit, kept, CONDITIONS, batch_size=5, seed=3, progress=False), plain, strict=True
+    ):
+        assert ours.correct.tolist() == theirs.correct.tolist()
+    between = half_right.pixels_from_image
+    half_right.pixels_from_image = lambda image: between(image) * 0.999
+    with pytest.raises(ValueError, match="between the 8-bit levels"):
+        InMemory(half_right)
 
 
 def test_results_are_told_as_they_come(tiny_vit, images):

@@ -40,12 +40,12 @@ def runs(tmp_path_factory):
 def test_counts_are_those_of_one_process(runs):
     (alone,), _ = runs[0]
     first, second = runs[1][0]
-    for name in ("seven", "all", "stream", "resumed"):
+    for name in ("seven", "all", "stream", "memory", "resumed"):
         for condition, correct in alone[name].items():
             assert len(correct) == 103
             assert 0 < sum(correct) < 103
             assert first[name][condition] == second[name][condition] == correct, (name, condition)
-    assert alone["seven"] == alone["all"] == alone["stream"]
+    assert alone["seven"] == alone["all"] == alone["stream"] == alone["memory"]
     assert alone["resumed"]["clean"] == alone["seven"]["clean"]
 
 

@@ -21,6 +21,7 @@ from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted
 
 NAMED = ("quick", "standard", "paper")
 BASE = "base"  # the user's own images: --dataset_name
+OWN = "dataset:"  # another set of the user's own, by folder or Hub id
 ATTACKS: dict[str, type[Attack]] = {c.__name__: c for c in (FGSM, PGD, MIM, CW, PatchFool, AutoAttack)}
 GROUPS = {
     "imagenet-c": [name for name in SETS if name.startswith("imagenet-c/")],
@@ -45,7 +46,8 @@ class Planned:
         """The condition's name in results: with its set, unless that is the user's own."""
         if self.images == BASE:
             return str(self.condition)
-        return self.images if isinstance(self.condition, Clean) else f"{self.images}: {self.condition}"
+        name = self.images.removeprefix(OWN)
+        return name if isinstance(self.condition, Clean) else f"{name}: {self.condition}"
 
 
 def load_plan(suite: str) -> list[Planned]:
@@ -53,8 +55,9 @@ def load_plan(suite: str) -> list[Planned]:
 
     A plan has a list ``conditions``; an entry is ``clean``, or a mapping with ``attack`` (and its settings, such as
     ``eps: 8/255``) or ``corruption`` and ``severity`` (one, a list, or ``all``), optionally ``set`` (default: the
-    user's own images) and ``limit``. An entry with ``set`` alone measures that set as it is; ``set: imagenet-c`` and
-    ``set: cifar10-c`` mean their 75 cells. Raises ``PlanError`` for anything else, naming the nearest valid word.
+    user's own images) or ``dataset`` (another folder or Hub id of theirs), and ``limit``. An entry with ``set`` alone
+    measures that set as it is; ``set: imagenet-c`` and ``set: cifar10-c`` mean their 75 cells. Raises ``PlanError``
+    for anything else, naming the nearest valid word.
     """
     if suite in NAMED:
         text = files("hf_nullspace.robustness").joinpath(f"suites/{suite}.yaml").read_text(encoding="utf-8")
@@ -81,7 +84,9 @@ def parse_entry(entry: Any, limit: int | None, suite: str) -> list[Planned]:
     entry = dict(entry)
     where, limit = entry.pop("set", BASE), entry.pop("limit", limit)
     valid = {BASE, *SETS, *GROUPS, *GROUPS["cifar10-c"]}
-    if where not in valid:
+    if "dataset" in entry:
+        where = f"{OWN}{entry.pop('dataset')}"
+    elif where not in valid:
         raise PlanError(f"{suite}: unknown set {where!r}{nearest(where, valid)}")
     if "attack" in entry:
         conditions: list[Condition] = [Attacked(make_attack(entry.pop("attack"), entry, suite))]

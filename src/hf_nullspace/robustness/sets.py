@@ -1,6 +1,5 @@
 """Robustness sets, from a local folder or the Hub, with the labels and the preprocessing that their protocol fixes."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,10 @@ from typing import Any
 import datasets
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from hf_nullspace.models.preprocessing import Preprocessing, rgb_image
+from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES
+from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, ImageStream
 from hf_nullspace.robustness.label_spaces import LabelError, check_wnids, imagenet_labels, indices, wnids
 
 SUFFIXES = {".jpeg", ".jpg", ".png"}
@@ -66,81 +65,6 @@ SETS = {
 }  # fmt: skip
 
 
-class ImageSet:
-    """Images with labels and one preprocessing; what ``suite.evaluate`` takes.
-
-    ``rows`` is a `datasets.Dataset` with ``image`` and ``label``; ``labels[row["label"]]`` is the class among all that
-    the model knows, ``subset`` the classes among which the answer is looked for.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        rows: Any,
-        preprocessing: Preprocessing,
-        *,
-        labels: Sequence[int] | None = None,
-        subset: Sequence[int] | None = None,
-        note: str = "",
-    ):
-        self.name, self.rows, self.preprocessing = name, rows, preprocessing
-        self.labels, self.subset, self.note = labels, subset, note
-        # Asking a row for its label would decode its image; so the column is read once.
-        self.row_labels = rows["label"][:] if isinstance(rows, datasets.Dataset) else None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def raw_image(self, index: int) -> Image.Image:
-        return rgb_image(self.rows[index]["image"])
-
-    def label(self, index: int) -> int:
-        return self.class_of(int(self.rows[index]["label"] if self.row_labels is None else self.row_labels[index]))
-
-    def class_of(self, label: int) -> int:
-        return label if self.labels is None else self.labels[label]
-
-    def pixels_from_image(self, image: Image.Image) -> Tensor:
-        return self.preprocessing.pixels_from_image(image)
-
-    def protocol(self) -> dict[str, Any]:
-        """What was done to the images, for the record of a result."""
-        p = self.preprocessing
-        resize = "none" if p.resize is None else f"{p.resize} px, {Image.Resampling(p.resample).name.lower()}"
-        return {"set": self.name, "resize": resize, "input": f"{p.size[0]}x{p.size[1]}"} | (
-            {"note": self.note} if self.note else {}
-        )
-
-
-class ImageStream(ImageSet):
-    """The same from a `datasets.IterableDataset`: no length, read once per condition, nothing downloaded beforehand."""
-
-    @property
-    def expected(self) -> int:
-        """The published number of images, for the progress bar."""
-        return SETS[self.name].images
-
-    def __len__(self) -> int:
-        raise TypeError(f"{self.name} is a stream; it has no length before it was read")
-
-    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        for row in self.rows:
-            yield rgb_image(row["image"]), self.class_of(row["label"])
-
-
-class ArrayRows:
-    """Rows of a uint8 array (n, H, W, 3) that may lie on disk."""
-
-    def __init__(self, images: Any, labels: Any):
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": Image.fromarray(np.asarray(self.images[index])), "label": int(self.labels[index])}
-
-
 def benchmark_preprocessing(preprocessing: Preprocessing, info: SetInfo) -> Preprocessing:
     """The protocol's geometry with the processor's mean and std: resize to 256 (in general size / 0.875), bicubic,
     centre crop; or nothing for sets that are 224 px already."""
@@ -184,8 +108,18 @@ def load_set(
         note = f"partial: {found} of {info.images} images"
         if not allow_partial:
             raise ValueError(f"{name} at {folder} is {note}; complete it, or allow a partial set (the report says so)")
-    kind = ImageStream if found is None else ImageSet
-    return kind(name, rows, benchmark_preprocessing(preprocessing, info), labels=labels, subset=info.subset, note=note)
+    return image_set(info, rows, preprocessing, labels, note, streaming=found is None)
+
+
+def image_set(
+    info: SetInfo, rows: Any, preprocessing: Preprocessing, labels: list[int] | None, note: str, *, streaming: bool
+) -> ImageSet:
+    geometry = benchmark_preprocessing(preprocessing, info)
+    if streaming:
+        stream = ImageStream(info.name, rows, geometry, labels=labels, subset=info.subset, note=note)
+        stream.expected = info.images
+        return stream
+    return ImageSet(info.name, rows, geometry, labels=labels, subset=info.subset, note=note)
 
 
 def folder_rows(folder: Path, info: SetInfo, streaming: bool) -> tuple[Any, list[int]]:
@@ -250,8 +184,7 @@ def from_hub(
     other = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
     rows = rows.select_columns([image, label])
     rows = rows.rename_columns(other) if other else rows
-    kind = ImageStream if streaming else ImageSet
-    return kind(info.name, rows, benchmark_preprocessing(preprocessing, info), labels=labels, subset=info.subset)
+    return image_set(info, rows, preprocessing, labels, "", streaming=streaming)
 
 
 def load_cifar10_c(folder: str | Path, corruption: str, severity: int, preprocessing: Preprocessing) -> ImageSet:
@@ -270,31 +203,3 @@ def load_cifar10_c(folder: str | Path, corruption: str, severity: int, preproces
     n = len(images) // len(SEVERITIES)
     part = slice((severity - 1) * n, severity * n)
     return ImageSet(f"cifar10-c/{corruption}/{severity}", ArrayRows(images[part], labels[part]), preprocessing)
-
-
-class Part:
-    """At most ``limit`` evenly spaced images of a set; the protocol of its results says so."""
-
-    def __init__(self, images: Any, limit: int):
-        self.images = images
-        self.places = sorted({round(place) for place in np.linspace(0, len(images) - 1, min(limit, len(images)))})
-        self.subset = getattr(images, "subset", None)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def raw_image(self, index: int) -> Image.Image:
-        image: Image.Image = self.images.raw_image(self.places[index])
-        return image
-
-    def label(self, index: int) -> int:
-        return int(self.images.label(self.places[index]))
-
-    def pixels_from_image(self, image: Image.Image) -> Tensor:
-        pixels: Tensor = self.images.pixels_from_image(image)
-        return pixels
-
-    def protocol(self) -> dict[str, Any]:
-        described = dict(self.images.protocol()) if hasattr(self.images, "protocol") else {}
-        notes = [described["note"]] if "note" in described else []
-        return described | {"note": "; ".join([*notes, f"{len(self)} of {len(self.images)} images, evenly spaced"])}

@@ -23,7 +23,8 @@ class Images(Protocol):
     """What a set of labelled images offers; ``training.data.ImageClassificationDataset`` and ``sets.ImageSet`` do.
 
     Optional: ``subset``, the classes among which the answer is looked for (ImageNet-A and -R); ``protocol()``, what was
-    done to the images. A stream offers ``__iter__`` over (image, label) and ``expected`` instead of a length.
+    done to the images; ``batch(indices)``, 8-bit pixels and labels that are ready (``sets.InMemory``). A stream offers
+    ``__iter__`` over (image, label) and ``expected`` instead of a length.
     """
 
     def __len__(self) -> int: ...
@@ -198,6 +199,11 @@ def batches(
     images: Images, condition: Condition, batch_size: int, seed: int, rank: int, world: int, workers: int
 ) -> Iterator[Batch]:
     """This process's images, batch by batch: indices in the set, pixels (B, C, H, W), labels (B,)."""
+    if hasattr(images, "batch") and not isinstance(condition, Corrupted):
+        for first in range(rank, len(images), batch_size * world):
+            indices = list(range(first, min(first + batch_size * world, len(images)), world))
+            yield indices, *images.batch(indices)
+        return
     if not is_stream(images):
         prepared = Prepared(images, condition, seed, range(rank, len(images), world))
         own = torch.Generator()  # a loader without one draws from the global generator
@@ -229,6 +235,7 @@ def judge(
     """Which images the model gets right under the condition; an attack's result is clipped here, whatever it says."""
     device = model.device
     pixels, labels = pixels.to(device), labels.to(device)
+    pixels = pixels if pixels.is_floating_point() else pixels / 255  # 8-bit pixels travel in a quarter of the bytes
     judged = pixels
     if isinstance(condition, Attacked):
         attack = condition.attack

@@ -1,0 +1,114 @@
+"""How much of an evaluation is the model's forward? At least 90% for a set that sits in memory.
+
+    python benchmarks/evaluation.py                       (a ViT of vit-cifar10's size, random weights, 512 images)
+    python benchmarks/evaluation.py --device cuda --size 224 --hidden 768 --layers 12 --patch 16 --images 4096
+
+The same forwards (same batches, same device) run bare and inside ``suite.evaluate``, alternating; the ratio of the
+medians is the share. For an attack the bare loop is its forwards and backwards. Writes benchmarks/results/NAME.json.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.robustness.attacks.gradient import PGD
+from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, InMemory
+from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, evaluate
+
+PGD_STEPS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in [("size", 48), ("patch", 8), ("hidden", 128), ("layers", 6), ("heads", 4), ("images", 512),
+                          ("batch", 64), ("repeats", 5), ("workers", 0)]:  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--name", default="evaluation")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=args.heads,
+        intermediate_size=4 * args.hidden, image_size=args.size, patch_size=args.patch, num_labels=10,
+    )  # fmt: skip
+    vit = ViTForImageClassification(config).to(args.device, torch.bfloat16 if args.bf16 else torch.float32).eval()
+    model = PixelModel(vit, (0.5,) * 3, (0.5,) * 3)
+    rng = np.random.default_rng(0)
+    arrays = rng.integers(0, 256, (args.images, args.size, args.size, 3), dtype=np.uint8)
+    rows = ArrayRows(arrays, rng.integers(0, 10, args.images))
+    side = (args.size, args.size)
+    on_demand = ImageSet("noise", rows, Preprocessing((0.5,) * 3, (0.5,) * 3, side, None))
+    images = InMemory(on_demand)
+    ready = torch.from_numpy(arrays).permute(0, 3, 1, 2).float().div(255).to(args.device)
+
+    def forwards() -> None:
+        with torch.no_grad():
+            for batch in ready.split(args.batch):
+                model(batch).argmax(-1)
+
+    def gradient_steps() -> None:
+        for batch in ready.split(args.batch):
+            for _ in range(PGD_STEPS):
+                point = batch.detach().requires_grad_()
+                loss = cross_entropy(model(point), torch.zeros(len(batch), dtype=torch.long, device=args.device))
+                torch.autograd.grad(loss, point)
+        forwards()
+
+    def suite(condition: Condition, images: ImageSet | InMemory = images) -> Callable[[], object]:
+        return lambda: evaluate(
+            model, images, [condition], batch_size=args.batch, workers=args.workers, progress=False
+        )  # fmt: skip
+
+    vit.requires_grad_(False)
+    cases: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "clean": (forwards, suite(Clean())),
+        f"PGD, {PGD_STEPS} steps": (gradient_steps, suite(Attacked(PGD(steps=PGD_STEPS)))),
+        "clean, images prepared on demand": (forwards, suite(Clean(), on_demand)),
+        "generated gaussian_noise": (forwards, suite(Corrupted("gaussian_noise", 3))),
+    }
+    shares = {}
+    for name, (bare, whole) in cases.items():
+        seconds = [(timed(bare, args.device), timed(whole, args.device)) for _ in range(args.repeats + 1)][1:]
+        plain, full = (statistics.median(column) for column in zip(*seconds, strict=True))
+        spread = [a / b for a, b in seconds]
+        shares[name] = {"share": plain / full, "lowest": min(spread), "highest": max(spread),
+                        "images_per_second": args.images / full}  # fmt: skip
+        print(f"{name:34s} forward (and backward) {plain:.3f} s of {full:.3f} s: {plain / full:.1%}", flush=True)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    result = {
+        "command": f"python benchmarks/evaluation.py {' '.join(sys.argv[1:])}".strip(),
+        "commit": commit.stdout.strip(), "device": device, "threads": torch.get_num_threads(), "seed": 0,
+        "torch": torch.__version__, "settings": vars(args), "shares": shares,
+    }  # fmt: skip
+    path = Path(__file__).parent / "results" / f"{args.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def timed(function: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Images with labels and one preprocessing: on demand, as a stream, a part of a set, or kept in memory."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hf_nullspace.models.preprocessing import Preprocessing, rgb_image
+
+
+class ImageSet:
+    """Images with labels and one preprocessing; what ``suite.evaluate`` takes.
+
+    ``rows`` is a `datasets.Dataset` with ``image`` and ``label``; ``labels[row["label"]]`` is the class among all that
+    the model knows, ``subset`` the classes among which the answer is looked for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Any,
+        preprocessing: Preprocessing,
+        *,
+        labels: Sequence[int] | None = None,
+        subset: Sequence[int] | None = None,
+        note: str = "",
+    ):
+        self.name, self.rows, self.preprocessing = name, rows, preprocessing
+        self.labels, self.subset, self.note = labels, subset, note
+        # Asking a row for its label would decode its image; so the column is read once.
+        self.row_labels = rows["label"][:] if isinstance(rows, datasets.Dataset) else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def raw_image(self, index: int) -> Image.Image:
+        return rgb_image(self.rows[index]["image"])
+
+    def label(self, index: int) -> int:
+        return self.class_of(int(self.rows[index]["label"] if self.row_labels is None else self.row_labels[index]))
+
+    def class_of(self, label: int) -> int:
+        return label if self.labels is None else self.labels[label]
+
+    def pixels_from_image(self, image: Image.Image) -> Tensor:
+        return self.preprocessing.pixels_from_image(image)
+
+    def protocol(self) -> dict[str, Any]:
+        """What was done to the images, for the record of a result."""
+        p = self.preprocessing
+        resize = "none" if p.resize is None else f"{p.resize} px, {Image.Resampling(p.resample).name.lower()}"
+        return {"set": self.name, "resize": resize, "input": f"{p.size[0]}x{p.size[1]}"} | (
+            {"note": self.note} if self.note else {}
+        )
+
+
+class ImageStream(ImageSet):
+    """The same from a `datasets.IterableDataset`: no length, read once per condition, nothing downloaded beforehand."""
+
+    expected = 0  # the published number of images, for the progress bar
+
+    def __len__(self) -> int:
+        raise TypeError(f"{self.name} is a stream; it has no length before it was read")
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        for row in self.rows:
+            yield rgb_image(row["image"]), self.class_of(row["label"])
+
+
+class ArrayRows:
+    """Rows of a uint8 array (n, H, W, 3) that may lie on disk."""
+
+    def __init__(self, images: Any, labels: Any):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": Image.fromarray(np.asarray(self.images[index])), "label": int(self.labels[index])}
+
+
+class Part:
+    """At most ``limit`` evenly spaced images of a set; the protocol of its results says so."""
+
+    def __init__(self, images: Any, limit: int):
+        self.images = images
+        self.places = sorted({round(place) for place in np.linspace(0, len(images) - 1, min(limit, len(images)))})
+        self.subset = getattr(images, "subset", None)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def raw_image(self, index: int) -> Image.Image:
+        image: Image.Image = self.images.raw_image(self.places[index])
+        return image
+
+    def label(self, index: int) -> int:
+        return int(self.images.label(self.places[index]))
+
+    def pixels_from_image(self, image: Image.Image) -> Tensor:
+        pixels: Tensor = self.images.pixels_from_image(image)
+        return pixels
+
+    def protocol(self) -> dict[str, Any]:
+        described = dict(self.images.protocol()) if hasattr(self.images, "protocol") else {}
+        notes = [described["note"]] if "note" in described else []
+        return described | {"note": "; ".join([*notes, f"{len(self)} of {len(self.images)} images, evenly spaced"])}
+
+
+class InMemory:
+    """A set whose pixels were prepared once and stay in memory as 8-bit numbers (a quarter of float32).
+
+    Conditions that do not corrupt the images take their batches from there; pixels that were 8-bit stay what they were.
+    Raises ``ValueError`` where they were not (a ``pixels_from_image`` that computes in between).
+    """
+
+    def __init__(self, images: Any):
+        self.images, self.subset = images, getattr(images, "subset", None)
+        rows = []
+        for index in range(len(images)):
+            pixels = images.pixels_from_image(images.raw_image(index))
+            rows.append((pixels * 255).round().to(torch.uint8))
+            if not torch.equal(rows[-1] / 255, pixels):
+                raise ValueError(f"image {index} has pixels between the 8-bit levels; it cannot be kept in 8 bits")
+        self.pixels = torch.stack(rows)
+        self.labels = torch.tensor([images.label(index) for index in range(len(images))])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def raw_image(self, index: int) -> Image.Image:
+        image: Image.Image = self.images.raw_image(index)
+        return image
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
+    def pixels_from_image(self, image: Image.Image) -> Tensor:
+        pixels: Tensor = self.images.pixels_from_image(image)
+        return pixels
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """8-bit pixels (B, C, H, W) and labels (B,) of these images."""
+        where = torch.as_tensor(indices)
+        return self.pixels[where], self.labels[where]
+
+    def protocol(self) -> dict[str, Any]:
+        return dict(self.images.protocol()) if hasattr(self.images, "protocol") else {}
