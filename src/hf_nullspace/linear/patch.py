@@ -1,0 +1,210 @@
+"""The exact nullspace of the patch embedding: patches that the model cannot see (section 2.2 and A.4 of the paper).
+
+The projection maps the P = C * r * r numbers of one patch to D features, all channels together. Patches p with
+``weight @ p = 0`` form a space of dimension P - rank(weight); added to any patch of any image they leave every
+embedding, so every prediction, as it was, until the pixels are clipped or rounded. The bias plays no part.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from hf_nullspace.models.patch_embedding import NotAViTError, find_patch_embedding, patch_projection, unwrap
+
+
+class NoNullspaceError(ValueError):
+    """The patch embedding is injective: only the zero patch is mapped to zero."""
+
+
+@dataclass(frozen=True, eq=False)
+class PatchNullspace:
+    """The nullspace of a patch projection theta, found once, in float64.
+
+    Patches live in the space of ``pixel_values`` (normalised); :meth:`in_pixels` gives the same nullspace for pixels in
+    [0, 1]. What is kept is an orthonormal basis of the row space, the patches that the model does see: it is
+    smaller than the nullspace, and the projection onto the nullspace is ``p - row_basis^T row_basis p``.
+    """
+
+    weight: Tensor
+    """theta (D, P), as the model holds it."""
+    patch_shape: tuple[int, int, int]
+    """(C, height, width) of a patch; their product is P."""
+    singular_values: Tensor
+    """The spectrum of theta, min(D, P) numbers, descending, float64."""
+    row_basis: Tensor
+    """(rank, P), orthonormal rows, float64."""
+    tolerance: float
+    """Singular values up to this one count as zero."""
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        *,
+        patch_embedding: nn.Module | None = None,
+        tolerance: float | None = None,
+        stored_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The nullspace of the model's patch embedding, for every family that ``find_patch_embedding`` knows.
+
+        ``stored_dtype`` is the precision of the checkpoint, for the tolerance (:func:`default_tolerance`). Unset, it is
+        the coarser of the dtypes of the weights and of ``config.dtype``, so that ``model.double()`` has the same
+        nullspace; a bfloat16 checkpoint that was loaded as float32 has to be named.
+
+        Raises:
+            NotAViTError: if the model has no patch embedding, or its patches overlap.
+        """
+        module = patch_embedding if patch_embedding is not None else find_patch_embedding(model)
+        projection = patch_projection(module)
+        if projection is None:
+            raise NotAViTError(
+                f"{type(module).__name__} of {type(unwrap(model)).__name__} has no convolution whose stride is its "
+                "kernel size; patches that overlap have no nullspace of their own"
+            )
+        config: Any = getattr(unwrap(model), "config", None)
+        return cls.from_weight(
+            projection.weight, tolerance=tolerance, stored_dtype=stored_dtype or _coarser(projection.weight, config)
+        )
+
+    @classmethod
+    def from_weight(
+        cls, weight: Tensor, *, tolerance: float | None = None, stored_dtype: torch.dtype | None = None
+    ) -> Self:
+        """The nullspace of a convolution's weight (D, C, height, width)."""
+        if weight.dim() != 4:
+            raise ValueError(f"the weight of a patch projection is (D, C, height, width), got {tuple(weight.shape)}")
+        whole: Any = weight.detach()
+        whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole  # FSDP2
+        flat = whole.flatten(1).cpu()
+        _, singular_values, rows = torch.linalg.svd(flat.double(), full_matrices=False)
+        if tolerance is None:
+            tolerance = default_tolerance(singular_values, flat.shape, stored_dtype or flat.dtype)
+        rank = int((singular_values > tolerance).sum())
+        channels, height, width = weight.shape[1:]
+        return cls(flat, (channels, height, width), singular_values, rows[:rank].contiguous(), tolerance)
+
+    @property
+    def basis(self) -> Tensor:
+        """An orthonormal basis (dimension, P) of the nullspace, b_1 .. b_k of equation 4; computed at every call."""
+        complete, _ = torch.linalg.qr(self.row_basis.T, mode="complete")
+        return complete[:, len(self.row_basis) :].T.contiguous()
+
+    def dimension(self, tolerance: float | None = None) -> int:
+        """P - rank(theta), where singular values up to ``tolerance`` (absolute; default: the own one) are zero."""
+        rank = len(self.row_basis) if tolerance is None else int((self.singular_values > tolerance).sum())
+        return self.weight.shape[1] - rank
+
+    def project_patches(self, patches: Tensor) -> Tensor:
+        """The nearest patches (..., P) that the model cannot see; computed in float64, returned in the given dtype."""
+        rows = self.row_basis.to(patches.device)
+        exact = patches.double()
+        return (exact - (exact @ rows.T) @ rows).to(patches.dtype)
+
+    def project(self, pixel_values: Tensor) -> Tensor:
+        """The part of images or of changes of images (B, C, H, W) that the model cannot see, patch by patch.
+
+        Zero beyond the last whole patch of an image that the patches do not divide (some models drop that border,
+        others pad it).
+        """
+        return join_patches(
+            self.project_patches(split_patches(pixel_values, self.patch_shape)),
+            self.patch_shape,
+            (pixel_values.shape[-2], pixel_values.shape[-1]),
+        )
+
+    def sample(self, generator: torch.Generator, count: int = 1, *, std: float = 1.0) -> Tensor:
+        """Patches (count, C, height, width) of the nullspace, float64: equation 4 with lambda_i ~ N(0, std^2).
+
+        Raises:
+            NoNullspaceError: if the dimension is 0.
+        """
+        if self.dimension() == 0:
+            raise NoNullspaceError(
+                f"theta {tuple(self.weight.shape)} has rank {len(self.row_basis)} at the tolerance "
+                f"{self.tolerance:.3g}: the patch embedding has no nullspace. Larger patches or fewer features do."
+            )
+        normal = torch.randn(count, self.weight.shape[1], generator=generator, dtype=torch.float64)
+        return self.project_patches(std * normal).unflatten(1, self.patch_shape)
+
+    def tile(self, patch: Tensor, size: tuple[int, int]) -> Tensor:
+        """One patch (C, height, width) repeated over an image: (1, C, H, W) for ``size`` (H, W)."""
+        count = (size[0] // self.patch_shape[1]) * (size[1] // self.patch_shape[2])
+        return join_patches(patch.reshape(1, 1, -1).expand(1, count, -1), self.patch_shape, size)
+
+    def residual(self, patches: Tensor) -> float:
+        """What the model itself sees of ``patches`` (count, C, height, width) that should be invisible.
+
+        The largest ||theta p|| / (s_max ||p||), multiplied in the precision of the model's weights; 0 would be
+        exact, about the dtype's epsilon is rounding, and a random patch has about 1 / sqrt(P) times the spectrum.
+        """
+        flat = patches.reshape(len(patches), -1).to(self.weight.dtype).cpu()
+        seen = torch.linalg.vector_norm((flat @ self.weight.T).double(), dim=1)
+        return float((seen / (self.singular_values[0] * torch.linalg.vector_norm(flat.double(), dim=1))).max())
+
+    def in_pixels(self, std: Sequence[float]) -> Self:
+        """The same nullspace for changes of pixels in [0, 1], by the ``std`` of the image processor.
+
+        A null patch p becomes ``p * std`` (:func:`patches_in_pixels`). Where std differs by channel an orthogonal
+        projection does not carry over, so the basis is made anew: its row space is that of theta * diag(1 / std).
+        """
+        if len(std) != self.patch_shape[0]:
+            raise ValueError(f"std {tuple(std)} for patches of {self.patch_shape[0]} channels")
+        height, width = self.patch_shape[1:]
+        per_number = torch.tensor(std, dtype=torch.float64).repeat_interleave(height * width)
+        rows, _ = torch.linalg.qr((self.row_basis / per_number).T)
+        weight = (self.weight.double() / per_number).to(self.weight.dtype)
+        spectrum = torch.linalg.svdvals(weight.double())
+        return type(self)(weight, self.patch_shape, spectrum, rows.T.contiguous(), self.tolerance / min(std))
+
+
+def default_tolerance(singular_values: Tensor, shape: Sequence[int], stored_dtype: torch.dtype) -> float:
+    """Largest singular value that counts as zero: s_max * max(D, P) * eps of the dtype that the weights were stored in.
+
+    Storing rounds every weight, which lifts exact zeros of the spectrum to about s_max * eps; ViT-B/16 of table 4 has 2
+    such values in float32, and none at float64's own eps. bfloat16's eps is coarser than many real singular
+    values: look at the spectrum.
+    """
+    return float(singular_values[0]) * max(shape) * torch.finfo(stored_dtype).eps if len(singular_values) else 0.0
+
+
+def patches_in_pixels(patches: Tensor, std: Sequence[float]) -> Tensor:
+    """Patches or images (..., C, height, width) of normalised numbers as changes of pixels in [0, 1]: p * std."""
+    return patches * torch.tensor(std, dtype=patches.dtype, device=patches.device).view(-1, 1, 1)
+
+
+def split_patches(images: Tensor, patch_shape: tuple[int, int, int]) -> Tensor:
+    """Images (B, C, H, W) as patches (B, N, P), row by row, in the order of the embeddings; a rest is left out.
+
+    Raises:
+        ValueError: for another number of channels, or images smaller than a patch.
+    """
+    channels, height, width = patch_shape
+    if images.dim() != 4 or images.shape[1] != channels or images.shape[2] < height or images.shape[3] < width:
+        raise ValueError(f"images of shape {tuple(images.shape)}; expected (B, {channels}, >={height}, >={width})")
+    rows, columns = images.shape[2] // height, images.shape[3] // width
+    whole = images[:, :, : rows * height, : columns * width]
+    parts = whole.reshape(len(images), channels, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+    return parts.reshape(len(images), rows * columns, channels * height * width)
+
+
+def join_patches(patches: Tensor, patch_shape: tuple[int, int, int], size: tuple[int, int]) -> Tensor:
+    """The inverse of :func:`split_patches` for images of ``size`` (H, W); zero beyond the last whole patch."""
+    channels, height, width = patch_shape
+    rows, columns = size[0] // height, size[1] // width
+    if patches.shape[1] != rows * columns:
+        raise ValueError(f"{patches.shape[1]} patches for an image of {rows} x {columns}")
+    parts = patches.reshape(len(patches), rows, columns, channels, height, width).permute(0, 3, 1, 4, 2, 5)
+    images = patches.new_zeros(len(patches), channels, *size)
+    images[:, :, : rows * height, : columns * width] = parts.reshape(
+        len(patches), channels, rows * height, columns * width
+    )
+    return images
+
+
+def _coarser(weight: Tensor, config: Any) -> torch.dtype:
+    named = getattr(config, "dtype", None)
+    dtypes = [weight.dtype, *([named] if isinstance(named, torch.dtype) and named.is_floating_point else [])]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
