@@ -19,7 +19,7 @@ demo: $(STAMP)  ## train, fine-tune and measure on real handwritten digits (abou
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/finetune.py
 
 test: $(STAMP)  ## the default tests (under 5 minutes on two cores, no network)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the long tests: killed runs, every family, the whole demo
 	$(BIN)/python -m pytest -m slow

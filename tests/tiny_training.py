@@ -8,8 +8,6 @@ from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
 
-torch.set_num_threads(1)  # on tensors this small a second thread only waits: ten times slower on a busy machine
-
 
 class Images(torch.utils.data.Dataset):
     """Random images with labels; ``jitter`` draws an augmentation from (seed, epoch, index), as the real ones do."""
