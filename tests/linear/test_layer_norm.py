@@ -1,0 +1,147 @@
+"""The LayerNorm direction: exact where every branch reads through a LayerNorm, refuted where it does not."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from hf_nullspace.linear.layer_norm import (
+    LayerNormNullspace,
+    NotANullspaceError,
+    check_direction,
+    exact_encoder_nullspace,
+)
+from tiny_models import FAMILIES, IMAGE, LABELS, SIZES, tiny_model
+
+STAGES = {"num_encoder_blocks": 2, "depths": [1, 1], "hidden_sizes": [8, 16], "strides": [4, 2], "patch_sizes": [7, 3]}
+HEADS = {"num_attention_heads": [1, 2], "sr_ratios": [2, 1], "mlp_ratios": [2, 2]}
+SUBSAMPLE = ["Subsample", 4, 4, 2, 2, 2]
+
+# Families of this test only: a configuration, the class, and where the patch embedding is if its patches overlap.
+OTHERS = {
+    "data2vec": lambda: transformers.Data2VecVisionForImageClassification(
+        transformers.Data2VecVisionConfig(**SIZES, **IMAGE, **LABELS, use_absolute_position_embeddings=True)
+    ),
+    "ijepa": lambda: transformers.IJepaForImageClassification(transformers.IJepaConfig(**SIZES, **IMAGE, **LABELS)),
+    "swinv2": lambda: transformers.Swinv2ForImageClassification(
+        transformers.Swinv2Config(
+            **LABELS, image_size=16, patch_size=2, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4
+        )
+    ),
+    "hiera": lambda: transformers.HieraForImageClassification(
+        transformers.HieraConfig(
+            **LABELS, image_size=[32, 32], embed_dim=8, depths=[1, 1], num_heads=[1, 2], num_query_pool=1,
+            masked_unit_size=[4, 4], masked_unit_attention=[True, False], mlp_ratio=2.0,
+        )
+    ),
+    "segformer": lambda: transformers.SegformerForImageClassification(
+        transformers.SegformerConfig(**STAGES, **HEADS, **LABELS)
+    ),
+    "poolformer": lambda: transformers.PoolFormerForImageClassification(
+        transformers.PoolFormerConfig(**STAGES, **LABELS, padding=[2, 1], mlp_ratio=2.0)
+    ),
+    "levit": lambda: transformers.LevitForImageClassification(
+        transformers.LevitConfig(
+            **LABELS, image_size=32, hidden_sizes=[16, 16, 16], num_attention_heads=[1, 1, 1], depths=[1, 1, 1],
+            key_dim=[4, 4, 4], down_ops=[SUBSAMPLE, SUBSAMPLE],
+        )
+    ),
+}  # fmt: skip
+EMBEDDING_TYPES = {
+    "hiera": "HieraPatchEmbeddings",
+    "segformer": "SegformerOverlapPatchEmbeddings",
+    "poolformer": "PoolFormerEmbeddings",
+    "levit": "LevitPatchEmbeddings",
+}
+
+
+def build(family):
+    """A tiny model, images for it, and its patch embedding where it has to be named (the first of its type)."""
+    if family in FAMILIES:
+        return tiny_model(family), images(16), None
+    torch.manual_seed(0)
+    model = OTHERS[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    if family not in EMBEDDING_TYPES:
+        return model, images(16), None
+    module = next(module for module in model.modules() if type(module).__name__ == EMBEDDING_TYPES[family])
+    return model, images(32), module
+
+
+def images(size, count=2):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "data2vec", "ijepa", "swinv2", "hiera", "segformer"])
+def test_one_constant_per_token_changes_nothing(family):
+    model, pixel_values, module = build(family)
+    found = exact_encoder_nullspace(model, pixel_values, patch_embedding=module)
+    assert found.check.norm == 1000
+    assert found.check.logit_change < 1e-12 * found.check.largest_logit
+    assert found.check.control_change > 0.1 * found.check.largest_logit
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters()), "the model itself is not cast"
+
+
+@pytest.mark.parametrize(("family", "norm_layer"), [("poolformer", nn.GroupNorm), ("levit", nn.BatchNorm1d)])
+def test_models_with_another_normalisation_refute_it(family, norm_layer):
+    model, pixel_values, module = build(family)
+    assert any(isinstance(part, norm_layer) for part in model.modules())
+    with pytest.raises(NotANullspaceError, match=r"changes the logits by \d"):
+        exact_encoder_nullspace(model, pixel_values, patch_embedding=module)
+    check = check_direction(model.double(), pixel_values, patch_embedding=module)
+    assert check.logit_change > 1e-3 * check.control_change
+
+
+def test_without_a_layer_norm_the_direction_is_seen():
+    model = tiny_model("vit")
+    model.vit.layers[0].layernorm_before = nn.Identity()
+    with pytest.raises(NotANullspaceError, match="ViTForImageClassification: one constant per token, of norm 50"):
+        exact_encoder_nullspace(model, images(16), norm=50)
+
+
+def test_a_sample_is_added_where_the_position_embedding_is():
+    """Without our hook: the noise as part of the position embedding of a ViT in float64."""
+    model, pixel_values = tiny_model("vit").double(), images(16).double()
+    found = exact_encoder_nullspace(model, pixel_values)
+    noise = found.sample(torch.Generator().manual_seed(2), norm=1858.0)
+    assert noise.shape == (1, 16, 24)
+    assert (found.dimension, found.patches, found.features) == (16, 16, 24)
+    assert torch.linalg.vector_norm(noise).item() == pytest.approx(1858, rel=1e-12)
+    assert noise.std(-1).max() < 1e-12
+    assert noise[0, :, 0].unique().numel() == 16
+    with torch.no_grad():
+        clean = model(pixel_values).logits
+        model.vit.embeddings.position_embeddings[:, 1:] += noise
+        torch.testing.assert_close(model(pixel_values).logits, clean, rtol=1e-11, atol=1e-12)
+
+
+def test_projection_is_the_token_mean():
+    found = LayerNormNullspace(16, 24, check_direction(tiny_model(), images(16)))
+    noise = torch.randn(1, 16, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    projected = found.project(noise)
+    torch.testing.assert_close(found.project(projected), projected, rtol=0, atol=1e-15)
+    assert (noise - projected).mean(-1).abs().max() < 1e-15
+    assert ((noise - projected) * projected).sum().abs() < 1e-12
+    with pytest.raises(ValueError, match=r"expected \(1, 16, 24\)"):
+        found.project(noise[:, :9])
+
+
+def test_own_precision_loses_the_bits_that_large_constants_push_out():
+    model, pixel_values = tiny_model("vit"), images(16)
+    small, large = (check_direction(model, pixel_values, norm=norm) for norm in (10.0, 1e5))
+    assert 0 < small.logit_change < 1e-4 < large.logit_change
+    assert not model.training
+    assert check_direction(model.train(), pixel_values, norm=10.0) == small
+    assert model.training
+
+
+def test_what_cannot_be_checked_says_so():
+    model = tiny_model("vit")
+    with pytest.raises(ValueError, match="Linear is no part of ViTForImageClassification"):
+        exact_encoder_nullspace(model, images(16), patch_embedding=nn.Linear(2, 2))
+    nn.init.zeros_(model.classifier.weight)
+    with pytest.raises(NotANullspaceError, match="do not depend on the patch embedding"):
+        exact_encoder_nullspace(model, images(16))
