@@ -243,6 +243,15 @@ def test_bf16_stays_finite(tiny_vit, pixels, labels):
     assert adversarial.isfinite().all()
 
 
+def test_names_leave_out_what_is_switched_off():
+    usual = "PatchFool(choice='attention', num_patch=1, steps=250, lr=0.22, attention_weight=0.002"
+    assert repr(PatchFool()) == f"{usual})"
+    assert repr(PatchFool(mild="linf", eps=8 / 255)) == f"{usual}, mild='linf', eps=8/255)"
+    assert repr(PatchFool(sparse=20)) == f"{usual}, sparse=20, sparse_freeze=200)"
+    assert repr(PatchFool(early_stop=True, attention_layer=2)) == f"{usual}, attention_layer=2, early_stop=True)"
+    assert len({repr(attack) for attack in VARIANTS}) == len(VARIANTS)
+
+
 def test_bad_settings_are_named(linear, tiny_vit, pixels, labels):
     with pytest.raises(ValueError, match="expected 'attention', 'saliency' or 'random'"):
         PatchFool(choice="best")

@@ -47,7 +47,10 @@ def plot_severity(results: Results, path: str | Path) -> Path | None:
 
 
 def plot_strength(results: Results, path: str | Path) -> Path | None:
-    """Accuracy against eps (x 255) for every attack measured at several radii; None where there is none."""
+    """Accuracy against eps (x 255) for every attack measured at several radii; None where there is none.
+
+    Radius 0 is the condition "clean" where that was measured.
+    """
     curves: dict[tuple[str, str], list[tuple[float, ConditionResult]]] = defaultdict(list)
     for name, conditions in results.items():
         for result in conditions:
@@ -57,6 +60,8 @@ def plot_strength(results: Results, path: str | Path) -> Path | None:
     curves = {key: sorted(points, key=lambda p: p[0]) for key, points in curves.items() if len(points) > 1}
     if not curves:
         return None
+    for (name, _), points in curves.items():
+        points[:0] = [(0.0, result) for result in results[name] if result.condition == "clean"]
     figure, axes = new_figure(6.0)
     styles = dict(zip(sorted({attack for _, attack in curves}), ("-", "--", ":", "-."), strict=False))
     for (name, attack), points in curves.items():

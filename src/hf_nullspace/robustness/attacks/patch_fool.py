@@ -56,6 +56,13 @@ class PatchFool(Attack):
         if min(self.num_patch, self.steps) < 1 or self.sparse < 0:
             raise ValueError(f"num_patch={self.num_patch}, steps={self.steps}, sparse={self.sparse}: too small")
 
+    def settings(self) -> dict[str, Any]:
+        """Without the variants that are switched off: their absence says so."""
+        off = {name for name in ("attention_layer", "mild", "eps") if getattr(self, name) is None}
+        off |= {name for name in ("sparse", "original_projection", "early_stop") if not getattr(self, name)}
+        off |= set() if self.sparse else {"sparse_freeze"}
+        return {name: value for name, value in super().settings().items() if name not in off}
+
     @property
     def cost(self) -> float:
         return self.steps * (6.0 if self.attention_weight else 3.0)
