@@ -79,7 +79,7 @@ def test_what_it_writes_loads_with_plain_transformers(finished):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
     with torch.no_grad():
         logits = model(**processor(image, return_tensors="pt")).logits
-    answer = pipeline("image-classification", model=str(folder), image_processor=processor)(image, top_k=10)
+    answer = pipeline("image-classification", model=str(folder))(image, top_k=10)
     assert answer[0]["label"] == model.config.id2label[logits.argmax().item()]
     assert {entry["label"] for entry in answer} == {str(digit) for digit in range(10)}
 
