@@ -1,0 +1,182 @@
+"""Proposition 1 on weights built to satisfy it, on weights that miss one condition, and against SciPy."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from hf_nullspace.linear.attention import (
+    constructed_noise,
+    head_changes,
+    layer_conditions,
+    null_direction,
+    principal_angles,
+)
+from hf_nullspace.models.attention import AttentionWeights, attention_inputs, attention_weights
+from tiny_models import tiny_model
+
+HEADS, FEATURES, TOKENS = 3, 24, 7
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def proposition_weights(*, symmetric=True, contained=True, collinear=True):
+    """Weights by the remark below the proposition, Q = B P and K = B P D, with or without each condition; and biases.
+
+    Condition 3: the first column of head 1's B is one of head 0's, and its row 0 is zero elsewhere, so that row 0 of
+    M_1 is a multiple of that column.
+    """
+    width = FEATURES // HEADS
+    frames, mixes = normal(HEADS, FEATURES, width), torch.linalg.qr(normal(HEADS, width, width, seed=1))[0]
+    eigenvalues = normal(HEADS, 1, width, seed=2)
+    if collinear:
+        mixes[1] = torch.eye(width, dtype=torch.float64)
+        frames[1, :, 0] = frames[0, :, 0]
+        frames[1, 0, 1:] = 0
+    query, key = frames @ mixes, frames @ mixes * eigenvalues
+    if not symmetric:
+        query = normal(HEADS, FEATURES, width, seed=3)
+        if collinear:
+            query[1, 0, 1:] = 0
+    value = key @ normal(HEADS, width, width, seed=4) if contained else normal(HEADS, FEATURES, width, seed=5)
+    biases = (normal(HEADS, width, seed=seed) for seed in (6, 7, 8))
+    return AttentionWeights("built", query, key, value, *biases)
+
+
+def changes(weights, norm=100.0):
+    inputs = normal(2, TOKENS, FEATURES, seed=9)
+    noise = constructed_noise(null_direction(weights), TOKENS, torch.Generator().manual_seed(10), norm)
+    assert torch.linalg.matrix_norm(noise).item() == pytest.approx(norm)
+    assert torch.linalg.matrix_rank(noise[0]) == 1
+    return head_changes(weights, inputs, noise)
+
+
+def test_where_the_conditions_hold_no_head_sees_the_noise():
+    weights = proposition_weights()
+    found = layer_conditions(weights)
+    assert found.hold(1e-10)
+    assert found.stack_rank == FEATURES - 1
+    direction = null_direction(weights)
+    for query, key, value in zip(weights.query, weights.key, weights.value, strict=True):
+        assert (query @ key.T @ direction).abs().max() < 1e-12
+        assert (value.T @ direction).abs().max() < 1e-12
+    assert changes(weights).max() < 1e-11
+    other = head_changes(weights, normal(2, TOKENS, FEATURES), 0.1 * normal(1, TOKENS, FEATURES, seed=11))
+    assert other.min() > 1e-2, "other noise, a thousandth of the norm, is seen"
+
+
+@pytest.mark.parametrize("missing", ["symmetric", "contained", "collinear"])
+def test_each_condition_is_needed_and_measured(missing):
+    weights = proposition_weights(**{missing: False})
+    found = layer_conditions(weights)
+    assert not found.hold()
+    assert (found.asymmetry.max() > 0.5) == (missing == "symmetric")
+    assert (found.largest_angle.max() > 0.5) == (missing == "contained")
+    assert (found.collinearity > 1e-3) == (missing == "collinear")
+    assert (found.stack_rank == FEATURES) == (missing == "collinear")
+    assert changes(weights).max() > 0.1
+
+
+def test_measures_are_those_of_numpy_and_scipy():
+    weights = proposition_weights(symmetric=False, contained=False, collinear=False)
+    found = layer_conditions(weights)
+    matrices = [(query @ key.T).numpy() for query, key in zip(weights.query, weights.key, strict=True)]
+    for head, matrix in enumerate(matrices):
+        asymmetry = np.linalg.norm(matrix - matrix.T) / np.linalg.norm(matrix)
+        assert found.asymmetry[head].item() == pytest.approx(asymmetry, rel=1e-12)
+        assert 1.2 < asymmetry < 1.6, "unrelated Q and K give about sqrt(2)"
+        angles = scipy.linalg.subspace_angles(scipy.linalg.orth(matrix.T), weights.value[head].numpy())
+        np.testing.assert_allclose(found.value_angles[head], angles[::-1], rtol=1e-9)
+    spectrum = scipy.linalg.svdvals(np.concatenate(matrices))
+    assert found.smallest_singular_value == pytest.approx(spectrum[-1] / spectrum[0], rel=1e-9)
+    distances = [
+        np.linalg.norm(row - basis @ (basis.T @ row)) / np.linalg.norm(row)
+        for m, matrix in enumerate(matrices)
+        for n, other in enumerate(matrices)
+        for basis in [scipy.linalg.orth(other.T)]
+        for row in matrix
+        if m != n
+    ]
+    assert found.collinearity == pytest.approx(min(distances), rel=1e-10)
+
+
+def test_a_space_larger_than_the_one_it_should_lie_in_has_right_angles():
+    rows = torch.linalg.qr(normal(6, 6))[0]
+    assert principal_angles(rows[:2], rows[:4]).abs().max() < 1e-14
+    angles = principal_angles(rows[:3], rows[:1])
+    np.testing.assert_allclose(angles, [0, math.pi / 2, math.pi / 2], atol=1e-14)
+    assert principal_angles(rows[:0], rows[:2]).shape == (0,)
+    tiny = torch.tensor([[math.cos(1e-9), math.sin(1e-9)]], dtype=torch.float64)
+    axis = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    assert principal_angles(tiny, axis).item() == pytest.approx(1e-9, rel=1e-6)
+
+
+def test_zero_heads_and_single_heads_have_measures():
+    weights = proposition_weights()
+    zero = dataclasses.replace(weights, value=torch.zeros_like(weights.value))
+    assert layer_conditions(zero).largest_angle.max() == 0
+    tensors = (weights.query, weights.key, weights.value, weights.query_bias, weights.key_bias, weights.value_bias)
+    single = AttentionWeights("one", *(tensor[:1] for tensor in tensors))
+    found = layer_conditions(single)
+    assert found.collinearity == 1
+    assert (found.stack_rank, found.smallest_singular_value) == (FEATURES // HEADS, 0)
+    assert changes(single).max() < 1e-11, "a head narrower than D has a nullspace without condition 3"
+
+
+def test_a_query_bias_is_seen_where_q_has_dependent_columns():
+    """The paper has no biases; ours vanish only for a Q_i of full column rank."""
+    weights = proposition_weights()
+    query, key = weights.query.clone(), weights.key.clone()
+    query[:, :, -1] = 0
+    query[2] = key[2] = weights.key[2] * (torch.arange(FEATURES // HEADS) < FEATURES // HEADS - 1)
+    key[2, :, -1] = normal(FEATURES, seed=12)  # M_2 is what it was, and symmetric; K_2 has a column more
+    value = torch.zeros_like(weights.value)
+    value[2] = key[2] @ torch.diag(torch.arange(FEATURES // HEADS, 0, -1).double() - 1)
+    deficient = dataclasses.replace(weights, query=query, key=key, value=value)
+    assert layer_conditions(deficient).asymmetry[2] < 1e-14
+    assert changes(deficient)[2] > 0.1
+    without = dataclasses.replace(deficient, query_bias=torch.zeros_like(weights.query_bias))
+    assert changes(without)[2] < 1e-11
+
+
+@torch.no_grad()
+def test_the_attention_of_transformers_does_not_see_the_noise_either():
+    """The built weights in a ViT's own layer, biases and output projection included, in float64."""
+    model = tiny_model("vit").double()
+    layer = model.vit.layers[0].attention
+    built = proposition_weights()
+    layer.num_attention_heads, layer.head_dim = HEADS, FEATURES // HEADS
+    layer.scaling = layer.head_dim**-0.5
+    for linear, matrix, bias in (
+        (layer.q_proj, built.query, built.query_bias),
+        (layer.k_proj, built.key, built.key_bias),
+        (layer.v_proj, built.value, built.value_bias),
+    ):
+        linear.weight.copy_(matrix.transpose(1, 2).flatten(0, 1))
+        linear.bias.copy_(bias.flatten())
+    weights = attention_weights(model)[0]
+    assert torch.equal(weights.value, built.value)
+    pixel_values = normal(2, 3, 16, 16)
+    inputs = attention_inputs(model, pixel_values)[0]
+    noise = constructed_noise(null_direction(weights), inputs.shape[1], torch.Generator().manual_seed(0), 100.0)
+    before, after = layer(inputs)[0], layer(inputs + noise)[0]
+    torch.testing.assert_close(after, before, rtol=1e-11, atol=1e-11)
+    assert (layer(inputs + normal(1, *inputs.shape[1:]))[0] - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2", "swin"])
+def test_random_layers_are_far_from_every_condition(family):
+    model = tiny_model(family)
+    pixel_values = normal(2, 3, 16, 16).float()
+    for weights, inputs in zip(attention_weights(model), attention_inputs(model, pixel_values), strict=True):
+        found = layer_conditions(weights)
+        assert found.asymmetry.min() > 1
+        assert found.largest_angle.min() > 0.5
+        assert found.stack_rank == found.features
+        noise = constructed_noise(null_direction(weights), inputs.shape[1], torch.Generator().manual_seed(0), 10.0)
+        assert head_changes(weights, inputs, noise).max() > 1e-2
