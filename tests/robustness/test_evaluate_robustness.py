@@ -1,7 +1,9 @@
 """recipes/evaluate_robustness.py on real digits and small trees of sets: what it writes, resumes, and misses."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.robustness.label_spaces import wnids
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate_robustness.py"
+ACCELERATE = RECIPE.parent / "accelerate"
 PLAN = """
 limit: 24
 conditions:
@@ -165,3 +168,17 @@ def test_nothing_at_all_is_an_error(tmp_path, capsys):
     words = ["--model_name_or_path", model, "--data_root", tmp_path / "none", "--suite", "paper", "--allow_missing"]
     assert call(*words, "--output_dir", tmp_path / "out") == 2
     assert "nothing could be measured" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_recipe_on_two_processes(digits, tmp_path):
+    """accelerate launch, two real processes: the same answers for every image as on one."""
+    words = ["--model_name_or_path", digits[0], "--dataset_name", "digits", "--suite", tmp_path / "plan.yaml"]
+    words += ["--limit", "23", "--use_cpu", "--disable_tqdm"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ACCELERATE / "cpu_2proc.yaml"]
+    command = [*launcher, RECIPE, *words, "--output_dir", tmp_path / "two"]
+    subprocess.run(list(map(str, command)), check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert call(*words, "--output_dir", tmp_path / "one") == 0
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("one", "two"))
+    assert [r["correct_bits"] for r in one] == [r["correct_bits"] for r in two]
+    assert {r["n"] for r in two} == {23}

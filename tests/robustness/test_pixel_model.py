@@ -56,3 +56,8 @@ def test_gradients_reach_the_pixels_in_bf16(tiny_vit, pixels):
 def test_it_accepts_a_module_that_returns_plain_logits(linear, pixels):
     model = PixelModel(linear, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     torch.testing.assert_close(model(pixels[..., :4, :4]), linear(pixels[..., :4, :4]))
+
+
+def test_columns_put_logits_into_another_order(tiny_vit, pixels):
+    picked = PixelModel(tiny_vit.model, tiny_vit.mean, tiny_vit.std, columns=[7, 0, 3])
+    torch.testing.assert_close(picked(pixels), tiny_vit(pixels)[:, [7, 0, 3]], rtol=0, atol=0)

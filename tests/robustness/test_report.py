@@ -11,7 +11,7 @@ from hf_nullspace.robustness import plots, published, records, report
 from hf_nullspace.robustness.checks import Check
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from hf_nullspace.robustness.suite import ConditionResult
-from hf_nullspace.robustness.summaries import CIFAR_COLUMNS, IMAGENET_COLUMNS, summaries
+from hf_nullspace.robustness.summaries import CIFAR_COLUMNS, IMAGENET_COLUMNS, image_averages, summaries
 
 
 def result(condition, correct, n=50, seed=0):
@@ -136,6 +136,18 @@ def test_averages_are_over_everything_or_not_at_all():
     four = [result(name, 25) for name in CIFAR_COLUMNS]
     average = summaries([*four, *after])["average of clean, FGSM 1/255, PGD-10 1/255, cells"]
     assert average == pytest.approx((3 * 50 + 68) / 4)
+
+
+def test_averages_over_the_same_images_have_intervals():
+    four, plus = [[result(name, n) for name in CIFAR_COLUMNS] for n in (25, 30)]
+    before, after = [*four, *cells(lambda c, s: 20)], [*plus, *cells(lambda c, s: 20 + s)]
+    rows = {row[0]: row for row in report.table_rows({"before": before, "after": after})}
+    mean = rows["generated corruptions, mean of 75"]
+    assert mean[2:4] == ["40.00", "46.00"]
+    assert mean[4].startswith("+6.00 [+")
+    average = rows["average of clean, FGSM 1/255, PGD-10 1/255, cells"]
+    assert average[4].startswith("+9.00 [+")
+    assert image_averages([r.condition for r in before[:-1]]) == {}
 
 
 def test_the_nine_columns_come_from_the_sets():

@@ -61,6 +61,13 @@ def test_means_over_conditions_resample_images_jointly():
     draws = [rng.choice(change, 200).mean() for _ in range(5000)]
     assert got.value == pytest.approx(change.mean())
     assert (got.low, got.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
+    weighted = paired_mean_difference(before, after, weights=[0.5, 0.25, 0.25])
+    by_hand = sum(w * (a.mean() - b.mean()) for w, a, b in zip((0.5, 0.25, 0.25), after, before, strict=True))
+    assert weighted.value == pytest.approx(by_hand)
+    assert weighted.low < by_hand < weighted.high
+    for weights in ([0.5, 0.5], [1.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match="3 conditions before, 3 after"):
+            paired_mean_difference(before, after, weights=weights)
 
 
 def test_corruption_errors_by_hand():

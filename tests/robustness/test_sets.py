@@ -123,6 +123,14 @@ def test_streaming_gives_the_same_images(tmp_path, tiny_vit):
     assert a.correct.tolist() == b.correct.tolist()
 
 
+def test_a_corrupt_file_is_named(tmp_path):
+    tree(tmp_path / "imagenet-v2", {"0": 0, "1": 1})
+    (tmp_path / "imagenet-v2" / "1" / "0.png").write_bytes(b"not an image")
+    loaded = load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, allow_partial=True)
+    with pytest.raises(ValueError, match="imagenet-v2: image 2 cannot be decoded"):
+        loaded.raw_image(2)
+
+
 def test_what_is_missing_says_how_to_get_it(tmp_path):
     with pytest.raises(MissingData, match=r"imagenet-r is not at .*github.com/hendrycks/imagenet-r.*axiong/imagenet-r"):
         load_set("imagenet-r", PROCESSOR, data_root=tmp_path)

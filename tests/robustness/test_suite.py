@@ -7,7 +7,7 @@ import torch
 from hf_nullspace.robustness.attacks.base import Attack
 from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
 from hf_nullspace.robustness.corruptions import corrupt
-from hf_nullspace.robustness.image_sets import InMemory
+from hf_nullspace.robustness.image_sets import InMemory, Part
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate, image_seed
 
 CONDITIONS = [Clean(), Corrupted("gaussian_noise", 5), Attacked(FGSM(2 / 255)), Attacked(PGD(2 / 255, steps=3))]
@@ -82,6 +82,16 @@ def test_a_set_in_memory_gives_the_same_counts(tiny_vit, half_right):
     half_right.pixels_from_image = lambda image: between(image) * 0.999
     with pytest.raises(ValueError, match="between the 8-bit levels"):
         InMemory(half_right)
+
+
+def test_a_part_has_the_whole_sets_corruptions(tiny_vit, half_right):
+    whole = evaluate(tiny_vit, half_right, CONDITIONS, batch_size=4, seed=3, progress=False)
+    part = Part(half_right, 5)
+    for images in (part, InMemory(part)):
+        for few, many in zip(
+            evaluate(tiny_vit, images, CONDITIONS, batch_size=2, seed=3, progress=False), whole, strict=True
+        ):
+            assert few.correct.tolist() == many.correct[part.places].tolist()
 
 
 def test_results_are_told_as_they_come(tiny_vit, images):

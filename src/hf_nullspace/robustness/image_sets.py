@@ -38,7 +38,10 @@ class ImageSet:
         return len(self.rows)
 
     def raw_image(self, index: int) -> Image.Image:
-        return rgb_image(self.rows[index]["image"])
+        try:
+            return rgb_image(self.rows[index]["image"])
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{self.name}: image {index} cannot be decoded ({error}); repair or remove it") from error
 
     def label(self, index: int) -> int:
         return self.class_of(int(self.rows[index]["label"] if self.row_labels is None else self.row_labels[index]))
@@ -121,6 +124,7 @@ class InMemory:
 
     def __init__(self, images: Any):
         self.images, self.subset = images, getattr(images, "subset", None)
+        self.places = getattr(images, "places", None)
         rows = []
         for index in range(len(images)):
             pixels = images.pixels_from_image(images.raw_image(index))

@@ -18,9 +18,9 @@ from hf_nullspace.robustness.checks import Check, unreliable
 from hf_nullspace.robustness.plots import plot_bars, plot_severity, plot_strength
 from hf_nullspace.robustness.published import TABLE_1, TABLE_1_COLUMNS
 from hf_nullspace.robustness.records import record
-from hf_nullspace.robustness.scores import Interval, paired_difference
+from hf_nullspace.robustness.scores import Interval, paired_difference, paired_mean_difference
 from hf_nullspace.robustness.suite import ConditionResult
-from hf_nullspace.robustness.summaries import summaries
+from hf_nullspace.robustness.summaries import image_averages, summaries
 
 Results = Mapping[str, Sequence[ConditionResult]]  # checkpoint name -> its results, in the same order of conditions
 Checks = Mapping[str, Sequence[Check]]  # checkpoint name -> what checks.run_checks said
@@ -70,9 +70,12 @@ def table_rows(results: Results, missing: Missing | None = None, checks: Checks 
             every = [f"{100 * r.correct_all.mean():.2f}" for r in row if r.correct_all is not None]
             rows.append([f"{first.condition}, among all classes", str(first.n), *every, *[""] * len(pairs)])
     averages = {name: summaries(results[name], results[names[0]]) for name in names}
+    weights = image_averages([r.condition for r in results[names[0]]])
     for title in dict.fromkeys(title for found in averages.values() for title in found):
         values = {name: found[title] for name, found in averages.items() if title in found}
         changes = [f"{values[a] - values[b]:+.2f}" if a in values and b in values else "" for b, a in pairs]
+        if title in weights:
+            changes = [signed(average_difference(results, b, a, weights[title])) for b, a in pairs]
         rows.append([title, "", *(f"{values[name]:.2f}" if name in values else "" for name in names), *changes])
     rows += [[title, "", *["missing"] * len(names), *[""] * len(pairs)] for title in missing or {}]
     return rows
@@ -92,7 +95,7 @@ def notes(results: Results, missing: Missing | None, checks: Checks | None) -> l
         failed = [check for check in answers if not check.passed]
         lines += [f"{UNRELIABLE} {name}: {check.name}: {check.detail}" for check in failed]
         if not failed:
-            lines.append(f"{name}: {len(answers)} checks passed.")
+            lines.append(f"{name}: {len(answers)} checks passed." if answers else f"{name}: no checks were run.")
     partial = {str(r.protocol["note"]) for rows in results.values() for r in rows if "note" in r.protocol}
     lines += [f"Note: {note}" for note in sorted(partial)]
     lines += [f"Missing: {title}: {why}" for title, why in (missing or {}).items()]
@@ -191,6 +194,13 @@ def comparisons(names: Sequence[str]) -> list[tuple[str, str]]:
 
 def difference(results: Results, before: str, after: str, index: int) -> Interval:
     return paired_difference(results[before][index].correct, results[after][index].correct)
+
+
+def average_difference(results: Results, before: str, after: str, weights: Mapping[str, float]) -> Interval:
+    """Difference of a weighted mean over conditions on the same images, which are resampled jointly."""
+    rows = [{r.condition: r.correct for r in results[name]} for name in (before, after)]
+    first, second = ([row[condition] for condition in weights] for row in rows)
+    return paired_mean_difference(first, second, weights=list(weights.values()))
 
 
 def signed(change: Interval) -> str:

@@ -62,6 +62,7 @@ def paired_mean_difference(
     before: Sequence[ArrayLike],
     after: Sequence[ArrayLike],
     *,
+    weights: Sequence[float] | None = None,
     confidence: float = 0.95,
     resamples: int = 2_000,
     seed: int = 0,
@@ -69,12 +70,17 @@ def paired_mean_difference(
     """Difference of the mean accuracy over several conditions on the same images, images resampled jointly.
 
     ``before`` and ``after`` hold one bool array per condition (or seed), all over the same images in the same order.
+    ``weights`` of the conditions sum to 1; by default they are equal.
     """
+    rows = len(after)
+    shares = np.full(rows, 1 / rows) if weights is None else np.asarray(weights, dtype=float)
+    if len(before) != rows or shares.shape != (rows,) or abs(shares.sum() - 1) > 1e-9:
+        raise ValueError(f"{len(before)} conditions before, {rows} after, weights {weights}; their sum must be 1")
     change = np.stack([as_bools(row) for row in after]).astype(float) - np.stack([as_bools(row) for row in before])
-    per_image = change.mean(axis=0)
-    values, counts = np.unique(per_image, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(per_image.size, counts / per_image.size, size=resamples)
-    return percentile(float(per_image.mean()), draws @ values / per_image.size, confidence)
+    values, counts = np.unique((shares @ change).round(12), return_counts=True)
+    n, rng = change.shape[1], np.random.default_rng(seed)
+    chunks = [rng.multinomial(n, counts / n, size=min(100, resamples - i)) @ values for i in range(0, resamples, 100)]
+    return percentile(float((shares @ change).mean()), np.concatenate(chunks) / n, confidence)
 
 
 def corruption_error(errors: Sequence[float], reference: Sequence[float]) -> float:

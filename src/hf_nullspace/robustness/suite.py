@@ -178,7 +178,7 @@ class Prepared(torch.utils.data.Dataset[tuple[int, Tensor, int]]):
 
     def __getitem__(self, place: int) -> tuple[int, Tensor, int]:
         index = self.mine[place]
-        return self.prepare(index, self.images.raw_image(index), self.images.label(index))
+        return self.prepare(seed_index(self.images, index), self.images.raw_image(index), self.images.label(index))
 
     def prepare(self, index: int, image: Image.Image, label: int) -> tuple[int, Tensor, int]:
         c = self.condition
@@ -202,7 +202,7 @@ def batches(
     if hasattr(images, "batch") and not isinstance(condition, Corrupted):
         for first in range(rank, len(images), batch_size * world):
             indices = list(range(first, min(first + batch_size * world, len(images)), world))
-            yield indices, *images.batch(indices)
+            yield [seed_index(images, index) for index in indices], *images.batch(indices)
         return
     if not is_stream(images):
         prepared = Prepared(images, condition, seed, range(rank, len(images), world))
@@ -259,6 +259,12 @@ def judge(
     answers |= {"correct": prediction == labels}
     answers |= {"label": labels, "prediction": prediction, "confidence": confidence}
     return {name: values.cpu().numpy() for name, values in answers.items()}
+
+
+def seed_index(images: Images, index: int) -> int:
+    """What an image's random numbers depend on: its place in the whole set, also where only a part is measured."""
+    places = getattr(images, "places", None)
+    return index if places is None else int(places[index])
 
 
 def image_seed(seed: int, index: int) -> int:

@@ -65,6 +65,18 @@ def summaries(
     return found
 
 
+def image_averages(conditions: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Averages over conditions on the same images -> the weight of each condition; only those that are complete."""
+    cells = [f"generated {c} {s}" for c in CORRUPTIONS for s in SEVERITIES]
+    if not set(cells) <= set(conditions):
+        return {}
+    found = {"generated corruptions, mean of 75": dict.fromkeys(cells, 1 / len(cells))}
+    if set(CIFAR_COLUMNS) <= set(conditions):
+        parts = dict.fromkeys(CIFAR_COLUMNS, 1 / 4) | dict.fromkeys(cells, 1 / 4 / len(cells))
+        found["average of clean, FGSM 1/255, PGD-10 1/255, cells"] = parts
+    return found
+
+
 def all_cells(scores: Mapping[str, float], pattern: str) -> dict[str, list[float]] | None:
     """Corruption -> accuracies over the severities, or None unless all 75 are there."""
     cells = {c: [scores.get(pattern.format(c=c, s=s)) for s in SEVERITIES] for c in CORRUPTIONS}
