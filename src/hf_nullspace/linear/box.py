@@ -1,0 +1,130 @@
+"""The nearest image to a wish, inside [0, 1], that the model cannot tell from its source (section 6 of A.7's problem).
+
+For every patch by itself: minimise ||x - target||^2 / 2 over lower <= x <= upper with A x = A source, where the rows of
+A are an orthonormal basis of what the model sees (``PatchNullspace.row_basis``). The Lagrangian's minimiser inside the
+box is x(lambda) = clip(target + A^T lambda), so the dual function is concave and smooth with gradient
+A source - A x(lambda), whose Lipschitz constant is 1 because A's rows are orthonormal: accelerated ascent with step 1
+(FISTA), its momentum dropped, for each patch by itself, whenever it points downhill (O'Donoghue and Candes 2015).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_nullspace.linear.patch import PatchNullspace, join_patches, split_patches
+
+
+@dataclass(frozen=True, eq=False)
+class BoxSolution:
+    """The patches that were found, all inside the box, and how far they are from optimal."""
+
+    patches: Tensor
+    """(N, P), inside the box."""
+    kkt_residual: Tensor
+    """(N,): ||A (x - source)|| / max(||A source||, 1), the only one of the optimality conditions that is not met by
+    construction; it is also the relative change of the embedding, in units of the orthonormal basis."""
+    duality_gap: Tensor
+    """(N,): primal objective minus dual function. Where the residual is 0 it bounds what is lost; before that it can be
+    negative, because x is not feasible yet."""
+    iterations: int
+
+
+def nearest_in_box(
+    row_basis: Tensor,
+    source: Tensor,
+    target: Tensor,
+    *,
+    lower: float = 0.0,
+    upper: float = 1.0,
+    iterations: int = 2000,
+    tolerance: float = 1e-5,
+) -> BoxSolution:
+    """Patches nearest to ``target`` (N, P) within [lower, upper], with A x = A source; all in one dtype and place.
+
+    Args:
+        row_basis: A (rank, P) with orthonormal rows, in the space of the box: for pixels that of
+            ``PatchNullspace.in_pixels``.
+        source: patches (N, P) inside the box, so that there is a solution.
+        iterations: at most; each is two products with A for all patches that are not done.
+        tolerance: a patch is done when its KKT residual is below this; float32 does not get much below 1e-6.
+
+    Raises:
+        ValueError: for shapes that do not fit, or a source outside of the box.
+    """
+    if source.shape != target.shape or source.dim() != 2 or source.shape[1] != row_basis.shape[1]:
+        raise ValueError(
+            f"source {tuple(source.shape)} and target {tuple(target.shape)}: expected two times (patches, "
+            f"{row_basis.shape[1]}), the row basis being {tuple(row_basis.shape)}"
+        )
+    slack = 1e-6 * (upper - lower)
+    if source.numel() and (source.min() < lower - slack or source.max() > upper + slack):
+        raise ValueError(
+            f"source in [{float(source.min()):.4g}, {float(source.max()):.4g}], expected [{lower:g}, {upper:g}]: "
+            "start from pixels of a real image"
+        )
+    rows = row_basis.to(source)
+    wanted = source @ rows.T
+    scale = torch.linalg.vector_norm(wanted, dim=1).clamp_min(1.0)
+
+    def primal(multipliers: Tensor, which: Tensor) -> Tensor:
+        return (target[which] + multipliers @ rows).clamp(lower, upper)
+
+    multipliers = torch.zeros_like(wanted)
+    ahead, momentum = multipliers.clone(), wanted.new_ones(len(source))
+    active = torch.arange(len(source), device=source.device)
+    done = 0
+    for done in range(1, iterations + 1):  # noqa: B007 (reported)
+        gradient = wanted[active] - primal(ahead[active], active) @ rows.T
+        finished = torch.linalg.vector_norm(gradient, dim=1) <= tolerance * scale[active]
+        # the point whose gradient was taken is the one that is judged
+        multipliers[active[finished]] = ahead[active[finished]]
+        active, gradient = active[~finished], gradient[~finished]
+        if not len(active):
+            break
+        step = ahead[active] + gradient
+        moved = step - multipliers[active]
+        downhill = (gradient * moved).sum(1) < 0
+        before = torch.where(downhill, 1.0, momentum[active])
+        after = (1 + (1 + 4 * before.square()).sqrt()) / 2
+        ahead[active] = step + ((before - 1) / after)[:, None] * moved
+        multipliers[active], momentum[active] = step, after
+    everything = torch.arange(len(source), device=source.device)
+    patches = primal(multipliers, everything)
+    error = patches @ rows.T - wanted
+    return BoxSolution(
+        patches=patches,
+        kkt_residual=torch.linalg.vector_norm(error, dim=1) / scale,
+        duality_gap=(multipliers * error).sum(1),
+        iterations=done,
+    )
+
+
+def nearest_invisible_image(
+    nullspace: PatchNullspace,
+    source: Tensor,
+    target: Tensor,
+    *,
+    iterations: int = 2000,
+    tolerance: float = 1e-5,
+) -> tuple[Tensor, BoxSolution]:
+    """The image nearest to ``target`` among those in [0, 1] with the patch embeddings of ``source``.
+
+    Both are pixels (B, C, H, W) in [0, 1], so ``nullspace`` is one of pixels (``PatchNullspace.in_pixels(std)``), which
+    also knows a std that differs by channel. Returns the pixels (B, C, H, W) and the solution for the B * N patches. A
+    border that belongs to no whole patch stays as it is in the source.
+    """
+    shape, size = nullspace.patch_shape, (source.shape[-2], source.shape[-1])
+    sources, targets = split_patches(source, shape), split_patches(target, shape)
+    solution = nearest_in_box(
+        nullspace.row_basis,
+        sources.flatten(0, 1),
+        targets.flatten(0, 1),
+        iterations=iterations,
+        tolerance=tolerance,
+    )
+    inside = join_patches(solution.patches.unflatten(0, sources.shape[:2]), shape, size)
+    rows, columns = size[0] // shape[1] * shape[1], size[1] // shape[2] * shape[2]
+    pixels = source.clone()
+    pixels[:, :, :rows, :columns] = inside[:, :, :rows, :columns]
+    return pixels, solution

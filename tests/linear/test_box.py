@@ -1,0 +1,129 @@
+"""The box-constrained solver against SciPy's, its optimality conditions, and a model that should see nothing."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+
+from hf_nullspace.linear.box import nearest_in_box, nearest_invisible_image
+from hf_nullspace.linear.patch import PatchNullspace
+from hf_nullspace.models.patch_embedding import find_patch_embedding
+from hf_nullspace.models.preprocessing import Preprocessing
+from tiny_models import tiny_model
+
+STD = (0.27, 0.26, 0.1)
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def row_basis(std=(1.0, 1.0, 1.0)):
+    weight = torch.randn(6, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return PatchNullspace.from_weight(weight).in_pixels(std).row_basis
+
+
+@pytest.mark.parametrize("std", [(1.0, 1.0, 1.0), STD])
+def test_scipy_finds_the_same_nearest_patches(std):
+    rows, source, target = row_basis(std), uniform(8, 12, seed=2), uniform(8, 12, seed=3)
+    source[:4] = source[:4].round()  # pixels that are black or white, as in real images
+    found = nearest_in_box(rows, source, target, iterations=20000, tolerance=1e-10)
+    assert found.kkt_residual.max() <= 1e-10
+    assert found.duality_gap.abs().max() < 1e-8
+    assert found.patches.min() >= 0
+    assert found.patches.max() <= 1
+    clipped = ((found.patches == 0) | (found.patches == 1)).sum()
+    assert clipped > 8, "the box has to matter for the test to mean anything"
+    for patch, start, wish in zip(found.patches.numpy(), source.numpy(), target.numpy(), strict=True):
+        answer = scipy.optimize.minimize(
+            lambda x, wish=wish: ((x - wish) @ (x - wish) / 2, x - wish),
+            start,
+            jac=True,
+            method="SLSQP",
+            bounds=[(0, 1)] * 12,
+            constraints={"type": "eq", "fun": lambda x, start=start: rows.numpy() @ (x - start),
+                         "jac": lambda x: rows.numpy()},
+            options={"ftol": 1e-14, "maxiter": 1000},
+        )  # fmt: skip
+        assert answer.success
+        objective = (patch - wish) @ (patch - wish) / 2
+        assert objective == pytest.approx(answer.fun, rel=1e-6)
+        np.testing.assert_allclose(patch, answer.x, atol=1e-4)
+
+
+def test_every_patch_satisfies_the_kkt_conditions():
+    """x - target = A^T lambda + bounds' multipliers, which are 0 inside and point outwards at the bounds."""
+    rows, source, target = row_basis(), uniform(8, 12, seed=4), uniform(8, 12, seed=5)
+    found = nearest_in_box(rows, source, target, iterations=20000, tolerance=1e-12)
+    for patch, wish in zip(found.patches.numpy(), target.numpy(), strict=True):
+        inside = (patch > 0) & (patch < 1)
+        pull = patch - wish
+        assert inside.sum() >= 6
+        multipliers, *_ = np.linalg.lstsq(rows.numpy().T[inside], pull[inside], rcond=None)
+        rest = pull - rows.numpy().T @ multipliers
+        assert np.abs(rest[inside]).max() < 1e-10
+        if inside.sum() > 6:  # else the multipliers are not unique
+            assert (rest[patch == 0] > -1e-8).all()
+            assert (rest[patch == 1] < 1e-8).all()
+
+
+def test_without_the_box_it_is_the_projection():
+    rows, source, target = row_basis(), uniform(5, 12, seed=6), uniform(5, 12, seed=7)
+    found = nearest_in_box(rows, source, target, lower=-100, upper=100)
+    expected = target + (source - target) @ rows.T @ rows
+    torch.testing.assert_close(found.patches, expected, rtol=0, atol=1e-6)
+    assert found.iterations <= 3
+
+
+def test_patches_do_not_depend_on_their_neighbours():
+    rows, source, target = row_basis(), uniform(6, 12, seed=8), uniform(6, 12, seed=9)
+    together = nearest_in_box(rows, source, target)
+    for index in range(6):
+        alone = nearest_in_box(rows, source[index : index + 1], target[index : index + 1])
+        torch.testing.assert_close(alone.patches[0], together.patches[index], rtol=0, atol=1e-12)
+
+
+def test_the_image_is_inside_the_box_and_the_model_sees_its_source():
+    model = tiny_model().double()
+    preprocessing = Preprocessing((0.48, 0.46, 0.41), STD, (16, 16), (16, 16))
+    nullspace = PatchNullspace.from_model(model).in_pixels(STD)
+    source, target = uniform(2, 3, 16, 16, seed=10).round(decimals=1), uniform(2, 3, 16, 16, seed=11)
+    pixels, solution = nearest_invisible_image(nullspace, source, target, iterations=20000, tolerance=1e-9)
+    assert pixels.min() >= 0
+    assert pixels.max() <= 1
+    assert solution.kkt_residual.shape == (32,)
+    assert solution.kkt_residual.max() <= 1e-9
+    assert (pixels - source).abs().max() > 0.2
+    assert (pixels - target).norm() < 0.9 * (source - target).norm()
+    embed = find_patch_embedding(model)
+    with torch.no_grad():
+        wanted, got = (embed(preprocessing.normalize(images)) for images in (source, pixels))
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+        clipped_projection = (source + nullspace.project(target - source)).clamp(0, 1)
+        assert (embed(preprocessing.normalize(clipped_projection)) - wanted).abs().max() > 1e-2
+        logits = [model(preprocessing.normalize(images)).logits for images in (source, pixels)]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_border_of_no_whole_patch_stays():
+    nullspace = PatchNullspace.from_model(tiny_model()).in_pixels(STD)
+    source, target = uniform(1, 3, 10, 9, seed=12), uniform(1, 3, 10, 9, seed=13)
+    pixels, _ = nearest_invisible_image(nullspace, source, target, iterations=50)
+    assert torch.equal(pixels[:, :, 8:], source[:, :, 8:])
+    assert torch.equal(pixels[..., 8:], source[..., 8:])
+    assert not torch.equal(pixels, source)
+
+
+def test_without_a_nullspace_the_source_comes_back():
+    rows = torch.eye(12, dtype=torch.float64)
+    source = uniform(3, 12)
+    found = nearest_in_box(rows, source, uniform(3, 12, seed=1))
+    torch.testing.assert_close(found.patches, source, rtol=0, atol=1e-5)
+
+
+def test_bad_input_says_what_is_wrong():
+    rows = row_basis()
+    with pytest.raises(ValueError, match=r"source in \[-1, 0\], expected \[0, 1\]"):
+        nearest_in_box(rows, torch.tensor([[-1.0] + 11 * [0.0]]), torch.zeros(1, 12))
+    with pytest.raises(ValueError, match=r"expected two times \(patches, 12\)"):
+        nearest_in_box(rows, torch.zeros(2, 12), torch.zeros(3, 12))
