@@ -108,7 +108,7 @@ def test_damagenet_is_a_flat_folder_and_a_list(tmp_path):
 def test_streaming_gives_the_same_images(tmp_path, tiny_vit):
     tree(tmp_path / "imagenet-v2", {str(c): c for c in (0, 2, 10, 100)})
     whole = load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, allow_partial=True)
-    stream = load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, streaming=True)
+    stream = load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, streaming=True, allow_partial=True)
     assert [(class_of_colour(image), label) for image, label in stream] == [
         (c, c) for c in (0, 0, 10, 10, 100, 100, 2, 2)
     ]
@@ -116,11 +116,23 @@ def test_streaming_gives_the_same_images(tmp_path, tiny_vit):
     with pytest.raises(TypeError, match="is a stream"):
         len(stream)
     for images in (whole, stream):
-        images.labels = [0, 1, 2, 3]
+        images.labels = [c % 7 for c in range(101)]
         images.preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16), (16, 16))
     (a,) = evaluate(tiny_vit, whole, [Clean()], batch_size=3, progress=False)
     (b,) = evaluate(tiny_vit, stream, [Clean()], batch_size=3, progress=False)
     assert a.correct.tolist() == b.correct.tolist()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_file_names_are_not_taken_for_splits(tmp_path, streaming):
+    """ImageNet's own files are called ILSVRC2012_val_00000001.JPEG, and a class may be a bullet train."""
+    names = ["ILSVRC2012_val_00000001.png", "bullet_train.png", "test.png", "n01440764_3.png"]
+    for c, name in zip((0, 466, 3, 4), names, strict=True):
+        (tmp_path / "imagenet-1k" / wnids()[c]).mkdir(parents=True)
+        marked(c).save(tmp_path / "imagenet-1k" / wnids()[c] / name)
+    loaded = load_set("imagenet-1k", PROCESSOR, data_root=tmp_path, allow_partial=True, streaming=streaming)
+    rows = loaded if streaming else [(loaded.raw_image(i), loaded.label(i)) for i in range(len(loaded))]
+    assert sorted((class_of_colour(image), label) for image, label in rows) == [(c, c) for c in (0, 3, 4, 466)]
 
 
 def test_a_corrupt_file_is_named(tmp_path):
@@ -136,6 +148,9 @@ def test_what_is_missing_says_how_to_get_it(tmp_path):
         load_set("imagenet-r", PROCESSOR, data_root=tmp_path)
     (tmp_path / "imagenet-r").mkdir()
     with pytest.raises(MissingData, match="no class folders; extract the archive"):
+        load_set("imagenet-r", PROCESSOR, data_root=tmp_path)
+    (tmp_path / "imagenet-r" / wnids("imagenet-r")[0]).mkdir()
+    with pytest.raises(MissingData, match="hold no images"):
         load_set("imagenet-r", PROCESSOR, data_root=tmp_path)
     tree(tmp_path / "imagenet-v2", {"0": 0})
     with pytest.raises(ValueError, match="partial: 2 of 10000 images; complete it"):

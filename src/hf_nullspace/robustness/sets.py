@@ -98,17 +98,15 @@ def load_set(
             hub = f" or pass its Hub id ({info.hub_id})" if info.hub_id else ""
             raise MissingData(f"{name} is not at {folder}. Get it from {info.page}, put it there{hub}")
         return from_hub(info, location, preprocessing, streaming, label_order)
-    if info.layout == "val.txt":
-        rows, labels = listed_rows(folder, name), None
-    else:
-        rows, labels = folder_rows(folder, info, streaming)
-    found = None if streaming and info.layout != "val.txt" else len(rows)
+    rows = listed_rows(folder, name) if info.layout == "val.txt" else folder_rows(folder, info)
     note = ""
-    if found is not None and found != info.images:
-        note = f"partial: {found} of {info.images} images"
+    if len(rows) != info.images:
+        note = f"partial: {len(rows)} of {info.images} images"
         if not allow_partial:
             raise ValueError(f"{name} at {folder} is {note}; complete it, or allow a partial set (the report says so)")
-    return image_set(info, rows, preprocessing, labels, note, streaming=found is None)
+    if streaming:
+        rows = rows.to_iterable_dataset()
+    return image_set(info, rows, preprocessing, None, note, streaming=streaming)
 
 
 def image_set(
@@ -122,8 +120,12 @@ def image_set(
     return ImageSet(info.name, rows, geometry, labels=labels, subset=info.subset, note=note)
 
 
-def folder_rows(folder: Path, info: SetInfo, streaming: bool) -> tuple[Any, list[int]]:
-    """Rows of class folders, and the class of each of their labels."""
+def folder_rows(folder: Path, info: SetInfo) -> datasets.Dataset:
+    """Rows of class folders, with ImageNet's class as the label.
+
+    Not through the `imagefolder` builder: that takes splits from parts of file names, and ImageNet's own are called
+    ILSVRC2012_val_00000001.JPEG.
+    """
     names = sorted(child.name for child in folder.iterdir() if child.is_dir())
     if not names:
         raise MissingData(f"{info.name}: {folder} has no class folders; extract the archive there (see {info.page})")
@@ -133,16 +135,25 @@ def folder_rows(folder: Path, info: SetInfo, streaming: bool) -> tuple[Any, list
             raise LabelError(
                 f"{folder}: {', '.join(wrong[:10])} are no classes of {info.name}, whose folders are 0..999"
             )
-        labels = [int(name) for name in names]
+        classes = {name: int(name) for name in names}
     else:
         check_wnids(names, info.space, str(folder))
         place = {wnid: index for index, wnid in enumerate(wnids())}
-        labels = [place[name] for name in names]
-    rows = datasets.load_dataset(
-        "imagefolder", data_dir=str(folder), split="train", streaming=streaming, drop_labels=False
-    )
-    feature = rows.features["label"]
-    return rows, [labels[names.index(feature.int2str(i))] for i in range(feature.num_classes)]
+        classes = {name: place[name] for name in names}
+    found = [(str(path), classes[name]) for name in names for path in images_in(folder / name)]
+    if not found:
+        raise MissingData(f"{info.name}: the class folders in {folder} hold no images (see {info.page})")
+    return rows_of(found)
+
+
+def images_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def rows_of(found: list[tuple[str, int]]) -> datasets.Dataset:
+    """Rows of (path, class); an image is decoded when its row is read."""
+    table = {"image": [path for path, _ in found], "label": [label for _, label in found]}
+    return datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
 
 
 def listed_rows(folder: Path, name: str) -> datasets.Dataset:
@@ -151,13 +162,12 @@ def listed_rows(folder: Path, name: str) -> datasets.Dataset:
     if not lists:
         raise MissingData(f"{name}: no val.txt in {folder} or beside it; it is part of ILSVRC2012's development kit")
     classes = {Path(line.split()[0]).stem: int(line.split()[1]) for line in lists[0].read_text().splitlines() if line}
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    images = images_in(folder)
     unknown = [path.name for path in images if path.stem not in classes]
     if unknown or not images:
         what = f"{', '.join(unknown[:5])} are not in {lists[0]}" if images else f"{folder} holds no images"
         raise LabelError(f"{name}: {what}")
-    table = {"image": [str(path) for path in images], "label": [classes[path.stem] for path in images]}
-    return datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
+    return rows_of([(str(path), classes[path.stem]) for path in images])
 
 
 def from_hub(
