@@ -114,3 +114,12 @@ def test_the_librarys_generator_is_put_back_and_its_absence_named(photo, monkeyp
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     with pytest.raises(ImportError, match=r"hf-nullspace\[corruptions\]"):
         corrupt(photo(80), "fog", 2, seed=0, index=0)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (8, 8), (17, 60), (33, 200), (200, 120)])
+def test_any_size_and_shape(photo, size, capsys):
+    image = photo(64).resize(size)
+    for name in CORRUPTIONS:
+        for index in range(6):  # every overlay of frost
+            assert corrupt(image, name, 1 + index % 5, seed=0, index=index).size == size
+    assert capsys.readouterr().out == ""

@@ -95,6 +95,8 @@ def snow(pixels: Float, strength: tuple[float, ...], rng: Rng) -> Float:
 def frost(pixels: Float, strength: tuple[float, float], rng: Rng) -> Float:
     """A random crop of one of the first five overlays, which are shrunk to a fifth for small images."""
     overlay = frost_overlays()[rng.integers(5)]
+    lacking = [max(0, want + 1 - have) for have, want in zip(overlay.shape[:2], pixels.shape[:2], strict=True)]
+    overlay = np.pad(overlay, ((0, lacking[0]), (0, lacking[1]), (0, 0)), mode="reflect")  # for images beyond 32 px
     top, left = (rng.integers(have - want) for have, want in zip(overlay.shape[:2], pixels.shape[:2], strict=True))
     crop = overlay[top : top + pixels.shape[0], left : left + pixels.shape[1]]
     return strength[0] * pixels + strength[1] * crop
