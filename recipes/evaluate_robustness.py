@@ -134,6 +134,7 @@ def measure(
     preprocessing = Preprocessing.from_processor(processor)
     model = AutoModelForImageClassification.from_pretrained(checkpoint).to(state.device).eval()
     found: dict[str, ConditionResult] = {}
+    prints: dict[str, str] = {}
     answers: list[Check] = []
     for where in dict.fromkeys(planned.images for planned in plan):
         mine = [planned for planned in plan if planned.images == where]
@@ -151,6 +152,8 @@ def measure(
         if not is_own(where) and not where.startswith("cifar10-c") and args.label_order != "imagenet":
             columns = imagenet_columns(AutoConfig.from_pretrained(checkpoint).id2label)
         pixel_model = PixelModel(model, preprocessing.mean, preprocessing.std, columns)
+        if (fingerprint := prints.get(str(columns))) is None:  # hashing every weight takes a while
+            fingerprint = prints[str(columns)] = model_fingerprint(pixel_model)
         autocast = torch.autocast(state.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
         with autocast:
             if args.checks and not answers and not is_stream(images):
@@ -170,6 +173,7 @@ def measure(
                 seed=args.seed,
                 dtype="bf16" if args.bf16 else str(model.dtype),
                 workers=args.workers,
+                fingerprint=fingerprint,
                 samples=Path(args.output_dir) / "per_sample" / name if args.per_sample else None,
                 progress=not args.disable_tqdm,
                 say=lambda text: state.print(text, flush=True),

@@ -17,6 +17,9 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_nullspace.command_line import run
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.robustness.label_spaces import wnids
+from hf_nullspace.robustness.published import ALEXNET_ERRORS
+from hf_nullspace.robustness.sets import SETS
+from hf_nullspace.robustness.summaries import IMAGENET_COLUMNS
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate_robustness.py"
 ACCELERATE = RECIPE.parent / "accelerate"
@@ -182,3 +185,37 @@ def test_the_recipe_on_two_processes(digits, tmp_path):
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("one", "two"))
     assert [r["correct_bits"] for r in one] == [r["correct_bits"] for r in two]
     assert {r["n"] for r in two} == {23}
+
+
+@pytest.mark.slow
+def test_the_paper_suite_from_end_to_end(tmp_path, capsys):
+    """Every set of table 1 with two images: all 86 conditions, the mCE with AlexNet and the average of nine columns."""
+    model = checkpoint(tmp_path / "model", wnids(), size=224)
+    root, shift = tmp_path / "sets", iter(range(1000))
+    c_folders = [name for name in SETS if name.startswith("imagenet-c/")]
+    for name in ["imagenet-1k", "imagenet-a", "imagenet-r", "imagenet-sketch", "stylized-imagenet", *c_folders]:
+        (root / name / wnids(SETS[name].space)[3]).mkdir(parents=True)
+        for i in range(2):
+            noise_image(next(shift)).save(root / name / wnids(SETS[name].space)[3] / f"ILSVRC2012_val_{i}.png")
+    (root / "imagenet-v2" / "10").mkdir(parents=True)
+    noise_image(5).save(root / "imagenet-v2" / "10" / "a.jpeg")
+    (root / "damagenet").mkdir()
+    noise_image(6).save(root / "damagenet" / "ILSVRC2012_val_00000007.png")
+    (root / "val.txt").write_text("ILSVRC2012_val_00000007.JPEG 334\n")
+    words = ["--model_name_or_path", model, "--data_root", root, "--suite", "paper", "--output_dir", tmp_path / "out"]
+    assert call(*words, "--allow_partial", "--published", "--no_checks", "--in_memory") == 0
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(stored["results"]) == 86
+    assert stored["missing"] == {}
+    averages = stored["averages"]["model"]
+    scores = {r["condition"]: 100 * r["score"] for r in stored["results"]}
+    cells = {c: [100 - scores[f"imagenet-c/{c}/{s}"] for s in range(1, 6)] for c in ALEXNET_ERRORS}
+    mce = np.mean([100 * np.mean(cells[c]) / error for c, error in ALEXNET_ERRORS.items()])
+    assert averages["ImageNet-C, mCE (AlexNet)"] == pytest.approx(mce)
+    columns = [scores[title] for title in IMAGENET_COLUMNS.values()]
+    assert averages["average of nine columns (table 1)"] == pytest.approx((sum(columns) + 100 - mce) / 9)
+    assert "average of nine columns" in capsys.readouterr().out
+
+
+def noise_image(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (224, 224, 3), dtype=np.uint8))

@@ -1,5 +1,7 @@
 """FGSM, PGD and MI-FGSM against closed forms on a linear model, foolbox, and the paper's formula in NumPy."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -220,3 +222,22 @@ def test_on_a_gpu_as_on_the_cpu(tiny_vit, pixels, labels, attack, dtype):
         model = PixelModel(tiny_vit.model.to("cpu"), tiny_vit.mean, tiny_vit.std)
         expected = attack(model, pixels, labels, seeds=SEEDS)
         assert ((adversarial.cpu() - expected).abs() < 1e-3).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("attack", [*ATTACKS, CW(c=20), PatchFool(steps=20)], ids=repr)
+def test_bf16_models_and_autocast(tiny_vit, pixels, attack, mixed):
+    """Pixels and results stay float32, the threat model holds, and the attack still works."""
+    exact, pixels = PixelModel(tiny_vit.model.float(), tiny_vit.mean, tiny_vit.std), pixels.float()
+    with torch.no_grad():
+        labels = exact(pixels).argmax(1)
+        before = F.cross_entropy(exact(pixels), labels).item()
+    model = exact if mixed else PixelModel(copy.deepcopy(tiny_vit.model).bfloat16(), tiny_vit.mean, tiny_vit.std)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        adversarial = attack(model, pixels, labels, seeds=SEEDS)
+    assert adversarial.dtype == torch.float32
+    assert adversarial.isfinite().all()
+    torch.testing.assert_close(attack.project(adversarial, pixels), adversarial, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        after = F.cross_entropy(exact(adversarial), labels).item()
+    assert after > before + 0.05

@@ -116,6 +116,15 @@ def test_what_is_missing_or_doubted_is_said(arms, tmp_path):
     assert "| ViT-B + DAT + NS (quoted) | 81.33 |" in markdown
 
 
+def test_the_missing_cells_of_a_set_are_one_line(arms):
+    missing = {f"imagenet-c/fog/{s}": f"not at /data/imagenet-c/fog/{s}" for s in range(1, 6)} | {"imagenet-a": "gone"}
+    text = report.terminal_table(arms, missing=missing)
+    assert "imagenet-c (5 conditions)" in text
+    assert "Missing: imagenet-c (5 conditions): not at /data/imagenet-c/fog/1" in text
+    assert "Missing: imagenet-a: gone" in text
+    assert report.as_json(arms, {}, missing)["missing"] == missing
+
+
 def cells(right, pattern="generated {c} {s}"):
     return [
         ConditionResult(

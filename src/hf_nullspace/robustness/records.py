@@ -144,6 +144,7 @@ def evaluate_resumably(
     dtype: str,
     workers: int = 0,
     samples: Path | None = None,
+    fingerprint: str | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, ConditionResult], list[str]]:
@@ -151,9 +152,9 @@ def evaluate_resumably(
 
     Returns the results by title, in the order asked for, and the keys of their records. ``dtype`` names what the
     forwards compute in. With ``samples`` (a folder) every condition is measured, and its label, prediction and
-    confidence per image are written there as parquet.
+    confidence per image are written there as parquet. ``fingerprint`` is the model's where the caller knows it.
     """
-    fingerprints = {"model": model_fingerprint(model), "images": images_fingerprint(images)}
+    fingerprints = {"model": fingerprint or model_fingerprint(model), "images": images_fingerprint(images)}
     keys = {
         title: records.key(**fingerprints, title=title, condition=repr(condition), seed=seed, dtype=dtype)
         for title, condition in conditions.items()

@@ -77,7 +77,7 @@ def table_rows(results: Results, missing: Missing | None = None, checks: Checks 
         if title in weights:
             changes = [signed(average_difference(results, b, a, weights[title])) for b, a in pairs]
         rows.append([title, "", *(f"{values[name]:.2f}" if name in values else "" for name in names), *changes])
-    rows += [[title, "", *["missing"] * len(names), *[""] * len(pairs)] for title in missing or {}]
+    rows += [[title, "", *["missing"] * len(names), *[""] * len(pairs)] for title in grouped(missing or {})]
     return rows
 
 
@@ -98,8 +98,19 @@ def notes(results: Results, missing: Missing | None, checks: Checks | None) -> l
             lines.append(f"{name}: {len(answers)} checks passed." if answers else f"{name}: no checks were run.")
     partial = {str(r.protocol["note"]) for rows in results.values() for r in rows if "note" in r.protocol}
     lines += [f"Note: {note}" for note in sorted(partial)]
-    lines += [f"Missing: {title}: {why}" for title, why in (missing or {}).items()]
+    lines += [f"Missing: {title}: {why}" for title, why in grouped(missing or {}).items()]
     return lines
+
+
+def grouped(missing: Missing) -> dict[str, str]:
+    """The cells of a set (imagenet-c/fog/1, ...) in one line that counts them, with the first one's reason."""
+    found: dict[str, list[str]] = {}
+    for title in missing:
+        found.setdefault(title.split("/")[0], []).append(title)
+    return {
+        titles[0] if len(titles) == 1 else f"{name} ({len(titles)} conditions)": missing[titles[0]]
+        for name, titles in found.items()
+    }
 
 
 def terminal_table(
