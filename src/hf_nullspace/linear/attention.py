@@ -10,6 +10,7 @@ Biases: the key's cancels in the softmax; the query's adds b K_i^T w, which is 0
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,20 @@ class LayerConditions:
         """Whether all three conditions hold up to ``tolerance`` (asymmetry, angle, collinearity)."""
         worst = max(float(self.asymmetry.max()), float(self.largest_angle.max()), self.collinearity)
         return worst <= tolerance
+
+    def summary(self) -> dict[str, Any]:
+        """All of it as numbers and lists, for JSON."""
+        return {
+            "name": self.name,
+            "features": self.features,
+            "asymmetry": self.asymmetry.tolist(),
+            "value_angles": [angles.tolist() for angles in self.value_angles],
+            "largest_angle": self.largest_angle.tolist(),
+            "collinearity": self.collinearity,
+            "stack_rank": self.stack_rank,
+            "smallest_singular_value": self.smallest_singular_value,
+            "conditions_hold": self.hold(),
+        }
 
 
 def layer_conditions(weights: AttentionWeights) -> LayerConditions:

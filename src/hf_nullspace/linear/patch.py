@@ -97,6 +97,19 @@ class PatchNullspace:
         rank = len(self.row_basis) if tolerance is None else int((self.singular_values > tolerance).sum())
         return self.weight.shape[1] - rank
 
+    def summary(self) -> dict[str, Any]:
+        """Spectrum, tolerance, and the dimension there, at a tenth and at ten times of it, for JSON."""
+        return {
+            "features": self.weight.shape[0],
+            "patch": list(self.patch_shape),
+            "weight_dtype": str(self.weight.dtype).removeprefix("torch."),
+            "tolerance": self.tolerance,
+            "dimension": self.dimension(),
+            "dimension_at_a_tenth": self.dimension(self.tolerance / 10),
+            "dimension_at_ten_times": self.dimension(self.tolerance * 10),
+            "singular_values": self.singular_values.tolist(),
+        }
+
     def project_patches(self, patches: Tensor) -> Tensor:
         """The nearest patches (..., P) that the model cannot see; computed in float64, returned in the given dtype."""
         rows = self.row_basis.to(patches.device)

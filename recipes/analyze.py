@@ -1,0 +1,344 @@
+"""See the exact nullspaces of any image classifier with a patch embedding; of table 4's models, or of your own.
+
+    python recipes/analyze.py --model_name_or_path M --output_dir outputs/analysis/M
+    python recipes/analyze.py --model_name_or_path M --dataset_name D --split test
+    python recipes/analyze.py --table4 paper
+    python recipes/analyze.py --table4 192:16 768:32 M --output_dir outputs/table4
+
+For a model M (Hub id or folder): the spectrum of its patch embedding and the dimension of the nullspace over the
+tolerance (section 2.2), the LayerNorm direction (docs/layer_norm_direction.md), and how far every attention layer and
+head is from the conditions of proposition 1, with what the construction does to the heads. Without --dataset_name the
+images are random pixels. For table 4, models or configurations D:patch, whose weights are random ('paper': those of
+the paper). Prints all of it and writes analysis.json, patch_embedding.png, proposition_1.png, or table4.json and .png.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.linear.attention import constructed_noise, head_changes, layer_conditions, null_direction
+from hf_nullspace.linear.layer_norm import NotANullspaceError, check_direction, exact_encoder_nullspace
+from hf_nullspace.linear.patch import PatchNullspace
+from hf_nullspace.models.attention import NoAttentionWeightsError, attention_inputs, attention_weights, prefix_tokens
+from hf_nullspace.models.patch_embedding import find_patch_embedding
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.training.sources import load_image_dataset
+
+# Table 4 of the paper: (features D, patch size) and the dimension of the nullspace.
+TABLE_4 = {(192, 16): 576, (384, 32): 2688, (384, 16): 384, (768, 32): 2304, (768, 16): 2, (768, 8): 0,
+           (1024, 32): 2048, (1024, 16): 0}  # fmt: skip
+RANDOM = "random weights"
+
+
+@dataclass
+class AnalyzeArguments:
+    """What is looked at, and where the results go."""
+
+    _group_title: ClassVar[str] = "Analysis"
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of an image classifier."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    table4: list[str] | None = field(
+        default=None, metadata={"help": "Instead of one model: models, and D:patch for random weights; or 'paper'."}
+    )
+    output_dir: str = field(default="outputs/analysis", metadata={"help": "Folder for the JSON and the PNGs."})
+    stored_dtype: str | None = field(
+        default=None, metadata={"help": "Precision of the checkpoint (bfloat16, ...), if it was loaded as another."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Images to try: Hub id, folder, or 'digits'. Unset: random pixels."}
+    )
+    split: str = field(default="test", metadata={"help": "Split of the data set."})
+    images: int = field(default=8, metadata={"help": "How many images."})
+    norm: float = field(default=1000.0, metadata={"help": "Norm of the noise that tries the LayerNorm direction."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+
+    def dtype(self) -> torch.dtype | None:
+        """The precision that ``stored_dtype`` names."""
+        found = getattr(torch, self.stored_dtype, None) if self.stored_dtype else None
+        if self.stored_dtype and not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise UsageError(f"stored_dtype={self.stored_dtype!r}: expected float32, float16 or bfloat16")
+        return found
+
+
+def main() -> None:
+    (args,) = parse((AnalyzeArguments,), str(__doc__))
+    output = Path(args.output_dir)
+    if (args.model_name_or_path is None) == (args.table4 is None):
+        raise UsageError("name what to look at: either --model_name_or_path M, or --table4 with models or D:patch")
+    if args.table4 is not None:
+        rows = table_4(args.table4, args)
+        write_json(output / "table4.json", {"command": asdict(args), "rows": rows})
+        plot_table_4(rows, output / "table4.png")
+        print(f"table4.json and table4.png are in {output}")
+        return
+
+    # Load
+    model = load_model(args.model_name_or_path, args.model_revision)
+    nullspace = PatchNullspace.from_model(model, stored_dtype=args.dtype())
+    pixel_values = load_images(args, model)
+
+    # Look
+    patch = patch_report(nullspace, model, pixel_values, args.seed)
+    print(describe_patch(patch))
+    direction = direction_report(model, pixel_values, args)
+    print(describe_direction(direction))
+    attention = attention_report(model, pixel_values, args.seed)
+
+    # Keep
+    found = {"patch_embedding": patch, "layer_norm_direction": direction, "proposition_1": attention}
+    write_json(output / "analysis.json", {"command": asdict(args), **found})
+    plot_patch(patch, output / "patch_embedding.png")
+    if attention["layers"]:
+        plot_attention(attention["layers"], output / "proposition_1.png")
+    print(f"analysis.json and the pictures are in {output}")
+
+
+# ---- load
+
+
+def load_model(name: str, revision: str | None = None) -> nn.Module:
+    """The classifier in eval mode, in the precision of its checkpoint."""
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
+    except OSError as error:
+        raise OSError(f"cannot load the model {name!r}: {error}") from error
+    find_patch_embedding(model)
+    return model.eval()
+
+
+def load_images(args: AnalyzeArguments, model: nn.Module) -> Tensor:
+    """``pixel_values`` (B, C, H, W) in the model's dtype."""
+    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.model_revision, backend="pil")
+    preprocessing = Preprocessing.from_processor(processor)
+    preprocessing.check_fits(model.config)
+    if args.images < 1:
+        raise UsageError(f"images={args.images}: expected at least 1")
+    if args.dataset_name is None:
+        generator = torch.Generator().manual_seed(args.seed)
+        pixels = torch.rand(args.images, preprocessing.channels, *preprocessing.size, generator=generator)
+    else:
+        rows = load_image_dataset(args.dataset_name, args.split)
+        count = min(args.images, len(rows))
+        pixels = torch.stack([preprocessing.pixels_from_image(rows[index]["image"]) for index in range(count)])
+    return preprocessing.normalize(pixels).to(next(model.parameters()).dtype)
+
+
+# ---- look
+
+
+@torch.no_grad()
+def patch_report(nullspace: PatchNullspace, model: nn.Module, pixel_values: Tensor, seed: int) -> dict[str, Any]:
+    """The spectrum, and what the model answers to invisible and to random patterns as large as the images."""
+    report = nullspace.summary()
+    if not nullspace.dimension():
+        return report | {"check": None}
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(pixel_values.shape, generator=generator, dtype=torch.float64)
+    norm = float(torch.linalg.vector_norm(pixel_values.double()))
+    clean = model(pixel_values=pixel_values).logits
+    changes = {}
+    for name, pattern in (("null", nullspace.project(random)), ("random", random)):
+        pattern = (pattern * (norm / torch.linalg.vector_norm(pattern))).to(pixel_values.dtype)
+        changes[name] = float((model(pixel_values=pixel_values + pattern).logits - clean).abs().max())
+    residual = nullspace.residual(nullspace.sample(generator, 100))
+    return report | {
+        "check": {
+            "images": len(pixel_values),
+            "residual": residual,
+            "logit_change_by_null_pattern": changes["null"],
+            "logit_change_by_random_pattern": changes["random"],
+            "largest_logit": float(clean.abs().max()),
+        }
+    }
+
+
+def direction_report(model: nn.Module, pixel_values: Tensor, args: AnalyzeArguments) -> dict[str, Any]:
+    """The LayerNorm direction in float64, judged, and in the model's own precision."""
+    own = asdict(check_direction(model, pixel_values, norm=args.norm, seed=args.seed))
+    report = {"dtype": str(pixel_values.dtype).removeprefix("torch."), "own_precision": own}
+    try:
+        found = exact_encoder_nullspace(model, pixel_values, norm=args.norm, seed=args.seed)
+    except NotANullspaceError as error:
+        return report | {"exact": False, "dimension": 0, "reason": str(error)}
+    return report | {"exact": True, "dimension": found.dimension, "float64": asdict(found.check)}
+
+
+def attention_report(model: nn.Module, pixel_values: Tensor, seed: int) -> dict[str, Any]:
+    """Proposition 1's measures of every layer, printed as they come; W and its control are as large as X."""
+    try:
+        layers = attention_weights(model)
+    except NoAttentionWeightsError as error:
+        print(f"Proposition 1: not measured: {error}")
+        return {"reason": str(error), "layers": []}
+    print(f"Proposition 1 ({len(layers)} layers, {prefix_tokens(model)} prefix tokens); zeros would be its conditions:")
+    print("  layer  asymmetry          largest angle      collinear  rank of stack    s_min  head change: W   random")
+    rows: list[dict[str, Any]] = []
+    for index, (weights, inputs) in enumerate(zip(layers, attention_inputs(model, pixel_values), strict=True)):
+        found = layer_conditions(weights)
+        generator = torch.Generator().manual_seed(seed)
+        tokens, size = inputs.shape[1], float(torch.linalg.matrix_norm(inputs.double()).mean())
+        constructed = constructed_noise(null_direction(weights), tokens, generator, size)
+        random = torch.randn(1, tokens, weights.features, generator=generator, dtype=torch.float64)
+        random *= size / torch.linalg.matrix_norm(random)
+        row = found.summary() | {
+            "noise_norm": size,
+            "head_change": head_changes(weights, inputs, constructed).tolist(),
+            "head_change_by_random": head_changes(weights, inputs, random).tolist(),
+        }
+        rows.append(row)
+        print(
+            f"  {index:5d}  {spread(row['asymmetry'])}  {spread(row['largest_angle'])}  {found.collinearity:9.3f}  "
+            f"{found.stack_rank:5d} of {found.features:4d}  {found.smallest_singular_value:.1e}  "
+            f"{max(row['head_change']):14.3g} {max(row['head_change_by_random']):8.3g}"
+        )
+    held = sum(row["conditions_hold"] for row in rows)
+    print(f"  {held} of {len(rows)} layers satisfy the conditions (to 1e-6)")
+    return {"prefix_tokens": prefix_tokens(model), "layers": rows}
+
+
+def table_4(names: list[str], args: AnalyzeArguments) -> list[dict[str, Any]]:
+    """One row for each model or configuration D:patch, printed as it comes."""
+    papers = [f"{features}:{patch}" for features, patch in TABLE_4]
+    names = [each for name in names for each in (papers if name == "paper" else [name])]
+    print("features  patch  dimension  paper  at tol/10  at 10 tol   s_min/s_max  model")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        features, _, patch = name.partition(":")
+        if features.isdecimal() and patch.isdecimal():
+            generator = torch.Generator().manual_seed(args.seed)
+            weight = torch.randn(int(features), 3, int(patch), int(patch), generator=generator)
+            nullspace, kind = PatchNullspace.from_weight(weight, stored_dtype=args.dtype()), RANDOM
+        else:
+            nullspace, kind = PatchNullspace.from_model(load_model(name), stored_dtype=args.dtype()), name
+        row = {"model": kind, "paper": None, **nullspace.summary()}
+        if row["patch"][0] == 3 and row["patch"][1] == row["patch"][2]:
+            row["paper"] = TABLE_4.get((row["features"], row["patch"][1]))
+        rows.append(row)
+        ratio = row["singular_values"][-1] / row["singular_values"][0]
+        paper = "-" if row["paper"] is None else row["paper"]
+        print(
+            f"{row['features']:8d}  {row['patch'][1]:5d}  {row['dimension']:9d}  {paper:>5}  "
+            f"{row['dimension_at_a_tenth']:9d}  {row['dimension_at_ten_times']:9d}  {ratio:12.2e}  {kind}"
+        )
+    if any(row["model"] == RANDOM and row["paper"] not in (None, row["dimension"]) for row in rows):
+        print("random weights have full rank; what the paper has more is a property of trained ones: name the model")
+    return rows
+
+
+# ---- say
+
+
+def describe_patch(report: dict[str, Any]) -> str:
+    """The patch embedding in a few lines."""
+    numbers, values, check = math.prod(report["patch"]), report["singular_values"], report["check"]
+    text = (
+        f"Patch embedding: {report['features']} features of {numbers} numbers ({' x '.join(map(str, report['patch']))}"
+        f", {report['weight_dtype']}); singular values {values[0]:.4g} .. {values[-1]:.4g}\n"
+        f"  nullspace dimension {report['dimension']} at the tolerance {report['tolerance']:.3g} "
+        f"(a tenth of it: {report['dimension_at_a_tenth']}, ten times: {report['dimension_at_ten_times']})"
+    )
+    if check is not None:
+        text += (
+            f"\n  a null pattern as large as the images changes the logits (up to {check['largest_logit']:.3g}) by "
+            f"{check['logit_change_by_null_pattern']:.2g}, a random one by "
+            f"{check['logit_change_by_random_pattern']:.3g}; residual of null patches {check['residual']:.1e}"
+        )
+    return text
+
+
+def describe_direction(report: dict[str, Any]) -> str:
+    """The LayerNorm direction in two lines."""
+    if not report["exact"]:
+        return f"LayerNorm direction: refuted. {report['reason']}"
+    exact, own = report["float64"], report["own_precision"]
+    return (
+        f"LayerNorm direction: exact, dimension {report['dimension']}. Noise of norm {exact['norm']:g} changes the "
+        f"logits by {exact['logit_change']:.1e} in float64,\n  {own['logit_change']:.1e} in {report['dtype']}; "
+        f"other noise of that norm by {exact['control_change']:.3g}"
+    )
+
+
+def spread(values: list[float]) -> str:
+    """Smallest, mean and largest over the heads."""
+    return f"{min(values):.3f} {sum(values) / len(values):.3f} {max(values):.3f}"
+
+
+# ---- draw
+
+
+def plot_patch(report: dict[str, Any], path: Path) -> Path:
+    """The singular values, and the dimension of the nullspace as a function of the tolerance."""
+    figure, (spectrum, dimension) = canvas(2)
+    values, numbers = report["singular_values"], math.prod(report["patch"])
+    floor = values[0] * 1e-10  # what float64 cannot tell from 0 is drawn there
+    spectrum.plot(range(1, len(values) + 1), [max(value, floor) for value in values], marker=".", linewidth=1)
+    spectrum.axhline(report["tolerance"], color="black", linestyle="--", linewidth=1, label="tolerance")
+    spectrum.set(xlabel="index", ylabel="singular value", yscale="log", title=f"{report['features']} x {numbers}")
+    steps = [floor * (2 * values[0] / floor) ** (step / 400) for step in range(401)]
+    counts = [numbers - sum(value > step for value in values) for step in steps]
+    dimension.step(steps, counts, where="post")
+    label = f"dimension {report['dimension']}"
+    dimension.axvline(report["tolerance"], color="black", linestyle="--", linewidth=1, label=label)
+    dimension.set(xlabel="tolerance", ylabel="dimension", xscale="log", ylim=(-0.02 * numbers, 1.05 * numbers))
+    for axes in (spectrum, dimension):
+        axes.legend(fontsize="small")
+    return save(figure, path)
+
+
+def plot_attention(layers: list[dict[str, Any]], path: Path) -> Path:
+    """Asymmetry and largest angle per layer and head, and what the constructed noise does to the heads."""
+    figure, (asymmetry, angle, change) = canvas(3)
+    heads = max(len(row["asymmetry"]) for row in layers)
+    for axes, name, title, top in (
+        (asymmetry, "asymmetry", "condition 1: |M - M'| / |M|", 2.0),
+        (angle, "largest_angle", "condition 2: largest angle", math.pi / 2),
+    ):
+        table = [row[name] + [math.nan] * (heads - len(row[name])) for row in layers]
+        image = axes.imshow(table, vmin=0, vmax=top, aspect="auto", cmap="viridis")
+        figure.colorbar(image, ax=axes)
+        axes.set(xlabel="head", ylabel="layer", title=title)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+    for name, label in (("head_change", "W of the proposition"), ("head_change_by_random", "random W")):
+        change.plot([max(row[name]) for row in layers], marker="o", label=label)
+    change.set(xlabel="layer", ylabel="largest relative change of a head", yscale="log", title="|W| = |X|")
+    change.set_ylim(bottom=min(0.01, change.get_ylim()[0]))
+    change.xaxis.get_major_locator().set_params(integer=True)
+    change.legend(fontsize="small")
+    return save(figure, path)
+
+
+def plot_table_4(rows: list[dict[str, Any]], path: Path) -> Path:
+    """All spectra, relative to their largest singular value."""
+    figure, (axes,) = canvas(1)
+    for row in rows:
+        values = row["singular_values"]
+        label = f"{row['features']}, patch {row['patch'][1]}: {row['dimension']} ({Path(row['model']).name})"
+        axes.plot(range(1, len(values) + 1), [max(value / values[0], 1e-10) for value in values], label=label)
+    axes.set(xlabel="index", ylabel="singular value / largest", yscale="log", title="features, patch: dimension")
+    axes.legend(fontsize="x-small")
+    return save(figure, path)
+
+
+def canvas(count: int) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(4.5 * max(count, 1.5), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def save(figure: Figure, path: Path) -> Path:
+    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,156 @@
+"""recipes/analyze.py on tiny models: what it writes is true by NumPy, and what it says of bad input is one line."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Swinv2Config, Swinv2ForImageClassification
+
+from hf_nullspace.command_line import run
+from hf_nullspace.models.preprocessing import make_image_processor
+from tiny_models import tiny_model, tiny_resnet
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "analyze.py"
+
+
+def call(*words):
+    """Run the recipe in this process, as its command line does."""
+    main = runpy.run_path(str(RECIPE))["main"]
+    arguments, sys.argv = sys.argv, ["analyze", *map(str, words)]
+    try:
+        run(main)
+    finally:
+        sys.argv = arguments
+
+
+def keep(model, folder):
+    model.save_pretrained(folder)
+    make_image_processor(16).save_pretrained(folder)
+    return folder
+
+
+def numpy_dimension(weight, eps):
+    """P - rank by NumPy, with the documented tolerance."""
+    flat = weight.detach().double().numpy().reshape(len(weight), -1)
+    tolerance = np.linalg.svd(flat, compute_uv=False)[0] * max(flat.shape) * eps
+    return flat.shape[1] - np.linalg.matrix_rank(flat, tol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return keep(tiny_model("deit"), tmp_path_factory.mktemp("deit"))
+
+
+def test_a_model_is_analyzed(saved, tmp_path, capsys):
+    call("--model_name_or_path", saved, "--output_dir", tmp_path, "--images", 2)
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "analysis.json").read_text())
+    weight = tiny_model("deit").deit.embeddings.patch_embeddings.projection.weight
+    patch = found["patch_embedding"]
+    assert patch["dimension"] == numpy_dimension(weight, np.finfo(np.float32).eps) == 24
+    np.testing.assert_allclose(
+        patch["singular_values"], np.linalg.svd(weight.detach().double().flatten(1).numpy(), compute_uv=False)
+    )
+    check = patch["check"]
+    assert check["logit_change_by_null_pattern"] < 1e-4 < 0.1 < check["logit_change_by_random_pattern"]
+    assert check["residual"] < 1e-6
+    direction = found["layer_norm_direction"]
+    assert direction["exact"]
+    assert direction["dimension"] == 16
+    assert direction["float64"]["logit_change"] < 1e-10 < direction["own_precision"]["logit_change"] < 1e-2
+    layers = found["proposition_1"]["layers"]
+    assert found["proposition_1"]["prefix_tokens"] == 2
+    assert [len(row["asymmetry"]) for row in layers] == [2, 2]
+    attention = tiny_model("deit").deit.layers[1].attention
+    query, key = (linear.weight.detach().double().numpy()[12:] for linear in (attention.q_proj, attention.k_proj))
+    matrix = query.T @ key
+    asymmetry = np.linalg.norm(matrix - matrix.T) / np.linalg.norm(matrix)
+    assert layers[1]["asymmetry"][1] == pytest.approx(asymmetry)
+    assert min(min(row["head_change"]) for row in layers) > 1e-3
+    assert "nullspace dimension 24 at the tolerance" in said
+    assert "LayerNorm direction: exact, dimension 16" in said
+    assert "0 of 2 layers satisfy the conditions" in said
+    for name in ("patch_embedding.png", "proposition_1.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 1000
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+
+
+def test_real_images_and_another_precision(saved, tmp_path, capsys):
+    call(
+        "--model_name_or_path", saved, "--output_dir", tmp_path, "--dataset_name", "digits", "--images", 3,
+        "--stored_dtype", "bfloat16",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "analysis.json").read_text())
+    assert found["patch_embedding"]["check"]["images"] == 3
+    weight = tiny_model("deit").deit.embeddings.patch_embeddings.projection.weight
+    assert found["patch_embedding"]["dimension"] == numpy_dimension(weight, torch.finfo(torch.bfloat16).eps) > 24
+    assert "bfloat16" in found["command"]["stored_dtype"]
+    capsys.readouterr()
+
+
+def test_a_model_of_another_attention_says_what_is_not_measured(tmp_path, capsys):
+    config = Swinv2Config(
+        image_size=16, patch_size=4, embed_dim=24, depths=[1, 1], num_heads=[2, 2], window_size=2, num_labels=5
+    )
+    torch.manual_seed(0)
+    keep(Swinv2ForImageClassification(config), tmp_path)
+    call("--model_name_or_path", tmp_path, "--output_dir", tmp_path / "out", "--images", 2)
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert "Proposition 1: not measured: Swinv2ForImageClassification (model type swinv2)" in said
+    assert found["proposition_1"]["layers"] == []
+    assert found["patch_embedding"]["dimension"] == 24
+    assert found["layer_norm_direction"]["exact"]
+    assert not (tmp_path / "out" / "proposition_1.png").exists()
+
+
+def test_table_4_of_configurations_and_models(saved, tmp_path, capsys):
+    call("--table4", "192:16", "768:8", saved, "--output_dir", tmp_path)
+    rows = json.loads((tmp_path / "table4.json").read_text())["rows"]
+    assert [(row["features"], row["dimension"], row["paper"]) for row in rows] == [
+        (192, 576, 576),
+        (768, 0, 0),
+        (24, 24, None),
+    ]
+    assert [len(row["singular_values"]) for row in rows] == [192, 192, 24]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:4] == ["192", "16", "576", "576"]
+    with Image.open(tmp_path / "table4.png") as picture:
+        assert picture.width > 900
+
+
+@pytest.mark.slow
+def test_table_4_of_the_paper(tmp_path, capsys):
+    call("--table4", "paper", "--output_dir", tmp_path)
+    rows = json.loads((tmp_path / "table4.json").read_text())["rows"]
+    assert [row["dimension"] for row in rows] == [576, 2688, 384, 2304, 0, 0, 2048, 0]
+    assert [row["paper"] for row in rows] == [576, 2688, 384, 2304, 2, 0, 2048, 0]
+    assert "random weights have full rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "either --model_name_or_path M, or --table4"),
+        (["--model_name_or_path", "{saved}", "--table4", "192:16"], "either --model_name_or_path M, or --table4"),
+        (["--model_name_or_path", "{saved}", "--stored_dtype", "int8"], "expected float32, float16 or bfloat16"),
+        (["--model_name_or_path", "{saved}", "--images", "0"], "images=0: expected at least 1"),
+        (["--model_name_or_path", "{saved}", "--normm", "3"], "did you mean --norm"),
+        (["--model_name_or_path", "{resnet}"], "ResNetForImageClassification has no patch embedding"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, saved, tmp_path, capsys):
+    if "{resnet}" in words:
+        keep(tiny_resnet(), tmp_path)
+    words = [word.format(saved=saved, resnet=tmp_path) for word in words]
+    with pytest.raises(SystemExit) as exit:
+        call(*words, "--output_dir", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
