@@ -169,6 +169,16 @@ def test_the_attention_of_transformers_does_not_see_the_noise_either():
     assert (layer(inputs + normal(1, *inputs.shape[1:]))[0] - before).abs().max() > 1e-2
 
 
+def test_random_float32_layers_of_real_size_are_not_called_singular():
+    """ViT-B's 12 heads of 64: the smallest singular value is small, and no rounding."""
+    draw = torch.Generator().manual_seed(0)
+    matrices = (0.02 * torch.randn(12, 768, 64, generator=draw) for _ in range(3))
+    found = layer_conditions(AttentionWeights("ViT-B", *matrices, *(torch.zeros(12, 64) for _ in range(3))))
+    assert found.smallest_singular_value < 1e-3
+    assert found.stack_rank == 768
+    assert found.asymmetry.mean().item() == pytest.approx(2**0.5, rel=0.01)
+
+
 @pytest.mark.parametrize("family", ["vit", "deit", "dinov2", "swin"])
 def test_random_layers_are_far_from_every_condition(family):
     model = tiny_model(family)

@@ -136,6 +136,7 @@ def test_own_precision_loses_the_bits_that_large_constants_push_out():
     assert not model.training
     assert check_direction(model.train(), pixel_values, norm=10.0) == small
     assert model.training
+    assert check_direction(torch.compile(model, backend="eager"), pixel_values, norm=10.0) == small
 
 
 def test_what_cannot_be_checked_says_so():

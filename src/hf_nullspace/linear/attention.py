@@ -62,12 +62,16 @@ class LayerConditions:
 
 
 def layer_conditions(weights: AttentionWeights) -> LayerConditions:
-    """The measures of one layer; ranks have the tolerance s_max * max(shape) * eps of the dtype of the weights."""
+    """The measures of one layer; ranks have the tolerance s_max * max(shape) * eps of the dtype of the weights.
+
+    The shape is that of the factor whose spectrum is taken, (heads * d_k, D) for the stack: its own, taller one, would
+    call random float32 layers of ViT-B's size singular.
+    """
     exact, eps = weights.double(), torch.finfo(weights.query.dtype).eps
     rows = [_row_space(exact, head, eps) for head in range(exact.heads)]
     values = [_orthonormal(value, eps) for value in exact.value]
     spectrum = torch.linalg.svdvals(_stack(exact))
-    tolerance = float(spectrum[0]) * exact.heads * exact.features * eps
+    tolerance = float(spectrum[0]) * max(exact.heads * exact.key.shape[2], exact.features) * eps
     return LayerConditions(
         name=exact.name,
         features=exact.features,

@@ -96,7 +96,7 @@ def exact_encoder_nullspace(
     if name is None:
         raise ValueError(f"the patch embedding {type(module).__name__} is no part of {type(inner).__name__}")
     double = copy.deepcopy(inner).double().eval()
-    images = pixel_values.double()
+    images = pixel_values.to(next(double.parameters()).device, torch.float64)
     patches, features = _embedding_size(double, images, double.get_submodule(name))
     check = check_direction(double, images, patch_embedding=double.get_submodule(name), norm=norm, seed=seed)
     if not check.control_change:
@@ -127,6 +127,7 @@ def check_direction(
     ``pixel_values`` (B, C, H, W) are cast to the model's dtype. In float32 large constants cost the bits that they
     push out: expect about norm * 1e-7 relative to the embeddings, not 0.
     """
+    model = unwrap(model)  # a compiled model ignores hooks that come later
     parameter = next(model.parameters())
     images = pixel_values.to(parameter.device, parameter.dtype)
     modes = [(module, module.training) for module in model.modules()]

@@ -90,7 +90,7 @@ def attention_inputs(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
         for _, module, projections in _layers(model)
     ]
     try:
-        model(pixel_values=pixel_values)
+        unwrap(model)(pixel_values=pixel_values)  # a compiled model ignores hooks that come later
     finally:
         for handle in handles:
             handle.remove()
