@@ -48,7 +48,8 @@ class AutoAttack(BoundedAttack):
         logger = logging.getLogger("auto-attack")
         with torch.random.fork_rng(devices=devices):  # it seeds the global generators
             ensemble = library(
-                lambda points: model(points).float(),  # float32 is all the library can do
+                # float32 is all the library can do; and its points may be outside [0, 1] by rounding
+                lambda points: model(points.clamp(0, 1)).float(),
                 norm=NORMS[self.norm],
                 eps=self.eps,
                 version="standard",

@@ -26,10 +26,10 @@ class PatchFool(Attack):
         choice: how patches are chosen: by "attention" (of layer ``attention_layer``, averaged over heads and queries;
             by default index 4, the middle one of fewer than 10 layers), "saliency" (sum of |grad CE|), or "random".
         attention_weight: 0 ascends CE alone, with one backward pass per step instead of one per layer more.
-        mild: "linf" keeps the patch within ``eps`` of the image per pixel, "l2" each channel of the change within
-            ``eps`` in L2 norm; None replaces the content freely.
+        mild: "linf" keeps the patch within ``eps`` of the image per pixel (from a uniform start there), "l2" each
+            channel of the change within ``eps`` in L2 norm; None replaces the content freely.
         sparse: change only this many pixels per image inside the patches, by scores that are learned (top-k mask,
-            straight-through gradient, Adam 1e-2) until step ``sparse_freeze``; 0 changes all.
+            straight-through gradient, Adam 1e-2, from a uniform start) until step ``sparse_freeze``; 0 changes all.
         early_stop: an image that the model gets wrong is finished and leaves the batch, instead of the last iterate.
     """
 
@@ -122,8 +122,11 @@ class PatchFool(Attack):
         rows = torch.arange(len(pixels), device=pixels.device)
         std = PixelModel.channels(model.std, pixels)
         region = grid.mask(chosen, pixels)
-        content = self.project(torch.where(region, seeded_like(pixels, seeds, "uniform"), pixels), pixels)
-        scores = 1e-3 * seeded_like(pixels[:, :1], [seed + 1 for seed in seeds], "uniform")
+        start = seeded_like(pixels, seeds, "uniform")
+        if self.mild == "linf" and self.eps is not None:
+            start = pixels + self.eps * (2 * start - 1)
+        content = self.project(torch.where(region, start, pixels), pixels)
+        scores = seeded_like(pixels[:, :1], [seed + 1 for seed in seeds], "uniform")
         adam, sparse_adam = Adam(content), Adam(scores)
         for step in range(self.steps):
             mask = self.mask(scores, region)
