@@ -157,8 +157,7 @@ def measure(
         autocast = torch.autocast(state.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
         with autocast:
             if args.checks and not answers and not is_stream(images):
-                key = records.key(checks=args.seed, model=fingerprint, images=images_fingerprint(images))
-                keys.append(key)
+                key = "checks-" + records.key(model=fingerprint, images=images_fingerprint(images), seed=args.seed)
                 stored = records.read(key)
                 answers = check(pixel_model, images, args) if stored is None else [Check(**entry) for entry in stored]
                 records.write(key, [dataclasses.asdict(answer) for answer in answers])

@@ -199,6 +199,14 @@ def test_a_hub_set_is_mapped_by_its_names(tmp_path, monkeypatch, named):
             load_set("imagenet-1k", PROCESSOR, location="someone/imagenet")
         loaded = load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", label_order="imagenet")
         assert [loaded.label(i) for i in range(3)] == [1, 2, 0]
+    stream = rows.to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, split, streaming: stream)
+    if named:
+        streamed = load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", streaming=True)
+        assert [(class_of_colour(image), label) for image, label in streamed] == [(2, 2), (500, 500), (10, 10)]
+    stream.info.features = None
+    with pytest.raises(LabelError, match="has no image column"):
+        load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", streaming=True)
 
 
 def test_cifar10_c_from_its_arrays(tmp_path):

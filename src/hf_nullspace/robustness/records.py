@@ -100,7 +100,8 @@ class Records:
     def others(self, keys: Iterable[str]) -> int:
         """How many records belong to another checkpoint, protocol, data set or seed; they are never mixed in."""
         known = set(keys)
-        return sum(path.stem not in known for path in self.folder.glob("*.json")) if self.folder.is_dir() else 0
+        conditions = [path.stem for path in self.folder.glob("*.json") if not path.stem.startswith("checks-")]
+        return sum(key not in known for key in conditions)
 
 
 def model_fingerprint(model: PixelModel) -> str:

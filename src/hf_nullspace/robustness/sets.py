@@ -180,12 +180,15 @@ def from_hub(
     splits = datasets.get_dataset_split_names(location)
     split = next((s for s in ("validation", "val", "test", "train") if s in splits), splits[0])
     rows = datasets.load_dataset(location, split=split, streaming=streaming)
-    image = next(column for column, f in rows.features.items() if isinstance(f, datasets.Image))
-    label = next((c for c in ("label", "labels", "cls", "wnid") if c in rows.features), None)
-    names = getattr(rows.features[label], "names", None) if label else None
+    features = rows.features or {}  # a stream may not know them
+    image = next((column for column, f in features.items() if isinstance(f, datasets.Image)), None)
+    label = next((c for c in ("label", "labels", "cls", "wnid") if c in features), None)
+    names = getattr(features[label], "names", None) if label else None
+    if image is None:
+        raise LabelError(f"{location} has no image column that `datasets` knows ({features}); download it instead")
     if label is None or (names is None and label_order != "imagenet"):
         raise LabelError(
-            f"{location} has no named classes ({rows.features}). Download it and give the folder, or, if its numbers "
+            f"{location} has no named classes ({features}). Download it and give the folder, or, if its numbers "
             "are ImageNet's class indices, say so: label_order='imagenet'"
         )
     labels = None if names is None else imagenet_labels(names, location)
