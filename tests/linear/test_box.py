@@ -75,6 +75,33 @@ def test_without_the_box_it_is_the_projection():
     assert found.iterations <= 3
 
 
+def steps_of_plain_fista(rows, source, target, tolerance):
+    """Steps until the dual gradient is small, by the textbook's method without a restart."""
+    wanted, momentum = rows @ source, 1.0
+    multipliers = ahead = np.zeros_like(wanted)
+    for step in range(1, 10000):
+        gradient = wanted - rows @ np.clip(target + ahead @ rows, 0, 1)
+        if np.linalg.norm(gradient) <= tolerance * max(1.0, np.linalg.norm(wanted)):
+            return step
+        after = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        ahead, multipliers, momentum = (
+            ahead + gradient + (momentum - 1) / after * (ahead + gradient - multipliers),
+            ahead + gradient,
+            after,
+        )
+    raise AssertionError("no convergence")
+
+
+def test_the_restart_saves_steps():
+    rows = torch.linalg.qr(torch.randn(48, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0].T
+    source, target = uniform(1, 48, seed=14).round(), uniform(1, 48, seed=15)
+    source[:, :16] = 0.5
+    found = nearest_in_box(rows, source, target, tolerance=1e-10)
+    assert found.kkt_residual.max() <= 1e-10
+    plain = steps_of_plain_fista(rows.numpy(), source[0].numpy(), target[0].numpy(), 1e-10)
+    assert found.iterations < 0.75 * plain
+
+
 def test_patches_do_not_depend_on_their_neighbours():
     rows, source, target = row_basis(), uniform(6, 12, seed=8), uniform(6, 12, seed=9)
     together = nearest_in_box(rows, source, target)
