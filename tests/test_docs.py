@@ -25,7 +25,6 @@ NOT_YET = "## Not there yet"  # below this heading of docs/paper_map.md, paths a
 
 SUFFIXES = (".py", ".yaml", ".md", ".toml", ".txt", ".cff")
 MADE = ("outputs/", ".venv")  # what commands make
-SOON = ("docs/digits.md", "docs/cifar10.md")  # being written; to be deleted from here
 IN_TREE = re.compile(r"(?<![\w/.-])(?:\.ci|\.github|benchmarks|docs|model_cards|recipes|src|tests)/[\w./*-]*[\w*/]")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 TARGET = re.compile(r"\bmake(?: [A-Z]+=\S+)*(?: ([a-z][\w-]*))?$")
@@ -93,7 +92,7 @@ def exists(path: str) -> bool:
 
 
 def problem_of_path(path: str) -> str | None:
-    if path.startswith(MADE) or path in SOON or exists(path):
+    if path.startswith(MADE) or exists(path):
         return None
     return f"{path}: no such file"
 
@@ -148,8 +147,7 @@ def path_problems(text: str, folder: Path = ROOT) -> list[str]:
     """Paths into the tree, relative links and make targets that are not there."""
     found = [problem_of_path(path) for path in IN_TREE.findall(text)]
     links = [link for link in LINK.findall(text) if not re.match(r"[a-z]+:", link)]
-    there = [(folder / link).exists() or link.rpartition("/")[2] in (path[5:] for path in SOON) for link in links]
-    found += [f"{link}: a link to no file" for link, is_there in zip(links, there, strict=True) if not is_there]
+    found += [f"{link}: a link to no file" for link in links if not (folder / link).exists()]
     found += [problem_of_target(code) for code in [*code_lines(text), *code_spans(text)]]
     return [problem for problem in found if problem]
 
