@@ -192,7 +192,7 @@ def train_base_model(
             lr_scheduler_type="cosine",
             per_device_train_batch_size=max(recipe.base_batch_size // config.world_size, 1),
             save_strategy="no",
-            logging_steps=config.logging_steps,
+            logging_steps=0.1,  # of the whole
             seed=config.seed,
             use_cpu=config.use_cpu,
             bf16=config.bf16,
