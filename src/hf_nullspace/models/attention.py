@@ -1,15 +1,18 @@
-"""The query, key and value weights of every attention layer, per head: the one place that knows where they are.
+"""The weights and the maps of every attention layer, per head: the one place that knows where they are.
 
 transformers moved them in 5.12 (``encoder.layer.N.attention.attention.query`` became ``layers.N.attention.q_proj``) and
 families differ, so a layer is recognised by what it holds, three linear maps under one of the known names, and
 never by its path.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from hf_nullspace.models.patch_embedding import unwrap
 
@@ -23,6 +26,8 @@ PLAIN_ATTENTION = frozenset(
     {"beit", "clip", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "ijepa", "siglip", "swin", "vit",
      "vit_mae", "vit_msn"}
 )  # fmt: skip
+
+_VISIBLE = "hf_nullspace_visible"  # the name of `_visible_attention` in transformers
 
 
 class NoAttentionWeightsError(ValueError):
@@ -95,6 +100,152 @@ def attention_inputs(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
         for handle in handles:
             handle.remove()
     return seen
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionGradients:
+    """The attention maps of a batch, and how the logit of each image's target depends on them."""
+
+    logits: Tensor
+    """(B, K)."""
+    targets: Tensor
+    """(B,), the class whose logit is differentiated."""
+    attentions: list[Tensor]
+    """A of every layer, (B, heads, tokens, tokens); a row sums to 1."""
+    gradients: list[Tensor]
+    """d logits[target] / d A, of the same shapes."""
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
+    """A of every layer, (B, heads, tokens, tokens), for images ``pixel_values`` (B, C, H, W), in eval mode.
+
+    The softmax is taken in the model's own dtype; transformers' eager attention always takes it in float32. Swin's
+    maps are those of windows. The model is left as it was: mode, attention implementation, gradients.
+
+    Raises:
+        NoAttentionWeightsError: as :func:`attention_weights`.
+    """
+    with _watched(model) as seen:
+        unwrap(model)(pixel_values=pixel_values)
+    return seen
+
+
+def attention_gradients(
+    model: nn.Module, pixel_values: Tensor, targets: Tensor | int | None = None
+) -> AttentionGradients:
+    """The maps of :func:`attention_maps` and the gradient of one logit per image with respect to them.
+
+    ``targets`` are the classes: (B,), one for all, or unset: what the model predicts. Works on frozen models and
+    inside ``torch.no_grad()``; no ``.grad`` is written.
+
+    Raises:
+        NoAttentionWeightsError: as :func:`attention_weights`.
+        ValueError: if a target is no class of the model, or their number is not that of the images.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), _watched(model) as seen:
+        images = pixel_values.detach().clone().requires_grad_()  # a graph from here on, if all parameters are frozen
+        logits: Tensor = unwrap(model)(pixel_values=images).logits
+        classes = _targets(logits, targets)
+        gradients = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), seen)
+    return AttentionGradients(logits.detach(), classes, [attention.detach() for attention in seen], list(gradients))
+
+
+def _targets(logits: Tensor, targets: Tensor | int | None) -> Tensor:
+    if targets is None:
+        return logits.detach().argmax(1)
+    classes = torch.as_tensor(targets, device=logits.device)
+    classes = classes.expand(len(logits)) if classes.dim() == 0 else classes
+    if classes.shape != logits.shape[:1] or classes.is_floating_point():
+        raise ValueError(f"targets are {len(logits)} class numbers, one per image; got {targets}")
+    if bool(((classes < 0) | (classes >= logits.shape[1])).any()):
+        raise ValueError(f"targets {classes.tolist()}: the model has the classes 0 to {logits.shape[1] - 1}")
+    return classes.long()
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the attention maps of the forward pass inside the block, in eval mode; leaves no trace."""
+    inner, layers = unwrap(model), _layers(model)
+    seen: list[Tensor] = []
+    AttentionInterface.register(_VISIBLE, _visible_attention)
+    modes = [(module, module.training) for module in inner.modules()]
+    found: list[Any] = [getattr(module, "config", None) for module in inner.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation_internal")}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    handles = [
+        module.register_forward_hook(lambda module, args, output: seen.append(output[1])) for _, module, _ in layers
+    ]
+    try:
+        inner.eval()
+        for config, _ in before:
+            config._attn_implementation_internal = _VISIBLE
+        yield seen
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+        for module, training in modes:
+            module.training = training
+        for handle in handles:
+            handle.remove()
+
+
+def _visible_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """transformers' eager attention without dropout, with the softmax in the dtype of the scores."""
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    attention = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
+    return (attention @ value).transpose(1, 2).contiguous(), attention
+
+
+@dataclass(frozen=True, eq=False)
+class PreNormLayer:
+    """The maps of one layer x -> y = x + output(heads(norm_before(x))), y + second(gelu(first(norm_after(y))))."""
+
+    norm_before: nn.Module
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
+    norm_after: nn.Module
+    first: nn.Linear
+    second: nn.Linear
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        return tuple(vars(self).values())
+
+
+def pre_norm_layers(model: nn.Module) -> tuple[list[PreNormLayer], nn.Linear]:
+    """The layers of a ViT, DeiT or ViTMSN, first to last, and its classifier, which reads the CLS token.
+
+    Raises:
+        NoAttentionWeightsError: for another model, or other names than those of transformers 5.18 to 5.x.
+    """
+    inner: Any = unwrap(model)
+    try:
+        if inner.config.model_type not in ("vit", "deit", "vit_msn"):
+            raise AttributeError(f"its model type is {inner.config.model_type}")
+        layers = []
+        for name, attention, projections in _layers(model):
+            layer: Any = inner.get_submodule(name.rpartition(".")[0])
+            query, key, value, output = (getattr(attention, part) for part in (*projections, "o_proj"))
+            before, after, mlp = layer.layernorm_before, layer.layernorm_after, layer.mlp
+            layers.append(PreNormLayer(before, query, key, value, output, after, mlp.fc1, mlp.fc2))
+        if not isinstance(inner.classifier, nn.Linear):
+            raise AttributeError("its classifier is no linear map")
+    except AttributeError as error:
+        raise NoAttentionWeightsError(
+            f"{type(inner).__name__}: {error}; expected ViTForImageClassification, DeiTForImageClassification or "
+            "ViTMSNForImageClassification of transformers 5.18 to 5.x, whose classifier reads the CLS token"
+        ) from error
+    return layers, inner.classifier
 
 
 def prefix_tokens(model: nn.Module) -> int:

@@ -1,0 +1,1 @@
+"""Saliency maps of ViT and DeiT: raw attention, rollout, Grad-CAM, generic relevance, LRP."""

@@ -1,0 +1,150 @@
+"""Attention maps and their gradients: those of the model itself, and nothing of the model is changed by looking."""
+
+import pytest
+import torch
+
+from hf_nullspace.models.attention import (
+    NoAttentionWeightsError,
+    attention_gradients,
+    attention_inputs,
+    attention_maps,
+    attention_weights,
+    pre_norm_layers,
+)
+from tiny_models import FAMILIES, tiny_model, tiny_resnet
+
+
+def images(count=3, dtype=torch.float64):
+    return torch.randn(count, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def state(model):
+    """Everything about a model that looking at it could change."""
+    return (
+        [module.training for module in model.modules()],
+        [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()],
+        [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")],
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_maps_are_those_of_eager_attention(family):
+    model = tiny_model(family)
+    maps = attention_maps(model, images(dtype=torch.float32))
+    with torch.no_grad():
+        sdpa = model(pixel_values=images(dtype=torch.float32)).logits
+        model.set_attn_implementation("eager")
+        output = model(pixel_values=images(dtype=torch.float32), output_attentions=True)
+    assert len(maps) == len(output.attentions) == 2
+    for ours, theirs in zip(maps, output.attentions, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(output.logits, sdpa)
+
+
+@pytest.mark.parametrize("family", ["vit", "deit"])
+def test_the_maps_are_the_softmax_of_queries_and_keys_in_float64(family):
+    model = tiny_model(family).double()
+    maps, inputs = attention_maps(model, images()), attention_inputs(model, images())
+    for ours, weights, tokens in zip(maps, attention_weights(model), inputs, strict=True):
+        queries = tokens[:, None] @ weights.query + weights.query_bias[:, None]
+        keys = tokens[:, None] @ weights.key + weights.key_bias[:, None]
+        expected = (queries @ keys.transpose(2, 3) * weights.scaling).softmax(-1)
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("family", ["vit", "deit"])
+def test_nothing_is_changed_by_looking(family):
+    model = tiny_model(family)
+    model.train()
+    next(model.children()).eval()  # mixed modes
+    for parameter in list(model.parameters())[::2]:
+        parameter.requires_grad_(False)
+    before = state(model)
+    attention_maps(model, images())
+    attention_gradients(model, images())
+    assert state(model) == before
+    assert "sdpa" in before[3]
+
+
+def test_nothing_is_changed_by_looking_in_vain():
+    model = tiny_model("vit").train()
+    before = state(model)
+    with pytest.raises(ValueError, match="doesn't match model"):
+        attention_maps(model, torch.zeros(1, 3, 20, 20))
+    with pytest.raises(ValueError, match="doesn't match model"):
+        attention_gradients(model, torch.zeros(1, 3, 20, 20))
+    with pytest.raises(ValueError, match="the model has the classes 0 to 4"):
+        attention_gradients(model, images(), 5)
+    assert state(model) == before
+
+
+def test_a_frozen_model_without_gradients_still_has_those_of_its_attention():
+    model = tiny_model("deit").double()
+    expected = attention_gradients(model, images()).gradients
+    model.requires_grad_(False)
+    with torch.no_grad():
+        frozen = attention_gradients(model, images()).gradients
+    with torch.inference_mode():
+        inference = attention_gradients(model, images()).gradients
+    for one, other, another in zip(expected, frozen, inference, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, another)
+
+
+def test_targets():
+    model = tiny_model("vit").double()
+    predicted = attention_gradients(model, images())
+    with torch.no_grad():
+        assert torch.equal(predicted.targets, model(pixel_values=images()).logits.argmax(1))
+    for targets in (2, torch.tensor(2), torch.tensor([2, 2, 2]), [2, 2, 2]):
+        found = attention_gradients(model, images(), targets)
+        assert found.targets.tolist() == [2, 2, 2]
+    for targets, message in ((torch.tensor([1, 2]), "3 class numbers"), (torch.tensor(1.5), "3 class numbers"),
+                             (-1, "classes 0 to 4")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            attention_gradients(model, images(), targets)
+
+
+def test_the_gradients_are_finite_differences():
+    """The eager attention of one layer is replaced by one that adds a small matrix to A of the last or first layer."""
+    model = tiny_model("deit").double()
+    found = attention_gradients(model, images(1), 3)
+    generator = torch.Generator().manual_seed(2)
+    step = 1e-5
+    for layer in (0, 1):
+        direction = torch.randn(found.attentions[layer].shape, dtype=torch.float64, generator=generator)
+        logits = [logits_with(model, layer, found.attentions[layer] + sign * step * direction) for sign in (1, -1)]
+        slope = (logits[0] - logits[1])[0, 3] / (2 * step)
+        torch.testing.assert_close((found.gradients[layer] * direction).sum(), slope, rtol=1e-6, atol=1e-9)
+
+
+@torch.no_grad()
+def logits_with(model, layer, attention):
+    """Logits where one layer's output is recomputed by hand from another attention map."""
+    module, (inputs,) = model.deit.layers[layer].attention, [attention_inputs(model, images(1))[layer]]
+    values = module.v_proj(inputs).unflatten(-1, (2, -1)).transpose(1, 2)
+    output = module.o_proj((attention @ values).transpose(1, 2).flatten(2))
+    handle = module.register_forward_hook(lambda module, args, original: (output, attention))
+    try:
+        return model(pixel_values=images(1)).logits
+    finally:
+        handle.remove()
+
+
+def test_wrappers_are_looked_through():
+    model = tiny_model("vit").double()
+    expected = attention_maps(model, images())
+    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
+        assert all(torch.equal(*pair) for pair in zip(attention_maps(wrapped, images()), expected, strict=True))
+
+
+def test_other_models_are_named():
+    with pytest.raises(NoAttentionWeightsError, match="model type resnet"):
+        attention_maps(tiny_resnet(), images())
+    with pytest.raises(NoAttentionWeightsError, match=r"Dinov2ForImageClassification: its model type is dinov2; exp"):
+        pre_norm_layers(tiny_model("dinov2"))
+    headless = tiny_model("vit")
+    headless.classifier = torch.nn.Identity()
+    with pytest.raises(NoAttentionWeightsError, match="its classifier is no linear map"):
+        pre_norm_layers(headless)

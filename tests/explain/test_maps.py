@@ -1,0 +1,156 @@
+"""Maps against transcriptions in NumPy, a hand-written one-layer model, and what the nullspace says of them."""
+
+import numpy as np
+import pytest
+import torch
+from one_layer import one_layer_model, one_layer_pass
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersForImageClassification
+
+from hf_nullspace.explain.maps import MAPS, NoClsTokenError, correlation, saliency_maps
+from hf_nullspace.linear.patch import PatchNullspace
+from hf_nullspace.models.attention import attention_gradients
+from tiny_models import IMAGE, LABELS, SIZES, tiny_model
+
+PREFIX = {"vit": 1, "deit": 2}
+
+
+def images(count=3):
+    return torch.randn(count, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+# ---- the definitions, written out in NumPy for one image
+
+
+def raw_by_hand(attentions, gradients, prefix):
+    return attentions[-1].mean(0)[0, prefix:]
+
+
+def rollout_by_hand(attentions, gradients, prefix):
+    product = np.eye(attentions[0].shape[-1])
+    for attention in attentions:
+        mixed = attention.mean(0) + np.eye(len(product))
+        product = np.matmul(mixed / mixed.sum(axis=1)[:, None], product)
+    return product[0, prefix:]
+
+
+def grad_cam_by_hand(attentions, gradients, prefix):
+    total = 0
+    for attention, gradient in zip(attentions[-1], gradients[-1], strict=True):
+        total = total + attention[0, prefix:] * np.mean(gradient[0, prefix:])
+    return np.maximum(total / len(attentions[-1]), 0)
+
+
+def generic_by_hand(attentions, gradients, prefix):
+    relevance = np.eye(attentions[0].shape[-1])
+    for attention, gradient in zip(attentions, gradients, strict=True):
+        relevance = relevance + np.mean(np.maximum(attention * gradient, 0), axis=0) @ relevance
+    return relevance[0, prefix:]
+
+
+BY_HAND = {"raw": raw_by_hand, "rollout": rollout_by_hand, "grad_cam": grad_cam_by_hand, "generic": generic_by_hand}
+
+
+@pytest.mark.parametrize("method", MAPS)
+@pytest.mark.parametrize("family", ["vit", "deit"])
+def test_maps_are_the_numpy_transcription(family, method):
+    model = tiny_model(family).double()
+    maps = saliency_maps(model, images(), [method], targets=2)[method]
+    assert maps.shape == (3, 4, 4)
+    assert maps.min() >= 0
+    assert maps.flatten(1).std(1).max() > 0  # Grad-CAM may find nothing that speaks for the class
+    found = attention_gradients(model, images(), 2)
+    for index in range(3):
+        attentions, gradients = ([layer[index].numpy() for layer in one] for one in (found.attentions, found.gradients))
+        expected = BY_HAND[method](attentions, gradients, PREFIX[family]).reshape(4, 4)
+        np.testing.assert_allclose(maps[index], expected, rtol=1e-12, atol=1e-18)
+
+
+def test_a_hand_written_model_with_plain_autograd_has_the_same_maps():
+    model = one_layer_model()
+    maps = saliency_maps(model, images(1), targets=1)
+    logits, attention = one_layer_pass(model, images(1))
+    (gradient,) = torch.autograd.grad(logits[0, 1], [attention])
+    attention, gradient = attention.detach()[0], gradient[0]  # (heads, tokens, tokens); CLS stands first
+    mean = (attention[0] + attention[1]) / 2
+    closed = {
+        "raw": mean[0, 1:],
+        "rollout": mean[0, 1:] / 2,  # (A + I) / 2, as the rows of A sum to 1
+        "grad_cam": sum(attention[head, 0, 1:] * gradient[head, 0, 1:].mean() for head in (0, 1)).relu() / 2,
+        "generic": sum((attention[head] * gradient[head])[0, 1:].relu() for head in (0, 1)) / 2,
+    }
+    for method, expected in closed.items():
+        torch.testing.assert_close(maps[method].flatten(), expected, rtol=1e-12, atol=1e-16)
+        assert expected.std() > 0
+
+
+# ---- what holds for every map
+
+
+@pytest.mark.parametrize("family", ["vit", "deit"])
+def test_an_image_has_the_same_map_alone_and_in_a_batch(family):
+    model = tiny_model(family).double()
+    targets = torch.tensor([4, 0, 2])
+    together = saliency_maps(model, images(), targets=targets)
+    for index in range(3):
+        alone = saliency_maps(model, images()[index : index + 1], targets=targets[index : index + 1])
+        for method, maps in alone.items():
+            torch.testing.assert_close(maps[0], together[method][index], rtol=1e-10, atol=1e-16)
+
+
+@pytest.mark.parametrize("family", ["vit", "deit"])
+def test_noise_of_the_patch_nullspace_changes_no_map(family):
+    """Figures 6 and 7: the explanation stays. With as much noise outside of the nullspace it does not."""
+    model = tiny_model(family).double()
+    generator = torch.Generator().manual_seed(3)
+    random = torch.randn(images().shape, dtype=torch.float64, generator=generator)
+    null = PatchNullspace.from_model(model, tolerance=1e-10).project(random)
+    null = 5 * null / null.norm() * images().norm()
+    random = random / random.norm() * null.norm()
+    clean = saliency_maps(model, images(), targets=1)
+    noisy = saliency_maps(model, images() + null, targets=1)
+    other = saliency_maps(model, images() + random, targets=1)
+    for method in MAPS:
+        torch.testing.assert_close(noisy[method], clean[method], rtol=1e-8, atol=1e-12)
+        assert (other[method] - clean[method]).norm() > 0.02 * clean[method].norm()
+
+
+def test_the_class_matters_to_maps_of_gradients_only():
+    model = tiny_model("vit").double()
+    one, other = (saliency_maps(model, images(), targets=target) for target in (0, 3))
+    assert [method for method in MAPS if not torch.equal(one[method], other[method])] == ["grad_cam", "generic"]
+    predicted = attention_gradients(model, images()).targets
+    for method, maps in saliency_maps(model, images()).items():
+        torch.testing.assert_close(maps, saliency_maps(model, images(), [method], predicted)[method])
+
+
+def test_registers_are_no_patches():
+    config = Dinov2WithRegistersConfig(**SIZES, **IMAGE, **LABELS, mlp_ratio=2, num_register_tokens=3)
+    torch.manual_seed(0)
+    maps = saliency_maps(Dinov2WithRegistersForImageClassification(config).eval(), images().float())
+    assert {tuple(one.shape) for one in maps.values()} == {(3, 4, 4)}
+
+
+def test_half_precision_is_mapped_in_float32():
+    maps = saliency_maps(tiny_model("vit").bfloat16(), images().bfloat16())
+    assert {one.dtype for one in maps.values()} == {torch.float32}
+
+
+def test_correlation_is_that_of_numpy():
+    first, second = (
+        torch.rand(2, 4, 4, generator=generator) for generator in [torch.Generator().manual_seed(0)] for _ in (0, 1)
+    )
+    expected = [np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(first.numpy(), second.numpy(), strict=True)]
+    np.testing.assert_allclose(correlation(first, second), expected, rtol=1e-6)
+    assert correlation(first, torch.ones(2, 4, 4)).isnan().all()
+    with pytest.raises(ValueError, match="cannot be compared"):
+        correlation(first, second[:1])
+
+
+def test_bad_calls_are_named():
+    model = tiny_model("vit")
+    for methods in (["rolout"], []):
+        with pytest.raises(ValueError, match="expected some of raw, rollout, grad_cam, generic"):
+            saliency_maps(model, images(), methods)
+    for family in ("swin", "beit", "siglip"):
+        with pytest.raises(NoClsTokenError, match=rf"model type {family}\) is not known to classify by a CLS token"):
+            saliency_maps(tiny_model(family), images())
