@@ -63,6 +63,7 @@ ORDER = [
     "explain.maps",
     "explain.lrp",
     "images",
+    "ownership",
     "hub.card",
     "hub.release",
     "hub.convert",

@@ -1,0 +1,150 @@
+"""Put a mark on an image, or make it look like another one, so that a model does not notice (A.7 and A.8).
+
+    python recipes/watermark.py --model_name_or_path M --image cat.png --mark logo.png
+    python recipes/watermark.py --model_name_or_path M --image cat.png --target dog.png --output_dir outputs/cat-as-dog
+
+M is an image classifier (Hub id or folder) whose patch embedding has a nullspace. The images are first brought to the
+size that M's image processor leaves alone, and it is said so. A mark covers where it is not transparent. Writes
+source.png (the image in that size), result.png, side_by_side.png and watermark.json: what the model says of the two
+files, read back through its own image processor; the error of its embeddings at every stage; how close the result
+came to the wish. Where rounding to 8 bits changes the prediction, the wanted change is scaled down until it stays.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.files import write_json
+from hf_nullspace.images import Judge, closeness, difference, marked, side_by_side, strongest_invisible, write_png
+from hf_nullspace.models.patch_embedding import find_patch_embedding
+from hf_nullspace.models.preprocessing import rgb_image
+
+
+@dataclass
+class WatermarkArguments:
+    """Which image, what it should look like, and to whom it should look as before."""
+
+    _group_title: ClassVar[str] = "Watermark"
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of an image classifier."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    image: str | None = field(default=None, metadata={"help": "The image that is changed."})
+    mark: str | None = field(default=None, metadata={"help": "A mark to put on it, transparent where it is not."})
+    target: str | None = field(default=None, metadata={"help": "Instead: an image that it should look like."})
+    output_dir: str = field(default="outputs/watermark", metadata={"help": "Folder for the PNGs and the JSON."})
+    strength: float = field(default=1.0, metadata={"help": "Largest share of the wanted change to try, in (0, 1]."})
+    max_confidence_change: float = field(
+        default=1.0, metadata={"help": "Scale the change down until the confidence moves by no more, too; in [0, 1]."}
+    )
+    iterations: int = field(default=500, metadata={"help": "Steps of the solver, at most."})
+
+    def check(self) -> None:
+        if self.model_name_or_path is None or self.image is None:
+            raise UsageError("name the model and the image: --model_name_or_path M --image FILE")
+        if (self.mark is None) == (self.target is None):
+            raise UsageError("name what is wanted: either --mark FILE or --target FILE")
+        if not 0 < self.strength <= 1:
+            raise UsageError(f"strength={self.strength}: expected a share in (0, 1]")
+        if not 0 <= self.max_confidence_change <= 1:
+            raise UsageError(f"max_confidence_change={self.max_confidence_change}: expected a probability in [0, 1]")
+        if self.iterations < 1:
+            raise UsageError(f"iterations={self.iterations}: expected at least 1")
+
+
+def main() -> None:
+    (args,) = parse((WatermarkArguments,), str(__doc__))
+    args.check()
+    output = Path(args.output_dir)
+
+    # Load
+    image, other = load_image(args.image), load_image(args.mark or args.target)
+    judge, labels = load_judge(args.model_name_or_path, args.model_revision)
+    source = judge.fit(image)
+    wish = judge.fit(other) if args.target else marked(source, other)
+    sizes = [f"{Path(args.image).name} is {times(image.size)}"]
+    sizes += [f"{Path(args.target).name} is {times(other.size)}"] if args.target else []
+    print(f"{', '.join(sizes)}; the image processor leaves {times(source.size)} alone, so that is what is written")
+
+    # Solve
+    found = strongest_invisible(
+        judge,
+        source,
+        wish,
+        strength=args.strength,
+        max_confidence_change=args.max_confidence_change,
+        iterations=args.iterations,
+    )
+
+    # Write, read back, judge
+    paths = write_png(source, output / "source.png"), write_png(found.image, output / "result.png")
+    verdict = judge.compare(*paths)
+    close = closeness(source, wish, found.image)
+    report: dict[str, Any] = {
+        "command": asdict(args),
+        "written_size": list(judge.written_size),
+        "strength": found.strength,
+        "labels": {name: labels(getattr(verdict, name)) for name in ("prediction_source", "prediction_result")},
+        "verdict": asdict(verdict),
+        "embedding_errors": found.embedding_errors | {"eight_bit": verdict.embedding_error},
+        "kkt_residual": found.kkt_residual,
+        "closeness": close,
+        "nullspace_dimension": judge.nullspace.dimension(),
+    }
+    write_json(output / "watermark.json", report)
+    side_by_side(
+        [
+            (f"source: {labels(verdict.prediction_source)} {verdict.confidence_source:.4f}", source),
+            ("target" if args.target else "source and mark", wish),
+            (f"result: {labels(verdict.prediction_result)} {verdict.confidence_result:.4f}", found.image),
+            ("result - source (grey: 0)", difference(source, found.image)),
+        ],
+        output / "side_by_side.png",
+    )
+
+    # Say
+    errors = report["embedding_errors"]
+    print(
+        f"Prediction {'stays' if verdict.match else 'CHANGES:'} {labels(verdict.prediction_source)}"
+        f"{'' if verdict.match else ' -> ' + labels(verdict.prediction_result)}, its confidence changes by "
+        f"{verdict.confidence_change:.1e} (of {verdict.confidence_source:.4f}) at strength {found.strength:g}\n"
+        f"Relative change of the embeddings: projection {errors['projection']:.1e}, clipped "
+        f"{errors['projection_clipped']:.1e}; solved in [0, 1] {errors['box']:.1e}, 8-bit {errors['eight_bit']:.1e}\n"
+        f"{100 * close['reached']:.1f}% of the way to the wish (RMS distance {close['rms_source_to_wish']:.3f} -> "
+        f"{close['rms_result_to_wish']:.3f})\n"
+        f"watermark.json and the pictures are in {output}"
+    )
+
+
+def load_image(name: str) -> Image.Image:
+    """An image file, any mode that has an RGB version; a mark's transparency is kept."""
+    try:
+        with Image.open(name) as file:
+            image = file.copy()
+    except UnidentifiedImageError as error:
+        raise UsageError(f"{name} is no image that Pillow can read") from error
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    return image.convert("RGBA") if transparent else rgb_image(image)
+
+
+def load_judge(name: str, revision: str | None) -> tuple[Judge, Any]:
+    """The model with its image processor, and a function from a class to its name."""
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name, revision=revision).eval()
+        processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+    except OSError as error:
+        raise OSError(f"cannot load the model {name!r}: {error}") from error
+    find_patch_embedding(model)
+    return Judge.from_model(model, processor), lambda kind: str(model.config.id2label[kind])
+
+
+def times(size: tuple[int, int]) -> str:
+    """PIL's (width, height) as words."""
+    return f"{size[0]} x {size[1]}"
+
+
+if __name__ == "__main__":
+    run(main)

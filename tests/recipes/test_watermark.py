@@ -1,0 +1,116 @@
+"""recipes/watermark.py on real files: what it writes is judged again by transformers, and bad input is one line."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_nullspace.command_line import run
+from hf_nullspace.models.preprocessing import make_image_processor
+from tiny_models import tiny_model, tiny_resnet
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "watermark.py"
+
+
+def call(*words):
+    """Run the recipe in this process, as its command line does."""
+    main = runpy.run_path(str(RECIPE))["main"]
+    arguments, sys.argv = sys.argv, ["watermark", *map(str, words)]
+    try:
+        run(main)
+    finally:
+        sys.argv = arguments
+
+
+def keep(model, folder):
+    model.save_pretrained(folder)
+    make_image_processor(16, std=(0.5, 0.4, 0.2)).save_pretrained(folder)
+    return folder
+
+
+def probabilities(folder, path):
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    with Image.open(path) as image, torch.no_grad():
+        return model(**processor(image, return_tensors="pt")).logits[0].softmax(-1).numpy()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model, two photographs of other sizes, a logo with transparency, and what is none of these."""
+    folder = tmp_path_factory.mktemp("watermark")
+    keep(tiny_model(), folder / "model")
+    keep(tiny_resnet(), folder / "resnet")
+    noise = np.random.default_rng(0).integers(64, 192, (2, 32, 24, 3), dtype=np.uint8)
+    Image.fromarray(noise[0]).save(folder / "cat.jpg")
+    Image.fromarray(noise[1]).convert("L").save(folder / "dog.png")
+    logo = Image.new("RGBA", (40, 40))
+    ImageDraw.Draw(logo).ellipse((2, 2, 38, 38), fill=(255, 255, 0, 255))
+    logo.save(folder / "logo.png")
+    (folder / "text.png").write_text("no image")
+    return folder
+
+
+@pytest.mark.parametrize("wanted", ["mark", "target"])
+def test_a_mark_is_put_on_an_image(wanted, files, tmp_path, capsys):
+    other = files / {"mark": "logo.png", "target": "dog.png"}[wanted]
+    words = ["--model_name_or_path", files / "model", "--image", files / "cat.jpg", "--output_dir", tmp_path]
+    call(*words, f"--{wanted}", other)
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "watermark.json").read_text())
+    assert "cat.jpg is 24 x 32" in said
+    assert "leaves 16 x 16 alone" in said
+    assert "Prediction stays class" in said
+    before, after = (probabilities(files / "model", tmp_path / name) for name in ("source.png", "result.png"))
+    verdict = found["verdict"]
+    assert verdict["match"]
+    assert verdict["prediction_source"] == before.argmax() == after.argmax()
+    assert found["labels"]["prediction_result"] == f"class {after.argmax()}"
+    assert verdict["confidence_change"] == pytest.approx(np.abs(after - before)[before.argmax()], abs=1e-6)
+    errors = found["embedding_errors"]
+    assert errors["box"] < 1e-4 < errors["eight_bit"] < 0.05
+    assert 0.02 < found["closeness"]["reached"] < 1
+    source, result = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("source.png", "result.png"))
+    assert source.shape == result.shape == (16, 16, 3)
+    assert np.abs(result - source).max() > 20
+    with Image.open(tmp_path / "side_by_side.png") as picture:
+        assert picture.width > 3 * picture.height
+    with Image.open(files / "cat.jpg") as image:
+        assert np.array_equal(source, np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR)))
+
+
+def test_a_limit_on_the_confidence_lowers_the_strength(files, tmp_path, capsys):
+    words = ["--model_name_or_path", files / "model", "--image", files / "cat.jpg", "--target", files / "dog.png"]
+    call(*words, "--output_dir", tmp_path, "--max_confidence_change", 1e-5)
+    found = json.loads((tmp_path / "watermark.json").read_text())
+    assert found["strength"] < 1
+    assert found["verdict"]["confidence_change"] <= 1e-5
+    assert f"at strength {found['strength']:g}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image", "{0}/cat.jpg"], "name the model and the image"),
+        (["--model_name_or_path", "{0}/model", "--image", "{0}/cat.jpg"], "either --mark FILE or --target FILE"),
+        (["--model_name_or_path", "{0}/model", "--image", "{0}/none.png", "--mark", "{0}/logo.png"], "none.png"),
+        (["--model_name_or_path", "{0}/model", "--image", "{0}/text.png", "--mark", "{0}/logo.png"], "is no image"),
+        (["--model_name_or_path", "{0}/none", "--image", "{0}/cat.jpg", "--mark", "{0}/logo.png"], "cannot load the"),
+        (["--model_name_or_path", "{0}/resnet", "--image", "{0}/cat.jpg", "--mark", "{0}/logo.png"], "no patch emb"),
+        (["--model_name_or_path", "{0}/model", "--image", "{0}/cat.jpg", "--mark", "{0}/logo.png", "--strength", "2"],
+         "strength=2.0: expected a share in (0, 1]"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(words, message, files, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        call(*(word.format(files) for word in words), "--output_dir", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
