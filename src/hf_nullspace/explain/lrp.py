@@ -33,8 +33,12 @@ class Relevance:
 def lrp_map(model: nn.Module, pixel_values: Tensor, targets: Tensor | int | None = None) -> Tensor:
     """The map (B, h, w), at least 0, of images ``pixel_values`` (B, C, H, W).
 
-    ``targets`` are the classes that are explained, (B,) or one for all; unset: what the model predicts. The rules
-    divide, so float32 rounds by about 1e-3 relative; float64 models give exact statements.
+    ``targets`` are the classes that are explained, (B,) or one for all; unset: what the model predicts.
+
+    The rules divide by sums that nearly cancel, so the map of an image can move far when the image hardly does. On 32
+    images and a ViT of 6 layers, noise of the patch nullspace moved the worst map by 1.4e-2 relative in float32 (median
+    3e-5) and by 1e-10 in float64, where the other methods stay below 1.2e-5 and 5e-14; rounding to 8 bits, by 0.66
+    (median 0.04; others at most 0.04), in float64 too.
 
     Raises:
         NoClsTokenError, NoAttentionWeightsError: for a model that is no ViT, DeiT or ViTMSN with one classifier.

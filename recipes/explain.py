@@ -1,0 +1,208 @@
+"""Where a ViT or DeiT looks: saliency maps of images as overlays, one row per image and one column per method.
+
+    python recipes/explain.py --model_name_or_path M --image cat.png
+    python recipes/explain.py --model_name_or_path M --image source.png result.png target.png --method lrp rollout
+
+Methods: raw (last layer's attention), rollout, grad_cam, generic (generic relevance), lrp (the paper's figures 6 and
+7); all of them by default. Explained is the class that the model predicts for each image, or --target_class (a name or
+a number) for all. With several images, every map is compared with that of the first: r is their correlation, 1 where
+the explanation stays, as for an image and its invisible change; LRP divides by sums that nearly cancel and may move
+by the rounding to 8 bits alone. Writes explain.png and explain.json (the maps).
+"""
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.explain.lrp import lrp_map
+from hf_nullspace.explain.maps import MAPS, check_has_cls, correlation, saliency_maps
+from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.models.preprocessing import Preprocessing
+
+TITLES = {"raw": "raw attention", "rollout": "rollout", "grad_cam": "Grad-CAM", "generic": "generic relevance",
+          "lrp": "LRP"}  # fmt: skip
+BATCH = 8
+
+
+@dataclass
+class ExplainArguments:
+    """What is explained, how, and where the results go."""
+
+    _group_title: ClassVar[str] = "Explanation"
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of a ViT or DeiT."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    image: list[str] | None = field(default=None, metadata={"help": "Image files; the others are held to the first."})
+    method: list[str] = field(default_factory=lambda: list(TITLES), metadata={"help": "Some of " + ", ".join(TITLES)})
+    target_class: str | None = field(
+        default=None, metadata={"help": "Class to explain, by name or number. Unset: what each image is predicted as."}
+    )
+    output_dir: str = field(default="outputs/explain", metadata={"help": "Folder for the PNG and the JSON."})
+
+    def check(self) -> None:
+        if self.model_name_or_path is None or not self.image:
+            raise UsageError("name the model and the images: --model_name_or_path M --image FILE ...")
+        for name in self.method:
+            if name not in TITLES:
+                raise UsageError(f"method {name!r}: expected some of {', '.join(TITLES)}")
+
+
+def main() -> None:
+    (args,) = parse((ExplainArguments,), str(__doc__))
+    args.check()
+    output = Path(args.output_dir)
+
+    # Load
+    model, preprocessing = load_model(args.model_name_or_path, args.model_revision)
+    labels: dict[int, str] = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
+    target = class_number(args.target_class, labels)
+    pixels = torch.stack([preprocessing.pixels_from_image(load_image(name)) for name in args.image])
+    pixel_values = preprocessing.normalize(pixels).to(model.dtype)
+
+    # Look
+    confidences, predictions = probabilities(model, pixel_values).max(1)
+    targets = predictions if target is None else torch.full_like(predictions, target)
+    maps = all_maps(model, pixel_values, list(dict.fromkeys(args.method)), targets)
+
+    # Keep
+    rows = [
+        {
+            "image": name,
+            "prediction": labels[int(prediction)],
+            "confidence": float(confidence),
+            "explained_class": labels[int(explained)],
+        }
+        for name, prediction, confidence, explained in zip(args.image, predictions, confidences, targets, strict=True)
+    ]
+    for index, row in enumerate(rows):
+        row["correlation_with_first"] = {
+            name: number(correlation(one[index : index + 1], one[:1])) for name, one in maps.items()
+        }
+        row["maps"] = {name: one[index].tolist() for name, one in maps.items()}
+    write_json(output / "explain.json", {"command": asdict(args), "images": rows})
+    plot(pixels, rows, list(maps), output / "explain.png")
+    for row in rows:
+        print(describe(row, compared=row is not rows[0]))
+    print(f"explain.json and explain.png are in {output}")
+
+
+# ---- load
+
+
+def load_model(name: str, revision: str | None) -> tuple[PreTrainedModel, Preprocessing]:
+    """The classifier in eval mode, and what its image processor does."""
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name, revision=revision).eval()
+        processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+    except OSError as error:
+        raise OSError(f"cannot load the model {name!r}: {error}") from error
+    check_has_cls(model)
+    preprocessing = Preprocessing.from_processor(processor)
+    preprocessing.check_fits(model.config)
+    return model, preprocessing
+
+
+def load_image(name: str) -> Image.Image:
+    try:
+        with Image.open(name) as image:
+            image.load()
+            return image
+    except UnidentifiedImageError as error:
+        raise UsageError(f"{name} is not an image that Pillow can read") from error
+    except OSError as error:
+        raise UsageError(f"cannot read the image {name}: {error.strerror or error}") from error
+
+
+def class_number(name: str | None, id2label: dict[int, str]) -> int | None:
+    """The class that a name or a number on the command line means."""
+    if name is None:
+        return None
+    by_name = {label: number for number, label in id2label.items()}
+    if name in by_name:
+        return by_name[name]
+    if name.isdecimal() and int(name) in id2label:
+        return int(name)
+    near = difflib.get_close_matches(name, list(by_name), n=3) or list(by_name)[:3]
+    raise UsageError(
+        f"target_class={name!r}: the model has the classes 0 to {len(id2label) - 1}, named {', '.join(near)}, ..."
+    )
+
+
+# ---- look
+
+
+@torch.no_grad()
+def probabilities(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """(B, K)."""
+    return torch.cat([model(pixel_values=part).logits.float().softmax(-1) for part in pixel_values.split(BATCH)])
+
+
+def all_maps(model: PreTrainedModel, pixel_values: Tensor, methods: list[str], targets: Tensor) -> dict[str, Tensor]:
+    """(B, h, w) by method, in the order of ``methods``."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in methods}
+    plain = [name for name in methods if name in MAPS]
+    for images, classes in zip(pixel_values.split(BATCH), targets.split(BATCH), strict=True):
+        found = saliency_maps(model, images, plain, classes) if plain else {}
+        if "lrp" in methods:
+            found["lrp"] = lrp_map(model, images, classes)
+        for name in methods:
+            parts[name].append(found[name])
+    return {name: torch.cat(maps) for name, maps in parts.items()}
+
+
+def number(value: Tensor) -> float | None:
+    """None where a map is constant, so that a correlation with it means nothing."""
+    return None if math.isnan(float(value)) else float(value)
+
+
+# ---- say and draw
+
+
+def correlation_text(value: float | None) -> str:
+    return "r undefined" if value is None else f"r = {value:.3f}"
+
+
+def describe(row: dict[str, Any], compared: bool) -> str:
+    """One image in one line."""
+    text = f"{row['image']}: {row['prediction']} ({row['confidence']:.3f}), explained as {row['explained_class']}"
+    if compared:
+        found = [f"{name} {correlation_text(value)}" for name, value in row["correlation_with_first"].items()]
+        text += "; against the first: " + ", ".join(found)
+    return text
+
+
+def plot(pixels: Tensor, rows: list[dict[str, Any]], methods: list[str], path: Path) -> Path:
+    """The images as the model sees them, and on them the maps, each from its smallest to its largest value."""
+    height, width = pixels.shape[-2:]
+    columns = 1 + len(methods)
+    figure = Figure(figsize=(2.1 * columns, 2.4 * len(rows) * height / width + 0.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for image, row, line in zip(pixels, rows, grid, strict=True):
+        picture = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
+        for axes in line:
+            axes.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
+            axes.set_axis_off()
+        line[0].set_title(f"{row['prediction']} {row['confidence']:.3f}", fontsize="small")
+        for name, axes in zip(methods, line[1:], strict=True):
+            heat = row["maps"][name]
+            axes.imshow(heat, extent=(0, width, height, 0), interpolation="bilinear", cmap="turbo", alpha=0.55)
+            title = TITLES[name]
+            if row is not rows[0]:
+                title += f": {correlation_text(row['correlation_with_first'][name])}"
+            axes.set_title(title, fontsize="small")
+    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+if __name__ == "__main__":
+    run(main)
