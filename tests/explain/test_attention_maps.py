@@ -107,7 +107,7 @@ def test_targets():
 
 
 def test_the_gradients_are_finite_differences():
-    """The eager attention of one layer is replaced by one that adds a small matrix to A of the last or first layer."""
+    """One layer's output is computed again from an attention map that is moved a little, forth and back."""
     model = tiny_model("deit").double()
     found = attention_gradients(model, images(1), 3)
     generator = torch.Generator().manual_seed(2)

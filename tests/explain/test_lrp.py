@@ -102,6 +102,16 @@ def test_relevance_is_conserved_in_every_layer(family):
         torch.testing.assert_close(tokens.sum((1, 2)), torch.ones(3, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
+def test_relevance_of_half_precision_is_handed_down_in_float32():
+    found = [propagate_relevance(tiny_model("deit").bfloat16(), images().bfloat16())]
+    with torch.autocast("cpu", torch.bfloat16):
+        found.append(propagate_relevance(tiny_model("deit"), images().float()))
+        maps = lrp_map(tiny_model("deit"), images().float())
+    assert maps.dtype == torch.float32
+    for one in found:
+        torch.testing.assert_close(one.tokens[0].sum((1, 2)), torch.ones(3), rtol=1e-5, atol=0)
+
+
 def test_the_rules_conserve_relevance():
     inputs, weight, relevance = normal(3, 4, 40), normal(5, 40, seed=2), normal(3, 4, 5)
     shared = linear_rule(inputs, weight, relevance)

@@ -133,6 +133,9 @@ def test_registers_are_no_patches():
 def test_half_precision_is_mapped_in_float32():
     maps = saliency_maps(tiny_model("vit").bfloat16(), images().bfloat16())
     assert {one.dtype for one in maps.values()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = saliency_maps(tiny_model("vit"), images().float())
+    assert {one.dtype for one in maps.values()} == {torch.float32}
 
 
 def test_correlation_is_that_of_numpy():

@@ -12,8 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_nullspace.explain.maps import at_least_float32, check_has_cls, on_grid
-from hf_nullspace.models.attention import PreNormLayer, attention_gradients, pre_norm_layers, prefix_tokens
+from hf_nullspace.explain.maps import at_least_float32, check_has_cls, on_grid, without_autocast
+from hf_nullspace.models.attention import (
+    AttentionGradients,
+    PreNormLayer,
+    attention_gradients,
+    pre_norm_layers,
+    prefix_tokens,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +54,9 @@ def lrp_map(model: nn.Module, pixel_values: Tensor, targets: Tensor | int | None
     size = found.attentions[0].shape[-1]
     identity = torch.eye(size, dtype=found.attentions[0].dtype, device=found.attentions[0].device)
     joint = identity[None]
-    for relevance, gradient in zip(found.attentions, found.gradients, strict=True):
-        joint = (identity + (gradient * relevance).relu().mean(1)) @ joint
+    with without_autocast(pixel_values):
+        for relevance, gradient in zip(found.attentions, found.gradients, strict=True):
+            joint = (identity + (gradient * relevance).relu().mean(1)) @ joint
     return on_grid(model, pixel_values, joint[:, 0, prefix_tokens(model) :])
 
 
@@ -60,6 +67,16 @@ def propagate_relevance(model: nn.Module, pixel_values: Tensor, targets: Tensor 
     layers, classifier = pre_norm_layers(model)
     with _recorded([*(module for layer in layers for module in layer.modules()), classifier]) as seen:
         found = attention_gradients(model, pixel_values, targets)
+    with without_autocast(pixel_values):
+        return _propagate(layers, classifier, seen, found)
+
+
+def _propagate(
+    layers: list[PreNormLayer],
+    classifier: nn.Linear,
+    seen: dict[nn.Module, tuple[Tensor, Tensor]],
+    found: AttentionGradients,
+) -> Relevance:
     one_hot = at_least_float32(torch.zeros_like(found.logits)).scatter_(1, found.targets[:, None], 1)
     relevance = torch.zeros_like(seen[layers[-1].second][1])
     relevance[:, 0] = linear_rule(seen[classifier][0], classifier.weight, one_hot)

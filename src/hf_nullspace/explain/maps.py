@@ -93,7 +93,9 @@ def saliency_maps(
         attentions, gradients = found.attentions, found.gradients
     attentions, gradients = [at_least_float32(one) for one in attentions], [at_least_float32(one) for one in gradients]
     prefix = prefix_tokens(model)
-    return {name: on_grid(model, pixel_values, MAPS[name](attentions, gradients, prefix)) for name in methods}
+    with without_autocast(pixel_values):
+        rows = {name: MAPS[name](attentions, gradients, prefix) for name in methods}
+    return {name: on_grid(model, pixel_values, one) for name, one in rows.items()}
 
 
 def check_has_cls(model: nn.Module) -> None:
@@ -113,6 +115,11 @@ def on_grid(model: nn.Module, pixel_values: Tensor, rows: Tensor) -> Tensor:
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """For products of maps inside a caller's ``torch.autocast``, which would take them in half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def correlation(maps: Tensor, others: Tensor) -> Tensor:
