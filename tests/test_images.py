@@ -77,6 +77,7 @@ def test_a_targeted_image_is_what_the_verdict_says_of_its_file(tmp_path):
     assert verdict.embedding_error < 0.01 < 0.1 < relative(embeddings(judge.model, array(target)), wanted)
     errors = found.embedding_errors
     assert max(errors["projection"], errors["box"]) < 1e-4 < verdict.embedding_error < errors["projection_clipped"]
+    assert verdict.embedding_error < 0.8 * errors["nearest_levels"]
     close = closeness(source, target, found.image)
     far = [np.sqrt(np.mean((each - array(target)) ** 2)) for each in (array(source), result)]
     assert [close["rms_source_to_wish"], close["rms_result_to_wish"]] == pytest.approx(far, rel=1e-5)

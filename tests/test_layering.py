@@ -20,6 +20,7 @@ ORDER = [
     "linear.layer_norm",
     "linear.attention",
     "linear.box",
+    "linear.rounding",
     "noise.influence",
     "noise.pixels",
     "noise.artifact",

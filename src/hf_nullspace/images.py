@@ -2,8 +2,8 @@
 
 Wanted is a change: mark - image inside a mark, or target - source everywhere. Equation 13 projects it onto the
 nullspace of the patch embedding; but clipping to [0, 1] leaves the nullspace, so the nearest invisible image is sought
-inside the box, in pixels (``linear.box``), for any std. Rounding to 8 bits leaves it again, by at most 1 / 510 per
-pixel: that is not avoided, so the verdict is on the written file, through the model's own image processor.
+inside the box, in pixels (``linear.box``), for any std. Rounding to 8 bits leaves it again, as little as
+``linear.rounding`` can; so the verdict is on the written file, through the model's own image processor.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hf_nullspace.files import write_whole
 from hf_nullspace.linear.box import nearest_invisible_image
 from hf_nullspace.linear.patch import NoNullspaceError, PatchNullspace
+from hf_nullspace.linear.rounding import round_unseen
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing, rgb_image
 
@@ -65,7 +66,7 @@ class InvisibleImage:
     """Share of the wanted change that was asked for."""
     embedding_errors: dict[str, float]
     """Relative, as in :class:`Verdict`: "projection" is equation 13 alone, which is no image yet, "projection_clipped"
-    that in [0, 1], "box" the solution inside the box before rounding."""
+    that in [0, 1], "box" the solution inside the box, "nearest_levels" that rounded as usual, which is not used."""
     kkt_residual: float
     """The largest over the patches (``linear.box.BoxSolution``)."""
 
@@ -223,8 +224,9 @@ def make_invisible(
     found, solution = nearest_invisible_image(judge.nullspace, inner, inner_wanted, iterations=iterations)
     seen = judge.see_pixels(inner[0]).embeddings
     stages = {"projection": projection, "projection_clipped": projection.clamp(0, 1), "box": found}
+    stages["nearest_levels"] = (found * 255).round() / 255
     result = wanted.clone()
-    judge.window(result).copy_(found[0])
+    judge.window(result).copy_(round_unseen(judge.nullspace, inner, found)[0])
     return InvisibleImage(
         image=image_of(result),
         strength=strength,

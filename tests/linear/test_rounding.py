@@ -1,0 +1,76 @@
+"""Rounding that the model sees least, against every way to round a small patch, by NumPy."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from hf_nullspace.linear.box import nearest_invisible_image
+from hf_nullspace.linear.patch import PatchNullspace
+from hf_nullspace.linear.rounding import round_unseen
+from tiny_models import tiny_model
+
+STD = (0.27, 0.26, 0.1)
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def small_nullspace():
+    weight = torch.randn(3, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return PatchNullspace.from_weight(weight).in_pixels(STD)
+
+
+def invisible(nullspace, source, target):
+    return nearest_invisible_image(nullspace, source, target, iterations=5000, tolerance=1e-10)[0]
+
+
+def test_no_flip_helps_and_few_of_all_ways_to_round_are_better():
+    nullspace, source = small_nullspace(), (uniform(4, 3, 2, 2) * 255).round() / 255
+    pixels = invisible(nullspace, source, uniform(4, 3, 2, 2, seed=1))
+    found = round_unseen(nullspace, source, pixels)
+    weight = nullspace.weight.numpy()
+    for start, wish, rounded in zip(
+        *(each.reshape(4, 12).numpy() * 255 for each in (source, pixels, found)), strict=True
+    ):
+        assert np.abs(rounded - rounded.round()).max() < 1e-9
+        assert np.abs(rounded - wish).max() < 1
+        low, high = np.floor(wish), np.ceil(wish)
+        ways = np.array(list(itertools.product((0, 1), repeat=12)))
+        ways = low + ways * (high - low)
+        errors = np.linalg.norm((ways - start) @ weight.T, axis=1)
+        own = np.linalg.norm((rounded.round() - start) @ weight.T)
+        nearest = np.linalg.norm((wish.round() - start) @ weight.T)
+        assert own <= nearest + 1e-9
+        neighbours = np.abs(ways - rounded.round()).sum(1) == 1
+        assert errors[neighbours].min() >= own - 1e-9
+        assert (errors < own - 1e-9).mean() < 0.05
+
+
+def test_an_image_is_seen_less_than_with_the_nearest_levels():
+    nullspace = PatchNullspace.from_model(tiny_model()).in_pixels(STD)
+    source = (uniform(2, 3, 16, 16, seed=2) * 255).round() / 255
+    pixels = invisible(nullspace, source, uniform(2, 3, 16, 16, seed=3))
+
+    def error(images):
+        patches = (images - source).reshape(2, 3, 4, 4, 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(-1, 48)
+        return np.linalg.norm(patches.numpy() @ nullspace.weight.double().numpy().T)
+
+    found = round_unseen(nullspace, source, pixels)
+    assert error(found) < 0.6 * error((pixels * 255).round() / 255)
+    assert (found - pixels).abs().max() < 1 / 255
+    assert found.min() >= 0
+    assert found.max() <= 1
+
+
+def test_an_8_bit_image_and_a_border_stay():
+    nullspace = small_nullspace()
+    source = (uniform(1, 3, 5, 4, seed=4) * 255).round() / 255
+    assert torch.equal(round_unseen(nullspace, source, source), source)
+    pixels = uniform(1, 3, 5, 4, seed=5)
+    found = round_unseen(nullspace, source, pixels)
+    torch.testing.assert_close(found[:, :, 4], (pixels[:, :, 4] * 255).round() / 255)
+    with pytest.raises(ValueError, match="expected the same shape"):
+        round_unseen(nullspace, source, pixels[..., :2])
