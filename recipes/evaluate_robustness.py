@@ -11,6 +11,8 @@ code is then 1 (--allow_missing: 0).
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +28,11 @@ from hf_nullspace.robustness.checks import Check, run_checks
 from hf_nullspace.robustness.image_sets import ImageSet, InMemory, Part
 from hf_nullspace.robustness.label_spaces import imagenet_columns
 from hf_nullspace.robustness.pixel_model import PixelModel
-from hf_nullspace.robustness.plans import BASE, OWN, Planned, load_plan
+from hf_nullspace.robustness.plans import BASE, OWN, Planned, lacks, load_plan
+from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.records import Records, evaluate_resumably, images_fingerprint, model_fingerprint
 from hf_nullspace.robustness.report import terminal_table, write_report
-from hf_nullspace.robustness.sets import MissingData, load_cifar10_c, load_set
+from hf_nullspace.robustness.sets import CIFAR10_C_IMAGES, SETS, MissingData, load_cifar10_c, load_set
 from hf_nullspace.robustness.suite import ConditionResult, is_stream
 from hf_nullspace.training.columns import class_names
 from hf_nullspace.training.label_maps import align_labels
@@ -98,17 +101,23 @@ def main() -> None:
     checks: dict[str, list[Check]] = {}
     keys: list[str] = []
     checkpoints = args.compare or [args.model_name_or_path]
-    for place, checkpoint in enumerate(checkpoints, 1):
-        name = short_name(checkpoint, checkpoints)
-        state.print(f"Checkpoint {place} of {len(checkpoints)}: {name}", flush=True)
-        measured = measure(args, plan, checkpoint, name, state, records, missing, keys)
-        results[name], checks[name] = measured
+    bar = Progress(shown=state.is_main_process and not args.disable_tqdm)
+    with contextlib.closing(bar):  # an error stands on a line of its own
+        for checkpoint, planned in itertools.product(checkpoints, plan):
+            work = expected_images(args, planned) * planned.condition.cost / state.num_processes
+            bar.expect((checkpoint, planned), work)
+        for place, checkpoint in enumerate(checkpoints, 1):
+            name = short_name(checkpoint, checkpoints)
+            say(state, bar, f"Checkpoint {place} of {len(checkpoints)}: {name}")
+            measured = measure(args, plan, checkpoint, name, state, records, missing, keys, bar)
+            results[name], checks[name] = measured
     if not any(results.values()):
         raise MissingData("nothing could be measured: " + "; ".join(f"{t}: {why}" for t, why in missing.items()))
 
     if state.is_main_process:
         if others := records.others(keys):
-            state.print(f"{others} records in {records.folder} are of another checkpoint, protocol, data set or seed")
+            what = "are of another checkpoint, protocol, data set, limit or seed, and were not used"
+            state.print(f"{others} records in {records.folder} {what}")
         extras = {"missing": missing, "checks": checks if args.checks else None, "published": args.published}
         context = dataclasses.asdict(args)
         paths = write_report(results, args.output_dir, context=context, **extras)
@@ -128,6 +137,7 @@ def measure(
     records: Records,
     missing: dict[str, str],
     keys: list[str],
+    bar: Progress,
 ) -> tuple[list[ConditionResult], list[Check]]:
     """All conditions of one checkpoint, in the plan's order, and what the checks said."""
     processor = AutoImageProcessor.from_pretrained(checkpoint)
@@ -136,15 +146,25 @@ def measure(
     found: dict[str, ConditionResult] = {}
     prints: dict[str, str] = {}
     answers: list[Check] = []
-    for where in dict.fromkeys(planned.images for planned in plan):
-        mine = [planned for planned in plan if planned.images == where]
+    for where, limit in dict.fromkeys((planned.images, limit_of(args, planned)) for planned in plan):
+        mine = [planned for planned in plan if (planned.images, limit_of(args, planned)) == (where, limit)]
+        bar.begin(f"reading {name_of(args, where)}")
         try:
             images = load_images(args, where, checkpoint, preprocessing)
         except MissingData as error:
-            missing.update({planned.title: str(error) for planned in mine})
+            lacking = {planned.title: str(error) for planned in mine}
+        else:
+            lacking = {planned.title: why for planned in mine if (why := lacks(planned.condition, images))}
+        missing |= lacking
+        for planned in mine:  # evaluate_resumably knows what is left of them
+            bar.expect((checkpoint, planned), 0)
+        mine = [planned for planned in mine if planned.title not in lacking]
+        if not mine:
             continue
-        limit = min((value for value in (args.limit, mine[0].limit) if value), default=None)
-        if limit is not None and not is_stream(images) and limit < len(images):
+        if limit is not None and is_stream(images):
+            raise UsageError(f"a limit takes evenly spaced images, and a stream has no length: measure {where} whole, "
+                             "or leave --streaming out")  # fmt: skip
+        if limit is not None and limit < len(images):
             images = Part(images, limit)
         if args.in_memory and not is_stream(images):
             images = InMemory(images)
@@ -172,8 +192,8 @@ def measure(
                 workers=args.workers,
                 fingerprint=fingerprint,
                 samples=Path(args.output_dir) / "per_sample" / name if args.per_sample else None,
-                progress=not args.disable_tqdm,
-                say=lambda text: state.print(text, flush=True),
+                progress=bar,
+                say=functools.partial(say, state, bar),
             )
             found |= results
             keys += used
@@ -184,8 +204,8 @@ def load_images(args: EvaluationArguments, where: str, checkpoint: str, preproce
     """The set ``where`` with labels as the checkpoint numbers them."""
     places = dict(place.split("=", 1) for place in args.location)
     if is_own(where):
-        dataset = args.dataset_name if where == BASE else where.removeprefix(OWN)
-        rows = load_image_dataset(dataset, args.split)
+        dataset = name_of(args, where)
+        rows = own_rows(dataset, args.split)
         labels = align_labels(class_names(rows), AutoConfig.from_pretrained(checkpoint))
         if labels.new_head:
             raise UsageError(f"{checkpoint} does not know the classes of {dataset}: {labels.message}")
@@ -193,7 +213,7 @@ def load_images(args: EvaluationArguments, where: str, checkpoint: str, preproce
     if where.startswith("cifar10-c/"):
         _, corruption, severity = where.split("/")
         folder = places.get("cifar10-c", str(Path(args.data_root or ".") / "cifar10-c"))
-        return load_cifar10_c(folder, corruption, int(severity), preprocessing)
+        return load_cifar10_c(folder, corruption, int(severity), preprocessing, allow_partial=args.allow_partial)
     location = places.get(where)
     if location is None and where.startswith("imagenet-c/") and "imagenet-c" in places:
         location = str(Path(places["imagenet-c"]) / where.removeprefix("imagenet-c/"))
@@ -205,6 +225,34 @@ def load_images(args: EvaluationArguments, where: str, checkpoint: str, preproce
 
 def is_own(where: str) -> bool:
     return where == BASE or where.startswith(OWN)
+
+
+def name_of(args: EvaluationArguments, where: str) -> str:
+    return str(args.dataset_name) if where == BASE else where.removeprefix(OWN)
+
+
+@functools.cache
+def own_rows(dataset: str, split: str) -> Any:
+    return load_image_dataset(dataset, split)
+
+
+def limit_of(args: EvaluationArguments, planned: Planned) -> int | None:
+    return min((value for value in (args.limit, planned.limit) if value), default=None)
+
+
+def expected_images(args: EvaluationArguments, planned: Planned) -> int:
+    """For the time left, before a set was read: its published size, or that of the user's own."""
+    where = planned.images
+    if is_own(where):
+        size = len(own_rows(name_of(args, where), args.split))
+    else:
+        size = CIFAR10_C_IMAGES if where.startswith("cifar10-c/") else SETS[where].images
+    return min(size, limit_of(args, planned) or size)
+
+
+def say(state: PartialState, bar: Progress, text: str) -> None:
+    if state.is_main_process:
+        bar.say(text)
 
 
 def check(model: PixelModel, images: Any, args: EvaluationArguments) -> list[Check]:

@@ -42,6 +42,7 @@ ORDER = [
     "robustness.checks",
     "robustness.scores",
     "robustness.published",
+    "robustness.progress",
     "robustness.suite",
     "robustness.records",
     "robustness.plans",

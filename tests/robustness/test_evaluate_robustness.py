@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -33,10 +36,14 @@ conditions:
 """
 
 
-def call(*words):
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def call(*words, bars=False):
     """Run the recipe in this process, as its command line does; its exit code."""
     main = runpy.run_path(str(RECIPE))["main"]
-    arguments, sys.argv = sys.argv, ["evaluate_robustness", *map(str, words), "--use_cpu", "--disable_tqdm"]
+    quiet = [] if bars else ["--disable_tqdm"]
+    arguments, sys.argv = sys.argv, ["evaluate_robustness", *map(str, words), "--use_cpu", *quiet]
     try:
         run(main)
     except SystemExit as stop:
@@ -83,6 +90,7 @@ def test_a_plan_on_ones_own_images_and_again(digits, tmp_path, capsys):
         assert record["interval"][0] <= record["score"] == record["correct"] / 24 <= record["interval"][1]
         assert "24 of" in record["protocol"]["note"]
         assert set(record["protocol"]["fingerprints"]) == {"model", "images"}
+        assert record["protocol"]["versions"]["torch"] == torch.__version__
     assert {d["condition"] for d in stored["differences"]} == {r["condition"] for r in stored["results"]}
     assert len(stored["checks"]["before"]) == 10
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -134,6 +142,79 @@ def test_missing_sets_are_listed_and_fail(tmp_path, capsys):
     assert list(stored["missing"]) == ["imagenet-r"]
     assert "nine columns" not in json.dumps(stored["averages"])
     assert call(*words, "--allow_missing") == 0
+    assert call(*words, "--allow-missing") == 0
+
+
+def test_limits_of_one_set_may_differ_and_streams_have_none(tmp_path, capsys):
+    model = checkpoint(tmp_path / "model", wnids())
+    root = imagenets(tmp_path / "sets")
+    plan = "conditions: [{set: imagenet-1k}, {set: imagenet-1k, attack: FGSM, limit: 3}, {set: imagenet-v2, limit: 2}]"
+    (tmp_path / "plan.yaml").write_text(plan)
+    words = ["--model_name_or_path", model, "--data_root", root, "--suite", tmp_path / "plan.yaml"]
+    words += ["--output_dir", tmp_path / "out", "--no_checks", "--allow_partial"]
+    assert call(*words) == 0
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [record["n"] for record in stored] == [6, 3, 2]
+    assert call(*words, "--streaming") == 2
+    assert "a limit takes evenly spaced images, and a stream has no length" in capsys.readouterr().err
+
+
+def test_what_an_absent_library_would_do_is_missing_from_the_start(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    plan = "limit: 12\nconditions: [clean, {attack: AutoAttack}, {corruption: [fog, defocus_blur], severity: 1}]"
+    (tmp_path / "plan.yaml").write_text(plan)
+    words = ["--model_name_or_path", digits[0], "--dataset_name", "digits", "--suite", tmp_path / "plan.yaml"]
+    assert call(*words, "--output_dir", tmp_path / "out", "--no_checks") == 1
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [record["condition"] for record in stored["results"]] == ["clean", "generated fog 1"]
+    attack, blur = stored["missing"].values()
+    assert "pip install 'hf-nullspace[attacks]'" in attack
+    assert "pip install 'hf-nullspace[corruptions]'" in blur
+    assert "2 conditions are missing" in capsys.readouterr().err
+
+
+def test_one_bar_with_the_time_left_of_the_whole_run(tmp_path, capsys):
+    """Two sets, three conditions, one of a set that is not there: the bar's total becomes what was really to do."""
+    model = checkpoint(tmp_path / "model", wnids())
+    plan = "conditions: [{set: imagenet-1k}, {set: imagenet-r}, {set: imagenet-v2}, {set: imagenet-v2, attack: FGSM}]"
+    (tmp_path / "plan.yaml").write_text(plan)
+    words = ["--model_name_or_path", model, "--data_root", imagenets(tmp_path / "sets"), "--suite"]
+    words += [tmp_path / "plan.yaml", "--output_dir", tmp_path / "out", "--no_checks", "--allow_partial"]
+    assert call(*words, "--allow_missing", bars=True) == 0
+    errors = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    totals = [int(found[1]) for line in errors if (found := re.search(r"/(\d+) \[", line))]
+    assert totals[0] > 10_000  # before any set was read, the published sizes
+    assert totals[-1] == 6 + 4 + 4 * 4
+    assert len({line.partition("|")[0].rstrip(" 0123456789%") for line in errors if "fwd" in line}) >= 4
+    assert all("/s]" in line for line in errors if re.search(r"/\d+ \[", line))
+
+
+def test_a_killed_run_goes_on_where_it_stopped(digits, tmp_path, capsys):
+    """SIGKILL, as by a queue or for memory; then the same command: the rest is measured, and equals a whole run."""
+    conditions = ", ".join(f"{{attack: PGD, eps: {eps}/255, steps: 20}}" for eps in range(1, 7))
+    (tmp_path / "plan.yaml").write_text(f"limit: 20\nconditions: [clean, {conditions}]")
+    words = ["--model_name_or_path", digits[0], "--dataset_name", "digits", "--suite", tmp_path / "plan.yaml"]
+    words += ["--no_checks", "--batch_size", 4]
+    command = [sys.executable, RECIPE, *words, "--output_dir", tmp_path / "out", "--use_cpu"]
+    records = tmp_path / "out" / "records"
+    with open(tmp_path / "log", "w") as log:
+        child = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=os.environ | ONE_THREAD)
+        deadline = time.monotonic() + 100
+        while len(list(records.glob("*.json"))) < 2 and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        child.kill()
+        child.wait()
+    assert child.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    kept = {path.name: path.read_bytes() for path in records.glob("*.json")}
+    assert 2 <= len(kept) < 7
+    assert call(*words, "--output_dir", tmp_path / "out") == 0
+    assert f"{len(kept)} of 7 conditions were finished before: clean" in capsys.readouterr().out
+    assert {name: (records / name).read_bytes() for name in kept} == kept
+    assert call(*words, "--output_dir", tmp_path / "whole") == 0
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("out", "whole"))
+    assert [r["correct_bits"] for r in one] == [r["correct_bits"] for r in two]
+    assert len(one) == 7
 
 
 @pytest.mark.parametrize(
@@ -180,7 +261,7 @@ def test_the_recipe_on_two_processes(digits, tmp_path):
     words += ["--limit", "23", "--use_cpu", "--disable_tqdm"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ACCELERATE / "cpu_2proc.yaml"]
     command = [*launcher, RECIPE, *words, "--output_dir", tmp_path / "two"]
-    subprocess.run(list(map(str, command)), check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(list(map(str, command)), check=True, timeout=300, env=os.environ | ONE_THREAD)
     assert call(*words, "--output_dir", tmp_path / "one") == 0
     one, two = (json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("one", "two"))
     assert [r["correct_bits"] for r in one] == [r["correct_bits"] for r in two]

@@ -191,13 +191,16 @@ def test_a_hub_set_is_mapped_by_its_names(tmp_path, monkeypatch, named):
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _: ["train", "test"])
     monkeypatch.setattr(datasets, "load_dataset", lambda _, split, streaming: {"test": rows}[split])
     if named:
-        check(load_set("imagenet-1k", PROCESSOR, location="someone/imagenet"), 3)
+        check(load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", allow_partial=True), 3)
+        with pytest.raises(ValueError, match="partial: 3 of 50000 images; complete it"):
+            load_set("imagenet-1k", PROCESSOR, location="someone/imagenet")
         with pytest.raises(LabelError, match="do not belong to imagenet-a"):
             load_set("imagenet-a", PROCESSOR, location="someone/imagenet")
     else:
         with pytest.raises(LabelError, match="no named classes"):
             load_set("imagenet-1k", PROCESSOR, location="someone/imagenet")
-        loaded = load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", label_order="imagenet")
+        words = {"label_order": "imagenet", "allow_partial": True}
+        loaded = load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", **words)
         assert [loaded.label(i) for i in range(3)] == [1, 2, 0]
     stream = rows.to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", lambda _, split, streaming: stream)
@@ -216,7 +219,10 @@ def test_cifar10_c_from_its_arrays(tmp_path):
     with pytest.raises(MissingData, match=r"labels\.npy is not in .*zenodo"):
         load_cifar10_c(tmp_path, "fog", 1, PROCESSOR)
     np.save(tmp_path / "labels.npy", np.tile([3, 1, 4, 1], 5))
-    loaded = load_cifar10_c(tmp_path, "fog", 3, PROCESSOR)
+    with pytest.raises(ValueError, match="cifar10-c/fog/3 is partial: 4 of 10000 images"):
+        load_cifar10_c(tmp_path, "fog", 3, PROCESSOR)
+    loaded = load_cifar10_c(tmp_path, "fog", 3, PROCESSOR, allow_partial=True)
+    assert "4 of 10000" in loaded.protocol()["note"]
     assert [int(np.asarray(loaded.raw_image(i))[0, 0, 0]) for i in range(4)] == [8, 9, 10, 11]
     assert [loaded.label(i) for i in range(len(loaded))] == [3, 1, 4, 1]
     with pytest.raises(MissingData, match=r"snow\.npy"):

@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from hf_nullspace.robustness.attacks.base import Attack
+from hf_nullspace.robustness.attacks.carlini_wagner import CW
 from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
 from hf_nullspace.robustness.corruptions import corrupt
 from hf_nullspace.robustness.image_sets import InMemory, Part
+from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate, image_seed
 
 CONDITIONS = [Clean(), Corrupted("gaussian_noise", 5), Attacked(FGSM(2 / 255)), Attacked(PGD(2 / 255, steps=3))]
@@ -114,6 +117,42 @@ def test_a_subset_of_classes_is_judged_both_ways(tiny_vit, images):
     assert result.correct.sum() > result.correct_all.sum()
 
 
+@pytest.mark.parametrize("columns", [None, [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]])
+def test_an_attack_on_a_subset_decides_among_the_judges_classes(tiny_vit, images, columns):
+    """Among all ten classes CW would leave alone what is wrong there, and right among the subset."""
+    tiny_vit.columns = columns
+    images.subset = [1, 4, 7]
+    pixels = torch.stack([images.pixels_from_image(image) for image in images.images])
+    few = PixelModel(tiny_vit.model, tiny_vit.mean, tiny_vit.std, [(columns or range(10))[c] for c in images.subset])
+    with torch.no_grad():
+        truth = few(pixels).argmax(1)
+    images.labels = [images.subset[int(place)] for place in truth]
+    (result,) = evaluate(tiny_vit, images, [Attacked(CW(c=100, steps=20))], batch_size=5, progress=False)
+    with torch.no_grad():
+        expected = few(CW(c=100, steps=20)(few, pixels, truth)).argmax(1) == truth
+    assert result.correct.tolist() == expected.tolist()
+    assert result.correct.sum() < 13
+    assert "3 classes" in result.protocol["attack among"]
+    assert "3 classes" in result.protocol["answer among"]
+    images.labels[3] = 2
+    with pytest.raises(ValueError, match=r"labels \[2\] are not among the set's 3 classes"):
+        evaluate(tiny_vit, images, [Attacked(FGSM())], batch_size=5, progress=False)
+
+
+def test_a_stream_of_another_length_says_so(tiny_vit, images):
+    class Stream:
+        expected, pixels_from_image = 50, staticmethod(images.pixels_from_image)
+
+        def __iter__(self):
+            return iter(zip(images.images, images.labels, strict=True))
+
+    (result,) = evaluate(tiny_vit, Stream(), [Clean()], batch_size=5, progress=False)
+    assert result.protocol["note"] == "partial: 13 of 50 images"
+    Stream.expected = 13
+    (result,) = evaluate(tiny_vit, Stream(), [Clean()], batch_size=5, progress=False)
+    assert result.protocol == {}
+
+
 def test_the_model_is_left_as_it_was(tiny_vit, images):
     tiny_vit.train()
     evaluate(tiny_vit, images, CONDITIONS, batch_size=5, progress=False)
@@ -169,3 +208,18 @@ def test_the_protocol_is_written_down(tiny_vit, images):
 def test_one_progress_bar(tiny_vit, images, capsys):
     evaluate(tiny_vit, images, CONDITIONS, batch_size=13, seed=4)
     assert "clean" in capsys.readouterr().err
+
+
+def test_a_bar_of_the_callers_spans_several_calls(tiny_vit, images, capsys):
+    bar = Progress()
+    bar.expect("another set", 130)
+    evaluate(tiny_vit, images, CONDITIONS[:1], batch_size=13, progress=bar)
+    assert (bar.bar.n, bar.bar.total) == (13, 143)
+    bar.expect("another set", 0)
+    evaluate(tiny_vit, images, CONDITIONS[2:3], batch_size=13, progress=bar)
+    assert (bar.bar.n, bar.bar.total) == (13 + 13 * 4, 13 + 13 * 4)
+    bar.say("between")
+    bar.close()
+    said = capsys.readouterr()
+    assert "between" in said.out
+    assert "?, ?" not in said.err.splitlines()[-1]

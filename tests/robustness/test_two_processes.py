@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +24,19 @@ def launch(processes, folder):
             patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(folder / "modules"))
             run_evaluation.main(folder)
         return [json.loads((folder / "rank-0.json").read_text())], ""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(WORKER), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(processes)], done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # what torchrun sets
+    environment = os.environ | group | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    running = []
+    for rank in map(str, range(processes)):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank}
+        pipe = {"stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen([sys.executable, WORKER, folder], env=environment | ranks, **pipe))
+    errors = [process.communicate(timeout=LIMIT_S)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * processes, "\n".join(errors)[-3000:]
+    return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(processes)], "\n".join(errors)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from hf_nullspace.robustness.attacks.base import Attack
 from hf_nullspace.robustness.attacks.carlini_wagner import CW
 from hf_nullspace.robustness.attacks.gradient import FGSM, MIM, PGD
 from hf_nullspace.robustness.attacks.patch_fool import PatchFool
-from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES
+from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from hf_nullspace.robustness.sets import SETS
-from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted
+from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, Images, is_stream
 
 NAMED = ("quick", "standard", "paper")
 BASE = "base"  # the user's own images: --dataset_name
@@ -101,6 +101,22 @@ def parse_entry(entry: Any, limit: int | None, suite: str) -> list[Planned]:
         known({"clean"}, entry, suite)
         conditions = [Clean()]
     return [Planned(name, condition, limit) for name in GROUPS.get(where, [where]) for condition in conditions]
+
+
+def lacks(condition: Condition, images: Images) -> str | None:
+    """What keeps a condition from being measured at all: an optional library that is not installed; None if nothing.
+
+    Asked before anything is measured, so that a run does not stop in the middle.
+    """
+    try:
+        if isinstance(condition, Corrupted):
+            image = next(iter(images))[0] if is_stream(images) else images.raw_image(0)  # type: ignore[call-overload]
+            corrupt(image, condition.corruption, condition.severity, seed=0, index=0)
+        if isinstance(condition, Attacked):
+            condition.attack.require()
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def choices(value: Any, everything: Any) -> list[Any]:

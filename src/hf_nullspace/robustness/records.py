@@ -3,8 +3,10 @@
 import base64
 import hashlib
 import json
+import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from numpy.typing import NDArray
 
 from hf_nullspace.files import write_json, write_whole
 from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.suite import Condition, ConditionResult, Images, evaluate, is_stream, process
 
-FORMAT = 1
+FORMAT = 2  # another one where the same protocol would give other numbers
+LIBRARIES = ("hf-nullspace", "torch", "transformers", "datasets", "accelerate", "numpy", "pillow")
 
 
 def record(result: ConditionResult) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def evaluate_resumably(
     workers: int = 0,
     samples: Path | None = None,
     fingerprint: str | None = None,
-    progress: bool = True,
+    progress: Progress | bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, ConditionResult], list[str]]:
     """``suite.evaluate`` for conditions by title, each kept as soon as it is finished, none measured twice.
@@ -167,7 +171,7 @@ def evaluate_resumably(
 
     def keep(result: ConditionResult) -> None:
         title = titles[result.condition]
-        protocol = result.protocol | {"fingerprints": fingerprints, "dtype": dtype}
+        protocol = result.protocol | {"fingerprints": fingerprints, "dtype": dtype, "versions": versions()}
         if samples is not None and process()[0] == 0:
             write_samples(result, samples / f"{keys[title]}.parquet", title)
         found[title] = replace(result, condition=title, protocol=protocol, samples=None)
@@ -196,3 +200,14 @@ def write_samples(result: ConditionResult, path: Path, title: str) -> None:
     table = pyarrow.table({"correct": result.correct, **(result.samples or {})})
     table = table.replace_schema_metadata({"condition": title})
     write_whole(path, lambda temporary: pyarrow.parquet.write_table(table, temporary))
+
+
+def versions() -> dict[str, str]:
+    """Python's and the libraries' that a number may depend on."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:  # run from a source tree
+            found[library] = "not installed"
+    return found

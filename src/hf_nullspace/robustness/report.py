@@ -6,10 +6,8 @@ carries a mark, quoted numbers say that they are quoted.
 
 import csv
 import io
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,14 @@ from hf_nullspace.files import write_json, write_whole
 from hf_nullspace.robustness.checks import Check, unreliable
 from hf_nullspace.robustness.plots import plot_bars, plot_severity, plot_strength
 from hf_nullspace.robustness.published import TABLE_1, TABLE_1_COLUMNS
-from hf_nullspace.robustness.records import record
-from hf_nullspace.robustness.scores import Interval, paired_difference, paired_mean_difference
+from hf_nullspace.robustness.records import record, versions
+from hf_nullspace.robustness.scores import Interval, paired_difference, paired_mean_difference, worst_condition
 from hf_nullspace.robustness.suite import ConditionResult
 from hf_nullspace.robustness.summaries import image_averages, summaries
 
 Results = Mapping[str, Sequence[ConditionResult]]  # checkpoint name -> its results, in the same order of conditions
 Checks = Mapping[str, Sequence[Check]]  # checkpoint name -> what checks.run_checks said
 Missing = Mapping[str, str]  # condition -> why it was not measured, and how to get what it needs
-LIBRARIES = ("hf-nullspace", "torch", "transformers", "datasets", "accelerate", "numpy", "pillow")
 UNRELIABLE = "(!)"
 
 
@@ -56,28 +53,33 @@ def write_report(
 
 
 def table_rows(results: Results, missing: Missing | None = None, checks: Checks | None = None) -> list[list[str]]:
-    """Header and rows in %: a column per checkpoint, then the differences with 95% paired bootstrap intervals."""
+    """Header and rows in %: a column per checkpoint, then its 95% Wilson intervals, or, of several checkpoints, the
+    differences with 95% paired bootstrap intervals."""
     check_same_conditions(results)
     names = list(results)
     pairs = comparisons(names)
-    rows = [["condition", "images", *names, *(f"{after} - {before}" for before, after in pairs)]]
+    last = ["95% interval"] if len(names) == 1 else [f"{after} - {before}" for before, after in pairs]
+    rows = [["condition", "images", *names, *last]]
     for index, first in enumerate(results[names[0]]):
         row = [results[name][index] for name in names]
         scores = [f"{100 * r.score.value:.2f}{mark(r, (checks or {}).get(n))}" for n, r in zip(names, row, strict=True)]
+        if len(names) == 1:  # several have the intervals of their differences
+            scores.append(f"[{100 * first.score.low:.2f}, {100 * first.score.high:.2f}]")
         changes = [signed(difference(results, before, after, index)) for before, after in pairs]
         rows.append([first.condition, str(first.n), *scores, *changes])
         if first.correct_all is not None:
             every = [f"{100 * r.correct_all.mean():.2f}" for r in row if r.correct_all is not None]
-            rows.append([f"{first.condition}, among all classes", str(first.n), *every, *[""] * len(pairs)])
+            rows.append([f"{first.condition}, among all classes", str(first.n), *every, *[""] * len(last)])
     averages = {name: summaries(results[name], results[names[0]]) for name in names}
     weights = image_averages([r.condition for r in results[names[0]]])
     for title in dict.fromkeys(title for found in averages.values() for title in found):
         values = {name: found[title] for name, found in averages.items() if title in found}
         changes = [f"{values[a] - values[b]:+.2f}" if a in values and b in values else "" for b, a in pairs]
-        if title in weights:
+        changes = changes or [""] * len(last)
+        if title in weights and pairs:
             changes = [signed(average_difference(results, b, a, weights[title])) for b, a in pairs]
         rows.append([title, "", *(f"{values[name]:.2f}" if name in values else "" for name in names), *changes])
-    rows += [[title, "", *["missing"] * len(names), *[""] * len(pairs)] for title in grouped(missing or {})]
+    rows += [[title, "", *["missing"] * len(names), *[""] * len(last)] for title in grouped(missing or {})]
     return rows
 
 
@@ -96,6 +98,10 @@ def notes(results: Results, missing: Missing | None, checks: Checks | None) -> l
         lines += [f"{UNRELIABLE} {name}: {check.name}: {check.detail}" for check in failed]
         if not failed:
             lines.append(f"{name}: {len(answers)} checks passed." if answers else f"{name}: no checks were run.")
+    for name, conditions in results.items():
+        if len(conditions) > 1:
+            worst, _ = worst_condition({r.condition: r.score.value for r in conditions})
+            lines.append(f"Worst condition of {name}: {worst}")
     partial = {str(r.protocol["note"]) for rows in results.values() for r in rows if "note" in r.protocol}
     lines += [f"Note: {note}" for note in sorted(partial)]
     lines += [f"Missing: {title}: {why}" for title, why in grouped(missing or {}).items()]
@@ -226,16 +232,6 @@ def check_same_conditions(results: Results) -> None:
         if other != first:
             odd = sorted({str(c) for c in set(first) ^ set(other)})
             raise ValueError(f"{name} was measured under other conditions than {next(iter(results))}: {', '.join(odd)}")
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:  # run from a source tree
-            found[library] = "not installed"
-    return found
 
 
 def write_text(path: Path, text: str) -> None:

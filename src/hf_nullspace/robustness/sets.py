@@ -97,16 +97,22 @@ def load_set(
         if location is None or location.startswith((".", "/")):
             hub = f" or pass its Hub id ({info.hub_id})" if info.hub_id else ""
             raise MissingData(f"{name} is not at {folder}. Get it from {info.page}, put it there{hub}")
-        return from_hub(info, location, preprocessing, streaming, label_order)
+        return from_hub(info, location, preprocessing, streaming, label_order, allow_partial)
     rows = listed_rows(folder, name) if info.layout == "val.txt" else folder_rows(folder, info)
-    note = ""
-    if len(rows) != info.images:
-        note = f"partial: {len(rows)} of {info.images} images"
-        if not allow_partial:
-            raise ValueError(f"{name} at {folder} is {note}; complete it, or allow a partial set (the report says so)")
+    note = partial_note(f"{name} at {folder}", len(rows), info.images, allow_partial)
     if streaming:
         rows = rows.to_iterable_dataset()
     return image_set(info, rows, preprocessing, None, note, streaming=streaming)
+
+
+def partial_note(where: str, found: int, published: int, allow_partial: bool) -> str:
+    """What the protocol says about a set with another number of images than published; "" where it is whole."""
+    if found == published:
+        return ""
+    note = f"partial: {found} of {published} images"
+    if not allow_partial:
+        raise ValueError(f"{where} is {note}; complete it, or accept that with --allow_partial (the report says so)")
+    return note
 
 
 def image_set(
@@ -171,11 +177,17 @@ def listed_rows(folder: Path, name: str) -> datasets.Dataset:
 
 
 def from_hub(
-    info: SetInfo, location: str, preprocessing: Preprocessing, streaming: bool, label_order: str | None
+    info: SetInfo,
+    location: str,
+    preprocessing: Preprocessing,
+    streaming: bool,
+    label_order: str | None,
+    allow_partial: bool,
 ) -> ImageSet:
     """A Hub data set with an image and a label column; its class names (wnids or names) decide, never their order.
 
-    Integer labels without names are ImageNet's class indices only if ``label_order="imagenet"`` says so.
+    Integer labels without names are ImageNet's class indices only if ``label_order="imagenet"`` says so. A stream's
+    number of images is known, and compared, only after it was read (``suite.protocol``).
     """
     splits = datasets.get_dataset_split_names(location)
     split = next((s for s in ("validation", "val", "test", "train") if s in splits), splits[0])
@@ -197,10 +209,16 @@ def from_hub(
     other = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
     rows = rows.select_columns([image, label])
     rows = rows.rename_columns(other) if other else rows
-    return image_set(info, rows, preprocessing, labels, "", streaming=streaming)
+    note = "" if streaming else partial_note(f"{info.name} at {location}", len(rows), info.images, allow_partial)
+    return image_set(info, rows, preprocessing, labels, note, streaming=streaming)
 
 
-def load_cifar10_c(folder: str | Path, corruption: str, severity: int, preprocessing: Preprocessing) -> ImageSet:
+CIFAR10_C_IMAGES = 10_000  # of each severity
+
+
+def load_cifar10_c(
+    folder: str | Path, corruption: str, severity: int, preprocessing: Preprocessing, *, allow_partial: bool = False
+) -> ImageSet:
     """CIFAR-10-C from its published .npy files: 10,000 images per severity, one after the other, and labels.npy."""
     folder = Path(folder)
     for name in (f"{corruption}.npy", "labels.npy"):
@@ -215,4 +233,6 @@ def load_cifar10_c(folder: str | Path, corruption: str, severity: int, preproces
         )
     n = len(images) // len(SEVERITIES)
     part = slice((severity - 1) * n, severity * n)
-    return ImageSet(f"cifar10-c/{corruption}/{severity}", ArrayRows(images[part], labels[part]), preprocessing)
+    name = f"cifar10-c/{corruption}/{severity}"
+    note = partial_note(name, n, CIFAR10_C_IMAGES, allow_partial)
+    return ImageSet(name, ArrayRows(images[part], labels[part]), preprocessing, note=note)

@@ -1,5 +1,6 @@
 """The one evaluation loop: conditions over a set of images, counted exactly on any number of processes."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,11 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_nullspace.robustness.attacks.base import Attack, frozen
 from hf_nullspace.robustness.corruptions import SMALL, corrupt
 from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.scores import Interval, accuracy
 
 
@@ -112,7 +113,7 @@ def evaluate(
     seed: int = 0,
     workers: int = 0,
     per_sample: bool = False,
-    progress: bool = True,
+    progress: Progress | bool = True,
     on_result: Callable[[ConditionResult], None] | None = None,
 ) -> list[ConditionResult]:
     """Judge ``model`` on every image of ``images`` under every condition; every process returns the same results.
@@ -120,8 +121,8 @@ def evaluate(
     With ``torch.distributed`` initialised, rank r takes the images r, r + world, ...: every image once, none twice,
     whatever the batch size. Corruptions and random starts depend on (seed, image index) alone. Meanwhile the model is
     in eval mode, afterwards as before. Wrap the call in ``torch.autocast`` to evaluate in bf16. ``workers`` prepare
-    images in processes of their own. ``progress`` shows one bar with the time left on the main process. ``on_result``
-    sees each result as soon as it is there.
+    images in processes of their own. ``progress`` is a bar of the caller's that spans more than this call, or whether
+    to show one with the time left on the main process. ``on_result`` sees each result as soon as it is there.
     """
     if not is_stream(images) and not len(images):
         raise ValueError("the set has no images")
@@ -129,25 +130,30 @@ def evaluate(
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"conditions given twice: {', '.join(repeated)}")
     rank, world = process()
-    size = images.expected if is_stream(images) else len(images)  # type: ignore[attr-defined]
-    total = round(size / world * sum(condition.cost for condition in conditions))
+    bar = progress if isinstance(progress, Progress) else Progress(shown=progress and rank == 0)
+    keys = {name: (object(), name) for name in names}  # of this call alone
+    for name, condition in zip(names, conditions, strict=True):
+        bar.expect(keys[name], work(images, condition))
     results = []
-    with frozen(model), tqdm(total=total, unit="fwd", disable=not progress or rank > 0, leave=False) as bar:
+    with contextlib.closing(bar) if bar is not progress else contextlib.nullcontext(), frozen(model):
         for condition in conditions:
-            bar.set_description(str(condition))
-            start = time.perf_counter()
+            bar.begin(str(condition))
+            start, done = time.perf_counter(), 0
             parts: list[dict[str, NDArray[Any]]] = []
             for indices, pixels, labels in batches(images, condition, batch_size, seed, rank, world, workers):
                 judged = judge(model, pixels, labels, indices, condition, seed, getattr(images, "subset", None))
                 parts.append(judged if per_sample else {k: v for k, v in judged.items() if k.startswith("correct")})
-                bar.update(len(labels) * condition.cost)
+                bar.advance(len(labels) * condition.cost)
+                done += len(labels)
+            bar.expect(keys[str(condition)], done * condition.cost)
             arrays = gather(parts, rank, world)
+            correct = arrays.pop("correct")
             result = ConditionResult(
                 condition=str(condition),
-                correct=arrays.pop("correct"),
+                correct=correct,
                 seconds=time.perf_counter() - start,
                 seed=seed,
-                protocol=protocol(condition, images),
+                protocol=protocol(condition, images, len(correct)),
                 correct_all=arrays.pop("correct_all", None),
                 samples=arrays or None,
             )
@@ -155,6 +161,12 @@ def evaluate(
             if on_result is not None:
                 on_result(result)
     return results
+
+
+def work(images: Images, condition: Condition) -> float:
+    """Forward passes that this process owes a condition, roughly; of a stream by its published size."""
+    size = images.expected if is_stream(images) else len(images)  # type: ignore[attr-defined]
+    return float(size / process()[1] * condition.cost)
 
 
 def process() -> tuple[int, int]:
@@ -239,7 +251,8 @@ def judge(
     judged = pixels
     if isinstance(condition, Attacked):
         attack = condition.attack
-        adversarial = attack(model, pixels, labels, seeds=[image_seed(seed, index) for index in indices])
+        attacked, truth = (model, labels) if subset is None else among(model, labels, subset)
+        adversarial = attack(attacked, pixels, truth, seeds=[image_seed(seed, index) for index in indices])
         judged = attack.project(adversarial, pixels)
     with torch.no_grad():
         logits = model(judged)
@@ -259,6 +272,19 @@ def judge(
     answers |= {"correct": prediction == labels}
     answers |= {"label": labels, "prediction": prediction, "confidence": confidence}
     return {name: values.cpu().numpy() for name, values in answers.items()}
+
+
+def among(model: PixelModel, labels: Tensor, subset: Sequence[int]) -> tuple[PixelModel, Tensor]:
+    """The model and the labels where only the classes of ``subset`` exist: an attack decides among those of the judge.
+
+    Among all classes it would, for example, leave images alone that are wrong there and right among the subset.
+    """
+    columns = [model.columns[c] for c in subset] if model.columns is not None else list(subset)
+    place = {c: i for i, c in enumerate(subset)}
+    if wrong := sorted(set(labels.tolist()) - set(place)):
+        raise ValueError(f"the labels {wrong[:5]} are not among the set's {len(place)} classes")
+    found = torch.tensor([place[label] for label in labels.tolist()], device=labels.device)
+    return PixelModel(model.model, model.mean, model.std, columns), found
 
 
 def seed_index(images: Images, index: int) -> int:
@@ -292,11 +318,17 @@ def gather(parts: Sequence[dict[str, NDArray[Any]]], rank: int, world: int) -> d
     return arrays
 
 
-def protocol(condition: Condition, images: Images) -> dict[str, Any]:
-    """What a reader needs in order to repeat the number, besides the seed."""
+def protocol(condition: Condition, images: Images, n: int) -> dict[str, Any]:
+    """What a reader needs in order to repeat the number, besides the seed; ``n`` images were measured."""
     described = dict(images.protocol()) if hasattr(images, "protocol") else {}
+    if is_stream(images) and n != images.expected:  # type: ignore[attr-defined]
+        described.setdefault("note", f"partial: {n} of {images.expected} images")  # type: ignore[attr-defined]
+    if (subset := getattr(images, "subset", None)) is not None:
+        described["answer among"] = f"the set's {len(subset)} classes (score_all_classes: among all)"
     if isinstance(condition, Attacked):
         attack = condition.attack
+        if subset is not None:
+            described["attack among"] = f"the set's {len(subset)} classes"
         described |= {"space": "pixels in [0, 1]", "attack": type(attack).__name__, "settings": attack.settings()}
     if isinstance(condition, Corrupted):
         described |= {"corruption": condition.corruption, "severity": condition.severity}

@@ -30,6 +30,9 @@ class AutoAttack(BoundedAttack):
 
     seeded = True
 
+    def require(self) -> None:
+        load_library()
+
     @property
     def cost(self) -> float:
         return 3.0 * self.iterations * (1 + 2 * self.targets) + self.queries

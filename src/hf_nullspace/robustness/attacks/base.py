@@ -50,6 +50,9 @@ class Attack(ABC):
         """The nearest image to ``adversarial`` that the threat model allows around ``pixels``; here any in [0, 1]."""
         return adversarial.clamp(0, 1)
 
+    def require(self) -> None:  # noqa: B027  (most need nothing)
+        """Raise ``ImportError`` if an optional library that the attack needs is not installed."""
+
     @property
     def cost(self) -> float:
         """Rough price in forward passes (a backward counts as two), for the time left on progress bars."""
