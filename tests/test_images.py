@@ -124,7 +124,8 @@ def test_a_mark_changes_only_the_patches_that_it_touches():
     assert np.asarray(marked(source, Image.new("RGB", (4, 2), (0, 255, 0))))[4:12].tolist() == [[[0, 255, 0]] * 16] * 8
 
 
-def test_the_strength_is_searched_where_rounding_changes_the_prediction():
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_the_strength_is_searched_where_rounding_changes_the_prediction(share):
     judge = judge_of()
     source, target = picture(0), picture(1)
     full = make_invisible(judge, source, target)
@@ -137,7 +138,7 @@ def test_the_strength_is_searched_where_rounding_changes_the_prediction():
         rival = int(gain.argmax())
         assert gain[rival] > 1e-4
         # a model for which source is so near to the boundary that the rounded image is beyond it
-        judge.model.classifier.bias[rival] += before[first] - before[rival] - gain[rival] / 2
+        judge.model.classifier.bias[rival] += before[first] - before[rival] - gain[rival] * share
     assert judge.compare(source, full.image).prediction_result == rival
     found = strongest_invisible(judge, source, target, steps=4)
     verdict = judge.compare(source, found.image)
