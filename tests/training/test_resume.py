@@ -13,13 +13,16 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from run_for_resume import STEPS, run
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
-from tiny_training import assert_differs, assert_same
+from hf_nullspace.training.trainer import NullspaceTrainer
+from tiny_models import tiny_model
+from tiny_training import Images, assert_differs, assert_same, config
 
 EMA = {"ema_decay": 0.7}
 
@@ -195,3 +198,23 @@ def test_a_full_disk_is_one_clear_error(processes, whole, tmp_path, file):
     AutoModelForImageClassification.from_pretrained(folder / "checkpoint-2")
     assert processes(folder, resume=True) == 0, (folder / "log.txt").read_text()
     assert_same_end(folder, whole)
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path):
+    """transformers 5.23 trains one more step when it resumes from the last checkpoint in the middle of an epoch."""
+
+    def trainer():
+        args = config(tmp_path, lr_scheduler_type="constant", save_strategy="steps", save_steps=2)
+        return NullspaceTrainer(tiny_model(), args, train_dataset=Images())
+
+    first = trainer()
+    first.train()
+    noises = sorted(path.name for path in (tmp_path / "noises").iterdir())
+    assert len(noises) == 2
+    again = trainer()
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    assert_same(again.model.state_dict(), first.model.state_dict())
+    assert sorted(path.name for path in (tmp_path / "noises").iterdir()) == noises
+    assert [entry["round"] for entry in again.history] == [0, 1]
+    assert torch.equal(again.noise.tensor, first.noise.tensor)

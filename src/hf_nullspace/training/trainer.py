@@ -247,6 +247,11 @@ class NullspaceTrainer(Trainer):
             self.model.load_state_dict(self._start)
             self.optimizer = self._given_optimizer
 
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *more: Any) -> tuple[int, int]:
+        begun = super()._init_training_state(max_steps, steps_per_epoch, epochs, *more)
+        # A finished run has no epoch left: upstream (5.23) would train one step more, in the middle of an epoch.
+        return (epochs, 0) if self.state.global_step >= max_steps else begun
+
     def _hp_search_setup(self, trial: Any) -> None:
         steps = self.args.max_steps
         super()._hp_search_setup(trial)
