@@ -1,9 +1,10 @@
 """Whose weights are these? Null patterns of a patch embedding as a fingerprint (section 6, "model patenting").
 
 Training does nothing for it: the owner draws patterns from the nullspace of the own model and shows images with and
-without them to a suspect, which need not open its weights. A model with these weights answers the same; any other one
-answers as differently as to the same pixels in another order. How often an innocent model passes is measured, not
-assumed, on models that are given as innocent.
+without them to a suspect, which need not open its weights. A model with these weights answers the same. Others react,
+but less than to the same values in another order, since all trained patch embeddings prefer smooth patches: five ViTs
+trained on CIFAR-10 score 0.24 to 0.60 on each other's fingerprint (20 pairs), below 0.001 on their own. So how often an
+innocent model passes is measured, not assumed, on models that are given as innocent.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ class Ownership:
     """How invariant a suspect is to a fingerprint, beside models that are known to be others."""
 
     score: float
-    """The suspect's (:func:`invariance_score`): near 0 for the owner's weights, near 1 for others."""
+    """The suspect's (:func:`invariance_score`): near 0 for the owner's weights, of the order of 1 for others."""
     threshold: float
     claimed: bool
     """Whether the score is at most the threshold."""
