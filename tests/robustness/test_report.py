@@ -180,8 +180,12 @@ def test_pictures_of_severity_and_strength(tmp_path):
     rows = [result("clean", 40), attacked(1, 30), attacked(4, 10), *cells(lambda c, s: 40 - s)]
     paths = report.write_report({"one": rows, "two": rows}, tmp_path)
     assert {path.name for path in paths.values()} >= {"severity.png", "strength.png", "results.png"}
-    assert plots.complete_corruptions(rows) == list(CORRUPTIONS)
-    assert plots.complete_corruptions(rows[:-1]) == list(CORRUPTIONS[:-1])
+    assert plots.complete_corruptions(rows) == {"generated": list(CORRUPTIONS)}
+    published = cells(lambda c, s: 40 - s, "imagenet-c/{c}/{s}")
+    assert plots.complete_corruptions(published[:-1]) == {"ImageNet-C": list(CORRUPTIONS)[:-1]}
+    assert plots.cell(result("imagenet-c/fog/3: FGSM(eps=1/255)", 1)) is None
+    assert plots.plot_severity({"one": published, "two": published}, tmp_path / "published.png") is not None
+    assert plots.complete_corruptions(rows[:-1]) == {"generated": list(CORRUPTIONS[:-1])}
     for name in ("severity", "strength"):
         with Image.open(paths[name]) as image:
             assert len(image.convert("RGB").getcolors(1_000_000)) > 3

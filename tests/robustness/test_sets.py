@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 
 from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.robustness.image_sets import Part
 from hf_nullspace.robustness.label_spaces import LabelError, indices, wnids
+from hf_nullspace.robustness.records import images_fingerprint
 from hf_nullspace.robustness.sets import (
     SETS,
     MissingData,
@@ -141,6 +143,27 @@ def test_a_corrupt_file_is_named(tmp_path):
     loaded = load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, allow_partial=True)
     with pytest.raises(ValueError, match="imagenet-v2: image 2 cannot be decoded"):
         loaded.raw_image(2)
+
+
+def test_a_changed_file_is_noticed_beyond_the_sampled_pixels(tmp_path):
+    """Only the first and the last image are decoded for this fingerprint; the replaced one lies between."""
+    tree(tmp_path / "imagenet-v2", {str(c): c for c in range(3)})
+    arrays = {"fog": np.zeros((20, 32, 32, 3), np.uint8), "labels": np.zeros(20, np.int64)}
+
+    def prints():
+        loaded = load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, allow_partial=True)
+        for name, array in arrays.items():
+            np.save(tmp_path / f"{name}.npy", array)
+        cifar = load_cifar10_c(tmp_path, "fog", 1, PROCESSOR, allow_partial=True)
+        sets = (loaded, Part(loaded, 6), cifar)
+        return [images_fingerprint(images, sample=2) for images in sets]
+
+    before = prints()
+    assert prints() == before
+    noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "imagenet-v2" / "1" / "0.png")
+    arrays["fog"][1, 5, 5, 0] = 9
+    assert all(new != old for new, old in zip(prints(), before, strict=True))
 
 
 def test_what_is_missing_says_how_to_get_it(tmp_path):

@@ -1,5 +1,6 @@
 """Pictures of results: bars per condition, accuracy against severity, accuracy against attack strength."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ MOST_BARS = 24  # conditions that one picture can show; corruption cells beyond 
 def plot_bars(results: Results, path: str | Path) -> Path:
     """Accuracy with its 95% interval per condition, a bar for each checkpoint."""
     first = next(iter(results.values()))
-    shown = [i for i in range(len(first)) if len(first) <= MOST_BARS or "severity" not in first[i].protocol][:MOST_BARS]
+    shown = [i for i in range(len(first)) if len(first) <= MOST_BARS or cell(first[i]) is None][:MOST_BARS]
     figure, axes = new_figure(max(6.0, 1.6 + len(shown) * (0.5 + 0.25 * len(results))))
     width = 0.8 / len(results)
     for place, (name, conditions) in enumerate(results.items()):
@@ -38,12 +39,14 @@ def plot_severity(results: Results, path: str | Path) -> Path | None:
         return None
     figure, axes = new_figure(6.0)
     for name, conditions in results.items():
-        cells = {(r.protocol.get("corruption"), r.protocol.get("severity")): r.score.value for r in conditions}
-        means = [100 * np.mean([cells[corruption, s] for corruption in whole]) for s in SEVERITIES]
-        axes.plot(SEVERITIES, means, marker="o", label=name)
+        cells = {cell(r): r.score.value for r in conditions}
+        for kind, corruptions in whole.items():
+            means = [100 * np.mean([cells[kind, corruption, s] for corruption in corruptions]) for s in SEVERITIES]
+            axes.plot(SEVERITIES, means, marker="o", label=name if len(whole) == 1 else f"{name}, {kind}")
     axes.set_xticks(SEVERITIES)
-    axes.set_xlabel(f"severity (mean over {len(whole)} generated corruptions)")
-    return save(figure, axes, path, len(results))
+    over = "; ".join(f"{len(corruptions)} corruptions, {kind}" for kind, corruptions in whole.items())
+    axes.set_xlabel(f"severity (mean over {over})")
+    return save(figure, axes, path, len(results) * len(whole))
 
 
 def plot_strength(results: Results, path: str | Path) -> Path | None:
@@ -75,13 +78,26 @@ def plot_strength(results: Results, path: str | Path) -> Path | None:
     return save(figure, axes, path, len(curves))
 
 
-def complete_corruptions(conditions: Sequence[ConditionResult]) -> list[str]:
-    """The generated corruptions that were measured at all five severities."""
-    found: dict[str, set[int]] = defaultdict(set)
-    for result in conditions:
-        if "severity" in result.protocol:
-            found[result.protocol["corruption"]].add(result.protocol["severity"])
-    return [corruption for corruption, severities in found.items() if severities == set(SEVERITIES)]
+KINDS = {"generated ": "generated", "imagenet-c/": "ImageNet-C", "cifar10-c/": "CIFAR-10-C"}
+CELL = re.compile(rf"({'|'.join(KINDS)})(\w+)[ /]([1-5])")
+
+
+def cell(result: ConditionResult) -> tuple[str, str, int] | None:
+    """(kind, corruption, severity) of a corruption cell, generated or published; None for any other condition."""
+    found = CELL.fullmatch(result.condition)
+    return None if found is None else (KINDS[found[1]], found[2], int(found[3]))
+
+
+def complete_corruptions(conditions: Sequence[ConditionResult]) -> dict[str, list[str]]:
+    """Kind -> the corruptions that were measured at all five severities."""
+    found: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for kind, corruption, severity in filter(None, map(cell, conditions)):
+        found[kind, corruption].add(severity)
+    whole: dict[str, list[str]] = defaultdict(list)
+    for (kind, corruption), severities in found.items():
+        if severities == set(SEVERITIES):
+            whole[kind].append(corruption)
+    return whole
 
 
 def percentages(results: Sequence[ConditionResult]) -> tuple[np.ndarray, np.ndarray]:

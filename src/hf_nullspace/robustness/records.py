@@ -16,6 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.robustness.image_sets import content_digest
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.suite import Condition, ConditionResult, Images, evaluate, is_stream, process
@@ -118,7 +119,7 @@ def model_fingerprint(model: PixelModel) -> str:
 
 
 def images_fingerprint(images: Images, *, sample: int = 64) -> str:
-    """A hash of the number of images, their labels and geometry, and the pixels of ``sample`` of them.
+    """A hash of the number of images, their labels, file sizes and geometry, and the pixels of ``sample`` of them.
 
     Of a stream the first ``sample`` images count: it would have to be read once more otherwise.
     """
@@ -132,6 +133,7 @@ def images_fingerprint(images: Images, *, sample: int = 64) -> str:
         digest.update(repr([n, [images.label(index) for index in range(n)]]).encode())
         places = sorted({round(place) for place in np.linspace(0, n - 1, min(sample, n))})
         rows = [(images.raw_image(index), images.label(index)) for index in places]
+        digest.update(content_digest(images).encode())
     for image, label in rows:
         digest.update(f"{label} {image.size}".encode())
         digest.update(image.tobytes())

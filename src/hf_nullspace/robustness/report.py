@@ -104,6 +104,8 @@ def notes(results: Results, missing: Missing | None, checks: Checks | None) -> l
             lines.append(f"Worst condition of {name}: {worst}")
     partial = {str(r.protocol["note"]) for rows in results.values() for r in rows if "note" in r.protocol}
     lines += [f"Note: {note}" for note in sorted(partial)]
+    if missing:
+        lines.append("Averages over what is missing are left out; none is over a part.")
     lines += [f"Missing: {title}: {why}" for title, why in grouped(missing or {}).items()]
     return lines
 
@@ -139,7 +141,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(cells))
         for cells in (list(zip(row, widths, strict=True)) for row in rows)
     ]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+    return [lines[0], "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])]
 
 
 def markdown(

@@ -95,8 +95,11 @@ def load_set(
     folder = Path(location) if location else Path(data_root or ".") / name
     if not folder.is_dir():
         if location is None or location.startswith((".", "/")):
-            hub = f" or pass its Hub id ({info.hub_id})" if info.hub_id else ""
-            raise MissingData(f"{name} is not at {folder}. Get it from {info.page}, put it there{hub}")
+            other = f"FOLDER or --location {name}={info.hub_id} (Hub id)" if info.hub_id else "FOLDER"
+            raise MissingData(
+                f"{name} is not at {folder.absolute()}. Get it from {info.page}, put it there, or say where it is: "
+                f"--location {name}={other}"
+            )
         return from_hub(info, location, preprocessing, streaming, label_order, allow_partial)
     rows = listed_rows(folder, name) if info.layout == "val.txt" else folder_rows(folder, info)
     note = partial_note(f"{name} at {folder}", len(rows), info.images, allow_partial)
