@@ -192,7 +192,7 @@ def test_one_bar_with_the_time_left_of_the_whole_run(tmp_path, capsys):
 
 def test_a_killed_run_goes_on_where_it_stopped(digits, tmp_path, capsys):
     """SIGKILL, as by a queue or for memory; then the same command: the rest is measured, and equals a whole run."""
-    conditions = ", ".join(f"{{attack: PGD, eps: {eps}/255, steps: 20}}" for eps in range(1, 7))
+    conditions = ", ".join(f"{{attack: PGD, eps: {eps}/255, steps: 12}}" for eps in range(1, 7))
     (tmp_path / "plan.yaml").write_text(f"limit: 20\nconditions: [clean, {conditions}]")
     words = ["--model_name_or_path", digits[0], "--dataset_name", "digits", "--suite", tmp_path / "plan.yaml"]
     words += ["--no_checks", "--batch_size", 4]

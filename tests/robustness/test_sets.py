@@ -196,6 +196,16 @@ def test_preprocessing_is_the_protocols_with_the_processors_numbers():
         benchmark_preprocessing(large, SETS["damagenet"])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_set_of_224_px_is_never_cropped_in_silence(tmp_path, streaming):
+    name = "imagenet-c/fog/1"
+    tree(tmp_path / name, {wnids()[3]: 3}, size=(256, 256))
+    loaded = load_set(name, PROCESSOR, data_root=tmp_path, allow_partial=True, streaming=streaming)
+    with pytest.raises(ValueError, match=r"imagenet-c/fog/1: an image is 256x256; .* 224x224 already"):
+        loaded.pixels_from_image(marked(3, (256, 256)))
+    assert loaded.pixels_from_image(marked(3, (224, 224))).shape == (3, 224, 224)
+
+
 def test_the_75_cells_of_imagenet_c_are_there():
     cells = [name for name in SETS if name.startswith("imagenet-c/")]
     assert len(cells) == 75

@@ -20,7 +20,8 @@ class ImageSet:
     """Images with labels and one preprocessing; what ``suite.evaluate`` takes.
 
     ``rows`` is a `datasets.Dataset` with ``image`` and ``label``; ``labels[row["label"]]`` is the class among all that
-    the model knows, ``subset`` the classes among which the answer is looked for.
+    the model knows, ``subset`` the classes among which the answer is looked for. ``ready``: the images have the input's
+    size already, and one that has not is an error.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class ImageSet:
         labels: Sequence[int] | None = None,
         subset: Sequence[int] | None = None,
         note: str = "",
+        ready: bool = False,
     ):
         self.name, self.rows, self.preprocessing = name, rows, preprocessing
-        self.labels, self.subset, self.note = labels, subset, note
+        self.labels, self.subset, self.note, self.ready = labels, subset, note, ready
         # Asking a row for its label would decode its image; so the column is read once.
         self.row_labels = rows["label"][:] if isinstance(rows, datasets.Dataset) else None
 
@@ -54,6 +56,12 @@ class ImageSet:
         return label if self.labels is None else self.labels[label]
 
     def pixels_from_image(self, image: Image.Image) -> Tensor:
+        height, width = self.preprocessing.size
+        if self.ready and image.size != (width, height):
+            raise ValueError(
+                f"{self.name}: an image is {image.width}x{image.height}; those published are {width}x{height} already "
+                "and must not be resized or cropped. Get the published set"
+            )
         return self.preprocessing.pixels_from_image(image)
 
     def protocol(self) -> dict[str, Any]:

@@ -122,11 +122,12 @@ def image_set(
     info: SetInfo, rows: Any, preprocessing: Preprocessing, labels: list[int] | None, note: str, *, streaming: bool
 ) -> ImageSet:
     geometry = benchmark_preprocessing(preprocessing, info)
+    words: dict[str, Any] = {"labels": labels, "subset": info.subset, "note": note, "ready": info.resized}
     if streaming:
-        stream = ImageStream(info.name, rows, geometry, labels=labels, subset=info.subset, note=note)
+        stream = ImageStream(info.name, rows, geometry, **words)
         stream.expected = info.images
         return stream
-    return ImageSet(info.name, rows, geometry, labels=labels, subset=info.subset, note=note)
+    return ImageSet(info.name, rows, geometry, **words)
 
 
 def folder_rows(folder: Path, info: SetInfo) -> datasets.Dataset:
