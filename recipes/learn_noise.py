@@ -9,7 +9,7 @@ history.json and history.png. The last form is the exploratory one of equation 6
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.files import write_json
-from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, bank_file_name, model_hash
+from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name, provenance_of
 from hf_nullspace.noise.learning import NoiseSettings, derive_seed, learn_noise
 from hf_nullspace.noise.plots import plot_history
 from hf_nullspace.training.data import collate
@@ -83,11 +83,7 @@ def main() -> None:
         raise UsageError("the model's head is not for these classes; a noise is learned on a model that is trained")
     model = classifier.model.to(state.device).eval()
     images = training_images(data_args, rows, classifier, args.seed)
-    provenance = {
-        "base_model": model_args.model_name_or_path,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "model_sha256": model_hash(model),
-    }
+    known = provenance_of(model)
 
     # Learn
     history_path = output / "history.json"
@@ -125,7 +121,7 @@ def main() -> None:
                 seed=seed,
                 held_out=held_out,
                 chunk_size=args.chunk_size,
-                provenance=NoiseProvenance(**provenance, round=index),
+                provenance=replace(known, round=index),
                 on_step=show,
             )
         histories.append({"round": index} | history.summary(noise))

@@ -5,7 +5,7 @@
 
 ``folder/datasets/ORG/NAME/`` holds a data set's files, ``folder/models/ORG/NAME/`` a model's: that is a repository,
 with one revision. The clients read HF_ENDPOINT when they are imported, so they run in a process of their own. Reading
-only; ``hub.asked`` lists what was asked for.
+only; ``hub.asked`` lists what was asked for. Of files in ``hub.cut`` the connection ends after a few bytes.
 """
 
 import hashlib
@@ -114,8 +114,8 @@ class Handler(BaseHTTPRequestHandler):
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-            return self.send(206, content[first : last + 1], headers)
-        return self.send(200, content, headers)
+            return self.send(206, content[first : last + 1], headers, cut=file in self.server.cut)
+        return self.send(200, content, headers, cut=file in self.server.cut)
 
     def answer(self, value: object) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -124,13 +124,14 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Error-Code": code, "X-Error-Message": code} | ({"X-Repo-Commit": commit} if commit else {})
         self.send(404, b"", headers)
 
-    def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+    def send(self, status: int, content: bytes, headers: dict[str, str], *, cut: bool = False) -> None:
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(content))}).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[:10] if cut else content)
+            self.close_connection = self.close_connection or cut
 
     def log_message(self, *args: object) -> None:
         pass
@@ -143,7 +144,9 @@ class LoopbackHub(ThreadingHTTPServer):
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.asked = folder, []
+        self.folder = folder
+        self.asked: list[str] = []
+        self.cut: set[str] = set()
 
     def __enter__(self) -> "LoopbackHub":
         threading.Thread(target=self.serve_forever, daemon=True).start()

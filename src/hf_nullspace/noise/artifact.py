@@ -218,3 +218,31 @@ def model_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def hub_commit(model: nn.Module, revision: str | None = None) -> str | None:
+    """Commit of the Hub repository that ``model`` was loaded from, as the local cache knows it; None for a folder.
+
+    transformers 5.23 does not keep it. ``revision`` is what was asked for; by default the main branch.
+    """
+    name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
+    if not name or Path(name).exists():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # not the name of a repository
+        return None
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def provenance_of(model: nn.Module, *, hashed: bool = True) -> NoiseProvenance:
+    """Where ``model`` comes from: its name, its commit on the Hub, and the hash of its weights if ``hashed``."""
+    config: Any = getattr(unwrap(model), "config", None)
+    return NoiseProvenance(
+        base_model=getattr(config, "_name_or_path", None) or None,
+        revision=getattr(config, "_commit_hash", None) or hub_commit(model),
+        model_sha256=model_hash(model) if hashed else None,
+    )

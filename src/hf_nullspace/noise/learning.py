@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_nullspace import __version__
-from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise, embedding_shape, unwrap
-from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, model_hash
+from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise, embedding_shape
+from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, provenance_of
 from hf_nullspace.noise.influence import centred_norm, scale_to_influence
 from hf_nullspace.noise.probe import Probe, frozen
 
@@ -175,7 +175,7 @@ def learn_noise(
         if own_hook:
             hook.remove()
     history.seconds = time.perf_counter() - begin
-    made = asdict(provenance or _provenance_of(model)) | {
+    made = asdict(provenance or provenance_of(model)) | {
         "seed": seed,
         "epsilon": settings.epsilon,
         "influence": history.held_out_influence,
@@ -264,12 +264,3 @@ def _next(stream: Iterator[Tensor], step: int, settings: NoiseSettings) -> Tenso
         raise ValueError(
             f"the batches ran out at noise step {step}; up to {settings.max_steps + 1} are needed: repeat the data"
         ) from None
-
-
-def _provenance_of(model: nn.Module) -> NoiseProvenance:
-    config: Any = getattr(unwrap(model), "config", None)
-    return NoiseProvenance(
-        base_model=getattr(config, "_name_or_path", None) or None,
-        revision=getattr(config, "_commit_hash", None),
-        model_sha256=model_hash(model),
-    )

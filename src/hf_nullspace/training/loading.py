@@ -17,6 +17,7 @@ from transformers import (
 
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
+from hf_nullspace.noise.artifact import hub_commit
 from hf_nullspace.training.augmentation import Augmentation
 from hf_nullspace.training.columns import DataError, class_names, num_classes
 from hf_nullspace.training.data import ImageClassificationDataset, StreamingImageClassificationDataset
@@ -138,6 +139,7 @@ def _pretrained(
     model = AutoModelForImageClassification.from_pretrained(
         name, revision=revision, config=config, ignore_mismatched_sizes=labels.new_head
     )
+    model.config._commit_hash = hub_commit(model, revision)  # the provenance of noises; transformers forgets it
     if labels.new_head:  # of the same size it would keep the weights of other classes
         _new_head(model)
     return model, AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil"), labels

@@ -7,6 +7,7 @@ through the model twice in one forward pass, as it is and with v on its patch em
 import json
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_nullspace.files import write_json
 from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise, unwrap
-from hf_nullspace.noise.artifact import WEIGHTS_NAME, NoiseProvenance, NullspaceNoise, bank_file_name, model_hash
+from hf_nullspace.noise.artifact import WEIGHTS_NAME, NullspaceNoise, bank_file_name, provenance_of
 from hf_nullspace.noise.learning import NoiseHistory, derive_seed, learn_noise
 from hf_nullspace.training.checkpoints import HISTORY_NAME, checkpoint_to_resume, load_weights, one_clear_error
 from hf_nullspace.training.config import NullspaceConfig, usable_config
@@ -152,6 +153,7 @@ class NullspaceTrainer(Trainer):
         needs_held_out = settings.stop_on == "held_out" or settings.on_limit == "rescale"
         if needs_held_out and not args.held_out_images:
             raise ValueError("held_out_images=0: this preset tests epsilon on held-out images; keep some")
+        known = provenance_of(self.model, hashed=not self.is_fsdp_enabled)
         bar = tqdm(
             total=settings.max_steps,
             desc=f"Noise {round_ + 1}/{args.rounds}",
@@ -184,7 +186,7 @@ class NullspaceTrainer(Trainer):
                 held_out=held_out,
                 hook=self._hook,
                 chunk_size=2 * self._train_batch_size,  # what a training step takes fits here too
-                provenance=self._provenance(round_),
+                provenance=replace(known, training_step=self.state.global_step, round=round_),
                 on_step=show,
             )
         self._keep(noise, history, round_)
@@ -199,16 +201,6 @@ class NullspaceTrainer(Trainer):
                 self._compiled = torch.compile(compiled_from.module, **options)  # type: ignore[assignment]
             return self._compiled  # type: ignore[return-value]
         return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-    def _provenance(self, round_: int) -> NoiseProvenance:
-        config: Any = getattr(unwrap(self.model), "config", None)
-        return NoiseProvenance(
-            base_model=getattr(config, "_name_or_path", None) or None,
-            revision=getattr(config, "_commit_hash", None),
-            model_sha256=None if self.is_fsdp_enabled else model_hash(self.model),
-            training_step=self.state.global_step,
-            round=round_,
-        )
 
     def _keep(self, noise: NullspaceNoise, history: NoiseHistory, round_: int) -> None:
         entry = {"round": round_, "step": self.state.global_step} | history.summary(noise)
