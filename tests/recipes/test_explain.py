@@ -1,32 +1,20 @@
 """recipes/explain.py on a tiny DeiT: what it writes is what the library says, and bad input is one line."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from hf_nullspace.command_line import run
 from hf_nullspace.explain.lrp import lrp_map
 from hf_nullspace.explain.maps import saliency_maps
 from hf_nullspace.models.preprocessing import make_image_processor
+from recipe_calls import call_recipe
 from tiny_models import tiny_model, tiny_resnet
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "explain.py"
-
-
-def call(*words):
-    """Run the recipe in this process, as its command line does."""
-    main = runpy.run_path(str(RECIPE))["main"]
-    arguments, sys.argv = sys.argv, ["explain", *map(str, words)]
-    try:
-        run(main)
-    finally:
-        sys.argv = arguments
+call = partial(call_recipe, "explain")
 
 
 def keep(model, folder):

@@ -1,7 +1,6 @@
 """recipes/finetune.py on real images: what it writes loads, resumes and is true; and what it says of bad input."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +12,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_nullspace import NullspaceNoise
-from hf_nullspace.command_line import run
 from hf_nullspace.models.preprocessing import make_image_processor
+from recipe_calls import call_recipe
 from tiny_models import tiny_model, tiny_resnet
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -43,16 +42,6 @@ disable_tqdm: true
 dataloader_pin_memory: false
 use_cpu: true
 """
-
-
-def call(recipe, *words):
-    """Run a recipe in this process, as its command line does."""
-    main = runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"]
-    arguments, sys.argv = sys.argv, [recipe, *map(str, words)]
-    try:
-        run(main)
-    finally:
-        sys.argv = arguments
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +107,11 @@ def test_started_again_it_goes_on_and_with_other_settings_it_refuses(finished, c
     folder = finished[0]
     before = (folder / "out" / "model.safetensors").read_bytes()
     words = ["--config", folder / "small.yaml", "--output_dir", folder / "out"]
-    call("finetune", *words)
+    call_recipe("finetune", *words)
     assert "Going on from" in capsys.readouterr().out
     assert (folder / "out" / "model.safetensors").read_bytes() == before
     with pytest.raises(SystemExit):
-        call("finetune", *words, "--epsilon", "0.5")
+        call_recipe("finetune", *words, "--epsilon", "0.5")
     error = capsys.readouterr().err
     assert "holds a run with other settings (epsilon: 0.03 there, 0.5 now)" in error
     assert (folder / "out" / "model.safetensors").read_bytes() == before
@@ -153,7 +142,7 @@ OWN = ["--rounds=1", "--steps_per_round=2", "--global_batch_size=8", "--noise_ba
 
 
 def test_own_model_and_own_data(own, tmp_path, capsys):
-    call("finetune", f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}",
+    call_recipe("finetune", f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}",
          f"--output_dir={tmp_path}", *OWN)  # fmt: skip
     out = capsys.readouterr().out
     assert "The data has 3 of the model's 5 classes; the head is kept" in out
@@ -162,7 +151,7 @@ def test_own_model_and_own_data(own, tmp_path, capsys):
 
 
 def test_streaming(own, tmp_path):
-    call("finetune", f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}",
+    call_recipe("finetune", f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}",
          f"--output_dir={tmp_path}", "--streaming=true", "--max_eval_images=6", *OWN)  # fmt: skip
     assert {r["n"] for r in json.loads((tmp_path / "results.json").read_text())["results"]} == {6}
 
@@ -176,7 +165,7 @@ def test_a_new_head_is_new_and_said(own, tmp_path, capsys):
             for copy in range(4):
                 colour = (50 * index, 20 * copy, 100)
                 Image.new("RGB", (16, 16), colour).save(tmp_path / "images" / split / name / f"{copy}.png")
-    call("finetune", f"--model_name_or_path={own / 'model'}", f"--dataset_name={tmp_path / 'images'}",
+    call_recipe("finetune", f"--model_name_or_path={own / 'model'}", f"--dataset_name={tmp_path / 'images'}",
          f"--output_dir={tmp_path / 'out'}", "--learning_rate=1e-12", *OWN)  # fmt: skip
     assert "New classifier head for 5 classes" in capsys.readouterr().out
     old = AutoModelForImageClassification.from_pretrained(own / "model").classifier.weight
@@ -207,7 +196,7 @@ def test_bad_input_is_one_line(own, tmp_path, capfd, monkeypatch, words, message
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     given = [f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}", f"--output_dir={tmp_path}"]
     with pytest.raises(SystemExit) as stopped:
-        call("finetune", *given, *OWN, *words)
+        call_recipe("finetune", *given, *OWN, *words)
     assert stopped.value.code == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
@@ -227,18 +216,20 @@ def test_models_and_processors_that_do_not_fit_are_named(own, tmp_path, capsys):
         (own / "model", tmp_path / "file" / "out", "file"),
     ):
         with pytest.raises(SystemExit):
-            call("finetune", f"--model_name_or_path={model}", data, f"--output_dir={output}", *OWN, "--overwrite=true")
+            call_recipe(
+                "finetune", f"--model_name_or_path={model}", data, f"--output_dir={output}", *OWN, "--overwrite=true"
+            )
         assert message in capsys.readouterr().err
 
 
 def test_learn_noise_one_bank_and_resumed(own, tmp_path, capsys):
     words = [f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}", "--batch_size=8",
              "--held_out_images=8", "--max_steps=6", "--use_cpu=true"]  # fmt: skip
-    call("learn_noise", *words, f"--output_dir={tmp_path / 'one'}")
+    call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'one'}")
     noise = NullspaceNoise.from_pretrained(tmp_path / "one")
     assert noise.provenance.base_model == str(own / "model")
     assert noise.provenance.influence_images == 8
-    call("learn_noise", *words, f"--output_dir={tmp_path / 'bank'}", "--count=3")
+    call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'bank'}", "--count=3")
     paths = sorted((tmp_path / "bank").glob("round-*"))
     assert len(paths) == 3
     assert torch.equal(NullspaceNoise.load(paths[0]).tensor, noise.tensor), "noise k depends on (seed, k) alone"
@@ -246,7 +237,7 @@ def test_learn_noise_one_bank_and_resumed(own, tmp_path, capsys):
     paths[2].unlink()
     history = json.loads((tmp_path / "bank" / "history.json").read_text())
     (tmp_path / "bank" / "history.json").write_text(json.dumps(history[:2]))
-    call("learn_noise", *words, f"--output_dir={tmp_path / 'bank'}", "--count=3")
+    call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'bank'}", "--count=3")
     assert paths[2].read_bytes() == third
     with Image.open(tmp_path / "bank" / "history.png") as image:
         assert min(image.size) > 200
@@ -259,7 +250,7 @@ def test_learn_noise_exploratory(own, tmp_path):
              "--use_cpu=true"]  # fmt: skip
     norms = []
     for weight in ("0", "5"):
-        call("learn_noise", *words, f"--output_dir={tmp_path / weight}", f"--norm_weight={weight}")
+        call_recipe("learn_noise", *words, f"--output_dir={tmp_path / weight}", f"--norm_weight={weight}")
         norms.append(NullspaceNoise.from_pretrained(tmp_path / weight).centred_norm)
     assert norms[1] > 2 * norms[0]
 

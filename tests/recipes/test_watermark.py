@@ -1,9 +1,7 @@
 """recipes/watermark.py on real files: what it writes is judged again by transformers, and bad input is one line."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,21 +9,11 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_nullspace.command_line import run
 from hf_nullspace.models.preprocessing import make_image_processor
+from recipe_calls import call_recipe
 from tiny_models import tiny_model, tiny_resnet
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "watermark.py"
-
-
-def call(*words):
-    """Run the recipe in this process, as its command line does."""
-    main = runpy.run_path(str(RECIPE))["main"]
-    arguments, sys.argv = sys.argv, ["watermark", *map(str, words)]
-    try:
-        run(main)
-    finally:
-        sys.argv = arguments
+call = partial(call_recipe, "watermark")
 
 
 def keep(model, folder):
