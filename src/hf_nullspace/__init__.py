@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_nullspace.linear.patch import PatchNullspace
     from hf_nullspace.models.patch_embedding import patch_embedding_noise
     from hf_nullspace.noise.artifact import NullspaceNoise
     from hf_nullspace.noise.learning import learn_noise
@@ -18,6 +19,7 @@ __all__ = [
     "NullspaceConfig",
     "NullspaceNoise",
     "NullspaceTrainer",
+    "PatchNullspace",
     "__version__",
     "learn_noise",
     "patch_embedding_noise",
@@ -27,6 +29,7 @@ _ROOMS = {
     "NullspaceConfig": "hf_nullspace.training.config",
     "NullspaceNoise": "hf_nullspace.noise.artifact",
     "NullspaceTrainer": "hf_nullspace.training.trainer",
+    "PatchNullspace": "hf_nullspace.linear.patch",
     "learn_noise": "hf_nullspace.noise.learning",
     "patch_embedding_noise": "hf_nullspace.models.patch_embedding",
 }

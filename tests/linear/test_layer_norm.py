@@ -139,6 +139,20 @@ def test_own_precision_loses_the_bits_that_large_constants_push_out():
     assert check_direction(torch.compile(model, backend="eager"), pixel_values, norm=10.0) == small
 
 
+def test_constants_and_control_are_opposite_and_equally_large():
+    """What really arrives at the first layer: all of the constants is token mean, nothing of the control is."""
+    model, arrived = tiny_model("vit").double(), []
+    model.vit.layers[0].register_forward_pre_hook(lambda module, args: arrived.append(args[0]))
+    check = check_direction(model, images(16), norm=70.0)
+    clean, shifted, controlled = arrived[-3:]
+    for noise, share in ((shifted - clean, 1.0), (controlled - clean, 0.0)):
+        means = noise.mean(-1, keepdim=True).expand_as(noise)
+        for image, of_image in zip(noise, means, strict=True):
+            assert image.norm().item() == pytest.approx(check.norm, rel=1e-12)
+            assert of_image.norm().item() == pytest.approx(share * check.norm, abs=1e-10)
+        assert torch.equal(noise[:, 0], torch.zeros_like(noise[:, 0])), "CLS is no patch"
+
+
 def test_what_cannot_be_checked_says_so():
     model = tiny_model("vit")
     with pytest.raises(ValueError, match="Linear is no part of ViTForImageClassification"):
