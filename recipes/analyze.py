@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nullspace.command_line import UsageError, parse, run
-from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.figures.canvas import canvas, save
+from hf_nullspace.figures.table_4 import HEADER, line_of, plot_table_4, remark, table_4
+from hf_nullspace.files import write_json
 from hf_nullspace.linear.attention import constructed_noise, head_changes, layer_conditions, null_direction
 from hf_nullspace.linear.layer_norm import NotANullspaceError, check_direction, exact_encoder_nullspace
 from hf_nullspace.linear.patch import PatchNullspace
@@ -32,11 +32,6 @@ from hf_nullspace.models.attention import NoAttentionWeightsError, attention_inp
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.training.sources import load_image_dataset
-
-# Table 4 of the paper: (features D, patch size) and the dimension of the nullspace.
-TABLE_4 = {(192, 16): 576, (384, 32): 2688, (384, 16): 384, (768, 32): 2304, (768, 16): 2, (768, 8): 0,
-           (1024, 32): 2048, (1024, 16): 0}  # fmt: skip
-RANDOM = "random weights"
 
 
 @dataclass
@@ -76,7 +71,7 @@ def main() -> None:
     if (args.model_name_or_path is None) == (args.table4 is None):
         raise UsageError("name what to look at: either --model_name_or_path M, or --table4 with models or D:patch")
     if args.table4 is not None:
-        rows = table_4(args.table4, args)
+        rows = table_4_report(args)
         write_json(output / "table4.json", {"command": asdict(args), "rows": rows})
         plot_table_4(rows, output / "table4.png")
         print(f"table4.json and table4.png are in {output}")
@@ -206,32 +201,15 @@ def attention_report(model: nn.Module, pixel_values: Tensor, seed: int) -> dict[
     return {"prefix_tokens": prefix_tokens(model), "layers": rows}
 
 
-def table_4(names: list[str], args: AnalyzeArguments) -> list[dict[str, Any]]:
+def table_4_report(args: AnalyzeArguments) -> list[dict[str, Any]]:
     """One row for each model or configuration D:patch, printed as it comes."""
-    papers = [f"{features}:{patch}" for features, patch in TABLE_4]
-    names = [each for name in names for each in (papers if name == "paper" else [name])]
-    print("features  patch  dimension  paper  at tol/10  at 10 tol   s_min/s_max  model")
+    print(HEADER)
     rows: list[dict[str, Any]] = []
-    for name in names:
-        features, _, patch = name.partition(":")
-        if features.isdecimal() and patch.isdecimal():
-            generator = torch.Generator().manual_seed(args.seed)
-            weight = torch.randn(int(features), 3, int(patch), int(patch), generator=generator)
-            nullspace, kind = PatchNullspace.from_weight(weight, stored_dtype=args.dtype()), RANDOM
-        else:
-            nullspace, kind = PatchNullspace.from_model(load_model(name), stored_dtype=args.dtype()), name
-        row = {"model": kind, "paper": None, **nullspace.summary()}
-        if row["patch"][0] == 3 and row["patch"][1] == row["patch"][2]:
-            row["paper"] = TABLE_4.get((row["features"], row["patch"][1]))
+    for row in table_4(args.table4 or [], load_model, stored_dtype=args.dtype(), seed=args.seed):
         rows.append(row)
-        ratio = row["singular_values"][-1] / row["singular_values"][0]
-        paper = "-" if row["paper"] is None else row["paper"]
-        print(
-            f"{row['features']:8d}  {row['patch'][1]:5d}  {row['dimension']:9d}  {paper:>5}  "
-            f"{row['dimension_at_a_tenth']:9d}  {row['dimension_at_ten_times']:9d}  {ratio:12.2e}  {kind}"
-        )
-    if any(row["model"] == RANDOM and row["paper"] not in (None, row["dimension"]) for row in rows):
-        print("random weights have full rank; what the paper has more is a property of trained ones: name the model")
+        print(line_of(row))
+    if said := remark(rows):
+        print(said)
     return rows
 
 
@@ -316,28 +294,6 @@ def plot_attention(layers: list[dict[str, Any]], path: Path) -> Path:
     change.xaxis.get_major_locator().set_params(integer=True)
     change.legend(fontsize="small")
     return save(figure, path)
-
-
-def plot_table_4(rows: list[dict[str, Any]], path: Path) -> Path:
-    """All spectra, relative to their largest singular value."""
-    figure, (axes,) = canvas(1)
-    for row in rows:
-        values = row["singular_values"]
-        label = f"{row['features']}, patch {row['patch'][1]}: {row['dimension']} ({Path(row['model']).name})"
-        axes.plot(range(1, len(values) + 1), [max(value / values[0], 1e-10) for value in values], label=label)
-    axes.set(xlabel="index", ylabel="singular value / largest", yscale="log", title="features, patch: dimension")
-    axes.legend(fontsize="x-small")
-    return save(figure, path)
-
-
-def canvas(count: int) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(4.5 * max(count, 1.5), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
-
-
-def save(figure: Figure, path: Path) -> Path:
-    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
 if __name__ == "__main__":

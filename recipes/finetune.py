@@ -9,14 +9,13 @@ before and after (results.json, .md, .csv, .png). A run that was killed goes on 
 """
 
 import copy
-import shutil
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
 from accelerate import PartialState
-from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForImageClassification, set_seed
 
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
 from hf_nullspace.command_line import UsageError, parse, run
@@ -25,10 +24,10 @@ from hf_nullspace.robustness.attacks.gradient import FGSM
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.report import terminal_table, write_report
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, evaluate
+from hf_nullspace.training.base_model import train_base_model
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import (
-    Classifier,
     DataArguments,
     ModelArguments,
     evaluation_images,
@@ -104,7 +103,16 @@ def main() -> None:
     train_set = training_images(data_args, train_rows, classifier, config.seed)
     eval_set = evaluation_images(eval_rows, classifier, recipe.max_eval_images)
     if model_args.model_name_or_path is None:
-        train_base_model(recipe, config, classifier, train_set, output / "base", state, say)
+        train_base_model(
+            classifier,
+            train_set,
+            output / "base",
+            config,
+            epochs=recipe.base_epochs,
+            learning_rate=recipe.base_learning_rate,
+            batch_size=recipe.base_batch_size,
+            say=say,
+        )
 
     # Measure, fine-tune, measure what was written
     def measure(folder: Path | str, revision: str | None = None) -> Any:
@@ -168,55 +176,6 @@ def main() -> None:
         say("\n" + terminal_table(results) + "\n")
         say(f"Model, image processor and noises: {output}. Numbers: {paths['json']}. Picture: {paths['png']}")
         say(f"Use it: pipeline('image-classification', model={str(output)!r})")
-
-
-def train_base_model(
-    recipe: FinetuneArguments,
-    config: NullspaceConfig,
-    classifier: Classifier,
-    train_set: Any,
-    folder: Path,
-    state: PartialState,
-    say: Any,
-) -> None:
-    """Train the small ViT with the plain Trainer, or take the one that an earlier start of this run left."""
-    if not folder.is_dir():
-        say(f"Training a small ViT for {recipe.base_epochs:g} epochs")
-        unfinished = folder.with_name(folder.name + ".part")
-        args = TrainingArguments(
-            output_dir=str(unfinished),
-            num_train_epochs=recipe.base_epochs,
-            learning_rate=recipe.base_learning_rate,
-            weight_decay=0.05,
-            warmup_steps=0.05,
-            lr_scheduler_type="cosine",
-            per_device_train_batch_size=max(recipe.base_batch_size // config.world_size, 1),
-            save_strategy="no",
-            logging_steps=0.1,  # of the whole
-            seed=config.seed,
-            use_cpu=config.use_cpu,
-            bf16=config.bf16,
-            torch_compile=config.torch_compile,
-            disable_tqdm=config.disable_tqdm,
-            dataloader_num_workers=config.dataloader_num_workers,
-            dataloader_pin_memory=config.dataloader_pin_memory,
-        )
-        trainer = Trainer(
-            classifier.model,
-            args,
-            train_dataset=train_set,
-            data_collator=collate,
-            processing_class=classifier.image_processor,
-        )
-        trainer.train()
-        trainer.save_model()
-        trainer.accelerator.wait_for_everyone()
-        if state.is_main_process:
-            shutil.move(unfinished, folder)
-        trainer.accelerator.wait_for_everyone()
-    trained = type(classifier.model).from_pretrained(folder)
-    classifier.model.to("cpu").load_state_dict(trained.state_dict())
-    classifier.model.config._name_or_path = str(folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""Table 4: the dimension of the patch embedding's nullspace, of models or of configurations with random weights."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_nullspace.figures.canvas import canvas, save
+from hf_nullspace.linear.patch import PatchNullspace
+
+# Table 4 of the paper, quoted: (features D, patch size) and the dimension of the nullspace.
+TABLE_4 = {(192, 16): 576, (384, 32): 2688, (384, 16): 384, (768, 32): 2304, (768, 16): 2, (768, 8): 0,
+           (1024, 32): 2048, (1024, 16): 0}  # fmt: skip
+RANDOM = "random weights"
+HEADER = "features  patch  dimension  paper  at tol/10  at 10 tol   s_min/s_max  model"
+
+
+def table_4(
+    names: Sequence[str],
+    load_model: Callable[[str], nn.Module],
+    *,
+    stored_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """One row after the other: ``PatchNullspace.summary``, the model's name, and the paper's dimension or None.
+
+    A name is a model, for ``load_model``; a configuration ``D:patch`` of 3 channels, whose weights are drawn from
+    ``seed``; or "paper", the eight configurations of the paper.
+    """
+    papers = [f"{features}:{patch}" for features, patch in TABLE_4]
+    for name in [one for given in names for one in (papers if given == "paper" else [given])]:
+        features, _, patch = name.partition(":")
+        if features.isdecimal() and patch.isdecimal():
+            generator = torch.Generator().manual_seed(seed)
+            weight = torch.randn(int(features), 3, int(patch), int(patch), generator=generator)
+            nullspace, kind = PatchNullspace.from_weight(weight, stored_dtype=stored_dtype), RANDOM
+        else:
+            nullspace, kind = PatchNullspace.from_model(load_model(name), stored_dtype=stored_dtype), name
+        row = {"model": kind, "paper": None, **nullspace.summary()}
+        if row["patch"][0] == 3 and row["patch"][1] == row["patch"][2]:
+            row["paper"] = TABLE_4.get((row["features"], row["patch"][1]))
+        yield row
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row below ``HEADER``; "paper" is quoted."""
+    ratio = row["singular_values"][-1] / row["singular_values"][0]
+    paper = "-" if row["paper"] is None else row["paper"]
+    return (
+        f"{row['features']:8d}  {row['patch'][1]:5d}  {row['dimension']:9d}  {paper:>5}  "
+        f"{row['dimension_at_a_tenth']:9d}  {row['dimension_at_ten_times']:9d}  {ratio:12.2e}  {row['model']}"
+    )
+
+
+def remark(rows: Sequence[dict[str, Any]]) -> str | None:
+    """What has to be said of rows of random weights that have another dimension than the paper's."""
+    if any(row["model"] == RANDOM and row["paper"] not in (None, row["dimension"]) for row in rows):
+        return "random weights have full rank; what the paper has more is a property of trained ones: name the model"
+    return None
+
+
+def plot_table_4(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """All spectra, relative to their largest singular value."""
+    figure, (axes,) = canvas(1)
+    for row in rows:
+        values = row["singular_values"]
+        label = f"{row['features']}, patch {row['patch'][1]}: {row['dimension']} ({Path(row['model']).name})"
+        axes.plot(range(1, len(values) + 1), [max(value / values[0], 1e-10) for value in values], label=label)
+    axes.set(xlabel="index", ylabel="singular value / largest", yscale="log", title="features, patch: dimension")
+    axes.legend(fontsize="x-small")
+    return save(figure, path)

@@ -1,0 +1,66 @@
+"""The small ViT that a recipe trains first where no model is named."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import Trainer, TrainingArguments
+
+from hf_nullspace.training.data import collate
+from hf_nullspace.training.loading import Classifier
+
+
+def train_base_model(
+    classifier: Classifier,
+    train_set: Any,
+    folder: Path,
+    run: TrainingArguments,
+    *,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int,
+    say: Callable[[str], None],
+) -> None:
+    """Train ``classifier.model`` with the plain Trainer and keep it in ``folder``, or take what an earlier run left.
+
+    Seed, precision and machine are those of ``run``; ``batch_size`` counts the images of all processes.
+    """
+    if not folder.is_dir():
+        say(f"Training a small ViT for {epochs:g} epochs")
+        unfinished = folder.with_name(folder.name + ".part")
+        args = TrainingArguments(
+            output_dir=str(unfinished),
+            num_train_epochs=epochs,
+            learning_rate=learning_rate,
+            weight_decay=0.05,
+            warmup_steps=0.05,
+            lr_scheduler_type="cosine",
+            per_device_train_batch_size=max(batch_size // run.world_size, 1),
+            save_strategy="no",
+            logging_steps=0.1,  # of the whole
+            seed=run.seed,
+            use_cpu=run.use_cpu,
+            bf16=run.bf16,
+            torch_compile=run.torch_compile,
+            disable_tqdm=run.disable_tqdm,
+            dataloader_num_workers=run.dataloader_num_workers,
+            dataloader_pin_memory=run.dataloader_pin_memory,
+        )
+        trainer = Trainer(
+            classifier.model,
+            args,
+            train_dataset=train_set,
+            data_collator=collate,
+            processing_class=classifier.image_processor,
+        )
+        trainer.train()
+        trainer.save_model()
+        trainer.accelerator.wait_for_everyone()
+        if PartialState().is_main_process:
+            shutil.move(unfinished, folder)
+        trainer.accelerator.wait_for_everyone()
+    model: Any = classifier.model
+    model.to("cpu").load_state_dict(type(model).from_pretrained(folder).state_dict())
+    model.config._name_or_path = str(folder)
