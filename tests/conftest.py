@@ -1,5 +1,33 @@
 """For all tests: one thread each. That is faster for tiny models, and two test processes do not wait for each other."""
 
+import pytest
 import torch
 
+from loopback_hub import TOKEN, LoopbackHub
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def hub_here(tmp_path, monkeypatch):
+    """An empty :class:`LoopbackHub`; the clients of this process speak to it, with a fresh cache and a good token.
+
+    They read their settings from the environment when they are imported: these are the same, set afterwards.
+    """
+    import transformers.utils.hub
+    from huggingface_hub import constants, hf_api
+
+    with LoopbackHub(tmp_path / "hub") as hub:
+        for name, value in hub.environment(tmp_path / "cache", TOKEN).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "cache" / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        yield hub

@@ -1,166 +1,353 @@
-"""A Hub on this machine, so that tests read from one with the real clients and without the network.
+"""A Hub on this machine, so that tests push to one and pull from it with the real clients and without the network.
 
     with LoopbackHub(folder) as hub:
-        subprocess.run(command, env=os.environ | hub.environment(cache))
+        subprocess.run(command, env=os.environ | hub.environment(cache, token=TOKEN))
 
-``folder/datasets/ORG/NAME/`` holds a data set's files, ``folder/models/ORG/NAME/`` a model's: that is a repository,
-with one revision. The clients read HF_ENDPOINT when they are imported, so they run in a process of their own. Reading
-only; ``hub.asked`` lists what was asked for. Of files in ``hub.cut`` the connection ends after a few bytes.
+``folder/datasets/ORG/NAME/`` holds a data set's files, ``folder/models/ORG/NAME/`` a model's: that is a repository with
+one commit, read when it is first asked for. What is pushed is kept in memory: ``hub.files("models", "ORG/NAME")``.
+``TOKEN`` may write as ``someone`` and as ``lab``. The clients read HF_ENDPOINT when they are imported, so they run in a
+process of their own, or under the fixture ``hub_here`` of conftest.py.
+
+``hub.asked`` lists what was asked for. What goes wrong: of files in ``hub.cut`` a download ends after a few bytes;
+``hub.fail``, ``hub.cut_upload``, ``hub.lose_answer`` and ``hub.hold`` take a pattern for "METHOD path" and how often.
 """
 
 import hashlib
 import json
 import re
 import threading
-from functools import cached_property
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-API = re.compile(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
-RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+import yaml
 
+from loopback_faults import Faults
+from loopback_repository import Commit, File, Refused, Repository, is_large
 
-class Repository:
-    """The files of one folder, as the Hub describes them."""
+TOKEN, READ_ONLY = "hf_of_someone", "hf_that_may_not_write"
+USER, ORGANIZATIONS = "someone", ("lab",)
+KINDS = {"model": "models", "dataset": "datasets", "space": "spaces"}
 
-    def __init__(self, folder: Path, name: str):
-        self.folder, self.name = folder, name
-        self.files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-
-    @cached_property
-    def etags(self) -> dict[str, str]:
-        return {name: hashlib.sha1(path.read_bytes()).hexdigest() for name, path in self.files.items()}
-
-    @property
-    def sha(self) -> str:
-        return hashlib.sha1(json.dumps(self.etags).encode()).hexdigest()
-
-    def info(self) -> dict:
-        siblings = [{"rfilename": name} for name in self.files]
-        times = {"lastModified": "2024-01-01T00:00:00.000Z", "createdAt": "2024-01-01T00:00:00.000Z"}
-        return {"_id": self.sha[:24], "id": self.name, "sha": self.sha, "siblings": siblings, **times} | {
-            "private": False, "disabled": False, "gated": False, "downloads": 0, "likes": 0, "tags": [],
-        }  # fmt: skip
-
-    def entry(self, path: str) -> dict | None:
-        """A file or a folder; None if there is neither."""
-        if path in self.files:
-            size = self.files[path].stat().st_size
-            return {"type": "file", "path": path, "size": size, "oid": self.etags[path]}
-        inside = any(name.startswith(f"{path}/") for name in self.files)
-        return {"type": "directory", "path": path, "size": 0, "oid": self.sha} if inside else None
-
-    def tree(self, below: str, recursive: bool) -> list[dict]:
-        start = f"{below}/" if below else ""
-        inside = [name.removeprefix(start) for name in self.files if name.startswith(start)]
-        parts = {"/".join(name.split("/")[:n]) for name in inside for n in range(1, name.count("/") + 2)}
-        chosen = sorted(part for part in parts if recursive or "/" not in part)
-        return [entry for part in chosen if (entry := self.entry(start + part))]
+NAME = r"([^/]+/[^/]+)"
+API = re.compile(rf"/api/(datasets|models|spaces)/{NAME}(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+WRITE = re.compile(rf"/api/(datasets|models|spaces)/{NAME}/(preupload|commit|branch)/([^/]+)")
+REFS = re.compile(rf"/api/(datasets|models|spaces)/{NAME}/refs")
+RESOLVE = re.compile(rf"/(?:(datasets|spaces)/)?{NAME}/resolve/([^/]+)/(.+)")
+LARGE = re.compile(rf"/(?:(datasets|spaces)/)?{NAME}\.git/info/lfs/objects/(batch|verify)")
+STORAGE = re.compile(r"/storage/([0-9a-f]{64})(?:/(.+))?")
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    disable_nagle_algorithm = True
     server: "LoopbackHub"
 
-    def repository(self, kind: str, name: str) -> Repository | None:
-        folder = self.server.folder / kind / name
-        return Repository(folder, name) if folder.is_dir() else None
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        self.do_GET()
-
     def do_GET(self) -> None:
+        self.silent = False
         url = urlsplit(self.path)
-        path, query = unquote(url.path), parse_qs(url.query)
-        self.server.asked.append(f"{self.command} {path}")
-        if match := API.fullmatch(path):
-            kind, name, what, revision, below = match.groups()
-            self.api(self.repository(kind, name), what, revision, below or "", query)
-        elif match := RESOLVE.fullmatch(path):
-            kind, name, revision, file = match.groups()
-            self.resolve(self.repository(kind or "models", name), revision, file)
-        else:
-            self.miss("EntryNotFound")
+        # A branch may have a slash in its name: it comes quoted, and stays so until it is looked up.
+        self.query, path = parse_qs(url.query), unquote(url.path.replace("%2F", "%252F"))
+        self.server.asked.append(f"{self.command} {unquote(path)}")
+        try:
+            fault = self.server.fault(f"{self.command} {unquote(path)}")
+            if fault is not None and fault.cut_after is not None:
+                self.rfile.read(min(fault.cut_after, int(self.headers.get("Content-Length") or fault.cut_after)))
+                return self.hang_up()
+            self.body = self.read_body()
+            if fault is not None and fault.wait:
+                fault.go.wait(60)
+            if fault is not None and fault.status is not None:
+                raise Refused(fault.status, "something went wrong here")
+            self.silent = fault is not None and fault.lose_answer
+            self.answer_to(path)
+        except Refused as refused:
+            self.refuse(refused)
 
-    def api(self, repository: Repository | None, what: str | None, revision: str, below: str, query: dict) -> None:
-        if repository is None:
-            self.miss("RepoNotFound")
-        elif what is not None and revision not in ("main", repository.sha):
-            self.miss("RevisionNotFound")
-        elif what == "tree":
-            found = repository.tree(below, query.get("recursive", [""])[0].lower() == "true")
-            self.answer(found) if found else self.miss("EntryNotFound")
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def read_body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def answer_to(self, path: str) -> None:
+        if path == "/api/repos/create":
+            self.create(json.loads(self.body))
+        elif path == "/api/whoami-v2":
+            self.user(must=True)
+            organizations = [{"type": "org", "name": name} for name in ORGANIZATIONS]
+            self.answer({"type": "user", "name": USER, "orgs": organizations, "auth": {"type": "access_token"}})
+        elif path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": warnings_of_card(json.loads(self.body)["content"])})
+        elif match := WRITE.fullmatch(path):
+            kind, name, what, revision = match.groups()
+            repository = self.repository(kind, name, write=True)
+            getattr(self, what)(repository, unquote(revision))
+        elif match := REFS.fullmatch(path):
+            branches = self.repository(*match.groups()).branches.items()
+            named = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": commit.sha} for n, commit in branches]
+            self.answer({"branches": named, "converts": [], "tags": []})
+        elif match := LARGE.fullmatch(path):
+            self.repository(match[1] or "models", match[2], write=True)
+            getattr(self, match[3])(json.loads(self.body))
+        elif match := STORAGE.fullmatch(path):
+            if "Authorization" in self.headers:
+                raise Refused(400, "a token was shown to the storage")
+            self.store(match[1]) if self.command == "PUT" else self.fetch(match[1], match[2] or "")
+        elif match := RESOLVE.fullmatch(path):
+            self.resolve(self.repository(match[1] or "models", match[2]), unquote(match[3]), match[4])
+        elif match := API.fullmatch(path):
+            kind, name, what, revision, below = match.groups()
+            self.api(self.repository(kind, name), what, unquote(revision or "main"), below or "")
+        else:
+            raise Refused(404, "EntryNotFound", "EntryNotFound")
+
+    # ---- who asks, and for what
+
+    def user(self, *, must: bool = False) -> str | None:
+        """The token, if there is one, is known; ``must``: there has to be one."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and token not in (TOKEN, READ_ONLY):
+            raise Refused(401, "Invalid credentials in Authorization header")
+        if must and not token:
+            raise Refused(401, "Invalid username or password.")
+        return token or None
+
+    def may_write(self, name: str, kind: str) -> None:
+        if self.user(must=True) != TOKEN or name.partition("/")[0] not in (USER, *ORGANIZATIONS):
+            raise Refused(403, f'You don\'t have the rights to write to {kind} under the namespace "{name}"')
+
+    def repository(self, kind: str, name: str, *, write: bool = False) -> Repository:
+        token = self.user()
+        repository = self.server.repository(kind, name)
+        if repository is None or (repository.private and token is None):
+            # The Hub does not tell a stranger which of the two it is.
+            raise Refused(404 if token else 401, "Repository not found", "RepoNotFound")
+        if write:
+            self.may_write(name, kind)
+        return repository
+
+    # ---- reading
+
+    def api(self, repository: Repository, what: str | None, revision: str, below: str) -> None:
+        commit = repository.at(revision)
+        if what == "tree":
+            found = commit.tree(below, self.query.get("recursive", [""])[0].lower() == "true")
+            if below and not found:
+                raise Refused(404, f"{below} does not exist", "EntryNotFound")
+            self.answer(found)
         elif what == "paths-info":
             as_json = "json" in self.headers.get("Content-Type", "")
-            wanted = json.loads(self.body)["paths"] if as_json else parse_qs(self.body).get("paths", [])
-            self.answer([entry for path in wanted if (entry := repository.entry(path))])
+            wanted = json.loads(self.body)["paths"] if as_json else parse_qs(self.body.decode()).get("paths", [])
+            self.answer([entry for path in wanted if (entry := commit.entry(path))])
         else:
-            self.answer(repository.info())
+            self.answer(repository.info(commit))
 
-    def resolve(self, repository: Repository | None, revision: str, file: str) -> None:
-        if repository is None:
-            return self.miss("RepoNotFound")
-        if revision not in ("main", repository.sha):
-            return self.miss("RevisionNotFound")
-        if file not in repository.files:
-            return self.miss("EntryNotFound", commit=repository.sha)
-        content = repository.files[file].read_bytes()
-        headers = {"ETag": f'"{repository.etags[file]}"', "X-Repo-Commit": repository.sha, "Accept-Ranges": "bytes"}
+    def resolve(self, repository: Repository, revision: str, name: str) -> None:
+        commit = repository.at(revision)
+        if (file := commit.files.get(name)) is None:
+            raise Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.sha})
+        headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
+        if file.large:
+            self.server.stored.setdefault(file.sha256, file.content)
+            linked = {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.content))}
+            place = {"Location": f"{self.server.storage}/storage/{file.sha256}/{name}"}
+            return self.send(302, b"", headers | linked | place)
+        return self.send_part(file.content, headers, cut=name in self.server.cut)
+
+    def fetch(self, sha256: str, name: str) -> None:
+        if (content := self.server.stored.get(sha256)) is None:
+            raise Refused(404, "no such object")
+        self.send_part(content, {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"}, cut=name in self.server.cut)
+
+    # ---- writing
+
+    def create(self, wanted: dict[str, Any]) -> None:
+        self.user(must=True)
+        kind = KINDS[wanted.get("type") or "model"]
+        name = f"{wanted.get('organization') or USER}/{wanted['name']}"
+        self.may_write(name, kind)
+        if kind == "spaces" and not wanted.get("sdk"):
+            raise Refused(400, "a Space needs an sdk")
+        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        url = f"{self.server.endpoint}/{'' if kind == 'models' else kind + '/'}{name}"
+        with self.server.lock:
+            if self.server.repository(kind, name) is not None:
+                message = f"You already created this {kind[:-1]} repo"
+                return self.answer({"error": message, "url": url, "name": name}, 409, {"X-Error-Message": message})
+            self.server.repositories[kind, name] = Repository.new(kind, name, private, wanted.get("sdk"))
+        return self.answer({"url": url, "name": name})
+
+    def preupload(self, repository: Repository, revision: str) -> None:
+        commit, answers = repository.at(revision), []
+        for file in json.loads(self.body)["files"]:
+            mode = "lfs" if is_large(file["path"], file["size"]) else "regular"
+            there = commit.files.get(file["path"])
+            known = {} if there is None else {"oid": there.etag}
+            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False} | known)
+        self.answer({"files": answers})
+
+    def batch(self, wanted: dict[str, Any]) -> None:
+        prefix = f"{self.server.endpoint}{urlsplit(self.path).path.removesuffix('batch')}"
+        objects = []
+        for item in wanted["objects"]:
+            upload = {"href": f"{self.server.storage}/storage/{item['oid']}"}
+            missing = item["oid"] not in self.server.stored
+            actions = {"actions": {"upload": upload, "verify": {"href": f"{prefix}verify"}}} if missing else {}
+            objects.append({"oid": item["oid"], "size": item["size"], **actions})
+        self.answer({"transfer": "basic", "objects": objects})
+
+    def store(self, sha256: str) -> None:
+        if hashlib.sha256(self.body).hexdigest() != sha256:
+            raise Refused(400, "the content does not have the hash that was named")
+        self.server.stored[sha256] = self.body
+        self.send(200, b"", {"ETag": f'"{sha256}"'})
+
+    def verify(self, wanted: dict[str, Any]) -> None:
+        if len(self.server.stored.get(wanted["oid"], b"")) != wanted["size"]:
+            raise Refused(404, "no such object")
+        self.answer({})
+
+    def commit(self, repository: Repository, revision: str) -> None:
+        lines = [json.loads(line) for line in self.body.decode().splitlines()]
+        made = repository.commit(revision, lines, self.server.stored.get)
+        prefix = "" if repository.kind == "models" else f"{repository.kind}/"
+        url = f"{self.server.endpoint}/{prefix}{repository.name}/commit/{made.sha}"
+        self.answer({"success": True, "commitUrl": url, "commitOid": made.sha})
+
+    def branch(self, repository: Repository, name: str) -> None:
+        repository.branch(name, (json.loads(self.body) or {}).get("startingPoint") or "main")
+        self.answer({})
+
+    # ---- the answer
+
+    def answer(self, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
+
+    def refuse(self, why: Refused) -> None:
+        code = {"X-Error-Code": why.code} if why.code else {}
+        self.answer(
+            {"error": why.message, "errors": [{"message": why.message}]},
+            why.status,
+            {"X-Error-Message": why.message, **code, **why.more},
+        )
+
+    def send_part(self, content: bytes, headers: dict[str, str], *, cut: bool) -> None:
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-            return self.send(206, content[first : last + 1], headers, cut=file in self.server.cut)
-        return self.send(200, content, headers, cut=file in self.server.cut)
+            return self.send(206, content[first : last + 1], headers, cut=cut)
+        return self.send(200, content, headers, cut=cut)
 
-    def answer(self, value: object) -> None:
-        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def miss(self, code: str, commit: str | None = None) -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": code} | ({"X-Repo-Commit": commit} if commit else {})
-        self.send(404, b"", headers)
-
-    def send(self, status: int, content: bytes, headers: dict[str, str], *, cut: bool = False) -> None:
+    def send(self, status: int, content: bytes, headers: Mapping[str, str], *, cut: bool = False) -> None:
+        if self.silent:
+            return self.hang_up()
         self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+        for name, value in ({**headers, "Content-Length": str(len(content))}).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content[:10] if cut else content)
             self.close_connection = self.close_connection or cut
+        return None
+
+    def hang_up(self) -> None:
+        self.close_connection = True
 
     def log_message(self, *args: object) -> None:
         pass
 
 
-class LoopbackHub(ThreadingHTTPServer):
-    """Serves ``folder`` on a free port of 127.0.0.1 while the ``with`` block runs."""
+def warnings_of_card(text: str) -> list[dict[str, str]]:
+    """The Hub's check of README.md; refuses what is no YAML or no valid metadata."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", text, re.DOTALL)
+    if match is None:
+        return [{"message": "empty or missing yaml metadata in repo card"}]
+    try:
+        data = yaml.safe_load(match[1])
+        for model in data.get("model-index", []):
+            for result in model["results"]:
+                assert all((result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"]))
+                assert all(metric["type"] and "value" in metric for metric in result["metrics"])
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, AssertionError) as error:
+        raise Refused(400, f"Invalid metadata in README.md: {error!r}") from None
+    return []
+
+
+class LoopbackHub(Faults, ThreadingHTTPServer):
+    """Serves ``folder``, and what is pushed, on a free port of 127.0.0.1 while the ``with`` block runs."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), Handler)
+        ThreadingHTTPServer.__init__(self, ("127.0.0.1", 0), Handler)
+        Faults.__init__(self)
         self.folder = folder
+        self.repositories: dict[tuple[str, str], Repository] = {}
+        self.stored: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.cut: set[str] = set()
+        self.lock = threading.RLock()
 
     def __enter__(self) -> "LoopbackHub":
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.let_go()
         self.shutdown()
         self.server_close()
 
-    def environment(self, cache: Path) -> dict[str, str]:
-        """What a client's process needs: the place, no way around it, and a cache of its own."""
-        settings = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}",
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def storage(self) -> str:
+        """Of large files: for the clients another server, which must not be shown the token."""
+        return f"http://localhost:{self.server_port}"
+
+    def environment(self, cache: Path, token: str = "") -> dict[str, str]:
+        """What a client's process needs: the place, no way around it, a cache of its own, and its token or none."""
+        places = {
+            "HF_ENDPOINT": self.endpoint,
+            "NO_PROXY": "127.0.0.1,localhost",
             "HF_HOME": str(cache),
-            "NO_PROXY": "127.0.0.1",
+            "HF_TOKEN": token,
         }
-        return settings | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
+        own = {"HF_HUB_CACHE": str(cache / "hub"), "HF_TOKEN_PATH": str(cache / "token")}
+        settings = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
+        return places | own | settings
+
+    # ---- what is there
+
+    def repository(self, kind: str, name: str) -> Repository | None:
+        with self.lock:
+            folder = self.folder / kind / name
+            if (kind, name) not in self.repositories and folder.is_dir():
+                self.repositories[kind, name] = Repository.of_folder(kind, name, folder)
+            return self.repositories.get((kind, name))
+
+    def at(self, kind: str, name: str, revision: str = "main") -> Commit:
+        repository = self.repository(kind, name)
+        assert repository is not None, f"nothing was pushed to {name}"
+        return repository.at(revision)
+
+    def files(self, kind: str, name: str, revision: str = "main") -> dict[str, bytes]:
+        """The files of a repository by their names, without .gitattributes."""
+        found: Mapping[str, File] = self.at(kind, name, revision).files
+        return {path: file.content for path, file in found.items() if path != ".gitattributes"}
+
+    def history(self, kind: str, name: str, branch: str = "main") -> list[str]:
+        """The titles of the commits, the newest first."""
+        repository = self.repository(kind, name)
+        return [] if repository is None else repository.history(branch)
