@@ -11,27 +11,20 @@ by the rounding to 8 bits alone. Writes explain.png and explain.json (the maps).
 """
 
 import difflib
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from hf_nullspace.command_line import UsageError, parse, run
-from hf_nullspace.explain.lrp import lrp_map
-from hf_nullspace.explain.maps import MAPS, check_has_cls, correlation, saliency_maps
-from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.explain.grid import BATCH, TITLES, all_maps, correlation_text, correlations_with_first, plot_grid
+from hf_nullspace.explain.maps import check_has_cls
+from hf_nullspace.files import write_json
 from hf_nullspace.models.preprocessing import Preprocessing
-
-TITLES = {"raw": "raw attention", "rollout": "rollout", "grad_cam": "Grad-CAM", "generic": "generic relevance",
-          "lrp": "LRP"}  # fmt: skip
-BATCH = 8
 
 
 @dataclass
@@ -84,13 +77,11 @@ def main() -> None:
         }
         for name, prediction, confidence, explained in zip(args.image, predictions, confidences, targets, strict=True)
     ]
-    for index, row in enumerate(rows):
-        row["correlation_with_first"] = {
-            name: number(correlation(one[index : index + 1], one[:1])) for name, one in maps.items()
-        }
+    for index, (row, compared) in enumerate(zip(rows, correlations_with_first(maps), strict=True)):
+        row["correlation_with_first"] = compared
         row["maps"] = {name: one[index].tolist() for name, one in maps.items()}
     write_json(output / "explain.json", {"command": asdict(args), "images": rows})
-    plot(pixels, rows, list(maps), output / "explain.png")
+    plot_grid(pixels, [f"{row['prediction']} {row['confidence']:.3f}" for row in rows], maps, output / "explain.png")
     for row in rows:
         print(describe(row, compared=row is not rows[0]))
     print(f"explain.json and explain.png are in {output}")
@@ -147,29 +138,7 @@ def probabilities(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     return torch.cat([model(pixel_values=part).logits.float().softmax(-1) for part in pixel_values.split(BATCH)])
 
 
-def all_maps(model: PreTrainedModel, pixel_values: Tensor, methods: list[str], targets: Tensor) -> dict[str, Tensor]:
-    """(B, h, w) by method, in the order of ``methods``."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in methods}
-    plain = [name for name in methods if name in MAPS]
-    for images, classes in zip(pixel_values.split(BATCH), targets.split(BATCH), strict=True):
-        found = saliency_maps(model, images, plain, classes) if plain else {}
-        if "lrp" in methods:
-            found["lrp"] = lrp_map(model, images, classes)
-        for name in methods:
-            parts[name].append(found[name])
-    return {name: torch.cat(maps) for name, maps in parts.items()}
-
-
-def number(value: Tensor) -> float | None:
-    """None where a map is constant, so that a correlation with it means nothing."""
-    return None if math.isnan(float(value)) else float(value)
-
-
-# ---- say and draw
-
-
-def correlation_text(value: float | None) -> str:
-    return "r undefined" if value is None else f"r = {value:.3f}"
+# ---- say
 
 
 def describe(row: dict[str, Any], compared: bool) -> str:
@@ -179,29 +148,6 @@ def describe(row: dict[str, Any], compared: bool) -> str:
         found = [f"{name} {correlation_text(value)}" for name, value in row["correlation_with_first"].items()]
         text += "; against the first: " + ", ".join(found)
     return text
-
-
-def plot(pixels: Tensor, rows: list[dict[str, Any]], methods: list[str], path: Path) -> Path:
-    """The images as the model sees them, and on them the maps, each from its smallest to its largest value."""
-    height, width = pixels.shape[-2:]
-    columns = 1 + len(methods)
-    figure = Figure(figsize=(2.1 * columns, 2.4 * len(rows) * height / width + 0.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for image, row, line in zip(pixels, rows, grid, strict=True):
-        picture = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
-        for axes in line:
-            axes.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
-            axes.set_axis_off()
-        line[0].set_title(f"{row['prediction']} {row['confidence']:.3f}", fontsize="small")
-        for name, axes in zip(methods, line[1:], strict=True):
-            heat = row["maps"][name]
-            axes.imshow(heat, extent=(0, width, height, 0), interpolation="bilinear", cmap="turbo", alpha=0.55)
-            title = TITLES[name]
-            if row is not rows[0]:
-                title += f": {correlation_text(row['correlation_with_first'][name])}"
-            axes.set_title(title, fontsize="small")
-    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ size that M's image processor leaves alone, and it is said so. A mark covers whe
 source.png (the image in that size), result.png, side_by_side.png and watermark.json: what the model says of the two
 files, read back through its own image processor; the error of its embeddings at every stage; how close the result
 came to the wish. Where rounding to 8 bits changes the prediction, the wanted change is scaled down until it stays.
+The explanation stays too (figures 6 and 7): the saliency maps of the two files are correlated, with those of the
+marked or target image, of random noise that the model sees as much of, and of noise as large in pixels for comparison;
+--explanation_picture true draws them as explanations.png.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -18,6 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.explain.agreement import METHODS, Explanations, explain_change
+from hf_nullspace.explain.grid import TITLES, correlation_text
 from hf_nullspace.files import write_json
 from hf_nullspace.images import Judge, closeness, difference, marked, side_by_side, strongest_invisible, write_png
 from hf_nullspace.models.patch_embedding import find_patch_embedding
@@ -41,6 +46,12 @@ class WatermarkArguments:
         default=1.0, metadata={"help": "Scale the change down until the confidence moves by no more, too; in [0, 1]."}
     )
     iterations: int = field(default=500, metadata={"help": "Steps of the solver, at most."})
+    method: list[str] = field(
+        default_factory=lambda: list(METHODS),
+        metadata={"help": "How the images are explained: some of " + ", ".join(TITLES)},
+    )
+    explanation_picture: bool = field(default=False, metadata={"help": "Write explanations.png, too."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random noises that explanations are held to."})
 
     def check(self) -> None:
         if self.model_name_or_path is None or self.image is None:
@@ -53,6 +64,9 @@ class WatermarkArguments:
             raise UsageError(f"max_confidence_change={self.max_confidence_change}: expected a probability in [0, 1]")
         if self.iterations < 1:
             raise UsageError(f"iterations={self.iterations}: expected at least 1")
+        for name in self.method:
+            if name not in TITLES:
+                raise UsageError(f"method {name!r}: expected some of {', '.join(TITLES)}")
 
 
 def main() -> None:
@@ -83,39 +97,44 @@ def main() -> None:
     paths = write_png(source, output / "source.png"), write_png(found.image, output / "result.png")
     verdict = judge.compare(*paths)
     close = closeness(source, wish, found.image)
+    explained = explain_change(judge, paths[0], wish, paths[1], methods=args.method, seed=args.seed)
     report: dict[str, Any] = {
         "command": asdict(args),
         "written_size": list(judge.written_size),
         "strength": found.strength,
-        "labels": {name: labels(getattr(verdict, name)) for name in ("prediction_source", "prediction_result")},
+        "labels": {name: labels[getattr(verdict, name)] for name in ("prediction_source", "prediction_result")},
         "verdict": asdict(verdict),
         "embedding_errors": found.embedding_errors | {"eight_bit": verdict.embedding_error},
         "kkt_residual": found.kkt_residual,
         "closeness": close,
+        "explanations": explained.summary(),
         "nullspace_dimension": judge.nullspace.dimension(),
     }
     write_json(output / "watermark.json", report)
     side_by_side(
         [
-            (f"source: {labels(verdict.prediction_source)} {verdict.confidence_source:.4f}", source),
+            (f"source: {labels[verdict.prediction_source]} {verdict.confidence_source:.4f}", source),
             ("target" if args.target else "source and mark", wish),
-            (f"result: {labels(verdict.prediction_result)} {verdict.confidence_result:.4f}", found.image),
+            (f"result: {labels[verdict.prediction_result]} {verdict.confidence_result:.4f}", found.image),
             ("result - source (grey: 0)", difference(source, found.image)),
         ],
         output / "side_by_side.png",
     )
+    if args.explanation_picture and explained.maps:
+        explained.plot(judge, labels, output / "explanations.png")
 
     # Say
     errors = report["embedding_errors"]
     print(
-        f"Prediction {'stays' if verdict.match else 'CHANGES:'} {labels(verdict.prediction_source)}"
-        f"{'' if verdict.match else ' -> ' + labels(verdict.prediction_result)}, its confidence changes by "
+        f"Prediction {'stays' if verdict.match else 'CHANGES:'} {labels[verdict.prediction_source]}"
+        f"{'' if verdict.match else ' -> ' + labels[verdict.prediction_result]}, its confidence changes by "
         f"{verdict.confidence_change:.1e} (of {verdict.confidence_source:.4f}) at strength {found.strength:g}\n"
         f"Relative change of the embeddings: projection {errors['projection']:.1e}, clipped "
         f"{errors['projection_clipped']:.1e}; solved in [0, 1] {errors['box']:.1e}, 8-bit {errors['eight_bit']:.1e} "
         f"(nearest levels {errors['nearest_levels']:.1e})\n"
         f"{100 * close['reached']:.1f}% of the way to the wish (RMS distance {close['rms_source_to_wish']:.3f} -> "
         f"{close['rms_result_to_wish']:.3f})\n"
+        f"{describe_explanations(explained)}\n"
         f"watermark.json and the pictures are in {output}"
     )
 
@@ -131,15 +150,28 @@ def load_image(name: str) -> Image.Image:
     return image.convert("RGBA") if transparent else rgb_image(image)
 
 
-def load_judge(name: str, revision: str | None) -> tuple[Judge, Any]:
-    """The model with its image processor, and a function from a class to its name."""
+def load_judge(name: str, revision: str | None) -> tuple[Judge, list[str]]:
+    """The model with its image processor, and the names of its classes."""
     try:
         model = AutoModelForImageClassification.from_pretrained(name, revision=revision).eval()
         processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
     except OSError as error:
         raise OSError(f"cannot load the model {name!r}: {error}") from error
     find_patch_embedding(model)
-    return Judge.from_model(model, processor), lambda kind: str(model.config.id2label[kind])
+    return Judge.from_model(model, processor), [
+        str(model.config.id2label[kind]) for kind in range(model.config.num_labels)
+    ]
+
+
+def describe_explanations(found: Explanations) -> str:
+    """One line per method, and the reason for what is missing."""
+    lines = []
+    for method, compared in found.correlations().items():
+        others = (f"{name.replace('_', ' ')} {correlation_text(value)}" for name, value in compared.items())
+        lines.append(f"Explanation by {TITLES[method]} against the source's: {', '.join(others)}")
+    if found.not_explained:
+        lines.append(f"{'Not by LRP' if lines else 'No explanation'}: {found.not_explained}")
+    return "\n".join(lines)
 
 
 def times(size: tuple[int, int]) -> str:

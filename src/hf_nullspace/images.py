@@ -167,7 +167,7 @@ class Judge:
 
     def compare(self, source: Image.Image | Path, result: Image.Image | Path) -> Verdict:
         """What the model thinks of two images or files of the written size."""
-        before, after = (self.see(_opened(each)) for each in (source, result))
+        before, after = (self.see(opened(each)) for each in (source, result))
         kind, other = int(before.probs.argmax()), int(after.probs.argmax())
         confidences = float(before.probs[kind]), float(after.probs[kind])
         return Verdict(
@@ -324,7 +324,8 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float(torch.linalg.vector_norm(got - wanted) / torch.linalg.vector_norm(wanted))
 
 
-def _opened(image: Image.Image | Path) -> Image.Image:
+def opened(image: Image.Image | Path) -> Image.Image:
+    """An image as it is, or an 8-bit one from a file, RGB or greyscale."""
     if isinstance(image, Image.Image):
         return image
     with Image.open(image) as file:

@@ -49,7 +49,7 @@ def files(tmp_path_factory):
 def test_a_mark_is_put_on_an_image(wanted, files, tmp_path, capsys):
     other = files / {"mark": "logo.png", "target": "dog.png"}[wanted]
     words = ["--model_name_or_path", files / "model", "--image", files / "cat.jpg", "--output_dir", tmp_path]
-    call(*words, f"--{wanted}", other)
+    call(*words, f"--{wanted}", other, "--explanation_picture", wanted == "target", "--method", "rollout", "lrp")
     said, found = capsys.readouterr().out, json.loads((tmp_path / "watermark.json").read_text())
     assert "cat.jpg is 24 x 32" in said
     assert "leaves 16 x 16 alone" in said
@@ -63,6 +63,11 @@ def test_a_mark_is_put_on_an_image(wanted, files, tmp_path, capsys):
     errors = found["embedding_errors"]
     assert errors["box"] < 1e-4 < errors["eight_bit"] < 0.05
     assert 0.02 < found["closeness"]["reached"] < 1
+    explained = found["explanations"]["correlation_with_source"]
+    assert list(explained) == ["rollout", "lrp"]
+    assert explained["rollout"]["result"] > 0.99 > explained["rollout"]["noise_as_large"]
+    assert f"Explanation by rollout against the source's: result r = {explained['rollout']['result']:.3f}, wish" in said
+    assert (tmp_path / "explanations.png").exists() == (wanted == "target")
     source, result = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("source.png", "result.png"))
     assert source.shape == result.shape == (16, 16, 3)
     assert np.abs(result - source).max() > 20
@@ -70,6 +75,17 @@ def test_a_mark_is_put_on_an_image(wanted, files, tmp_path, capsys):
         assert picture.width > 3 * picture.height
     with Image.open(files / "cat.jpg") as image:
         assert np.array_equal(source, np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR)))
+
+
+def test_a_model_whose_explanation_is_not_known_says_so(files, tmp_path, capsys):
+    keep(tiny_model("siglip"), tmp_path / "siglip")
+    words = ["--image", files / "cat.jpg", "--mark", files / "logo.png", "--output_dir", tmp_path / "out"]
+    call("--model_name_or_path", tmp_path / "siglip", *words, "--explanation_picture", "true")
+    assert "No explanation: SiglipForImageClassification" in capsys.readouterr().out
+    assert (
+        json.loads((tmp_path / "out" / "watermark.json").read_text())["explanations"]["correlation_with_source"] == {}
+    )
+    assert not (tmp_path / "out" / "explanations.png").exists()
 
 
 def test_a_limit_on_the_confidence_lowers_the_strength(files, tmp_path, capsys):
@@ -92,6 +108,8 @@ def test_a_limit_on_the_confidence_lowers_the_strength(files, tmp_path, capsys):
         (["--model_name_or_path", "{0}/resnet", "--image", "{0}/cat.jpg", "--mark", "{0}/logo.png"], "no patch emb"),
         (["--model_name_or_path", "{0}/model", "--image", "{0}/cat.jpg", "--mark", "{0}/logo.png", "--strength", "2"],
          "strength=2.0: expected a share in (0, 1]"),
+        (["--model_name_or_path", "{0}/model", "--image", "{0}/cat.jpg", "--mark", "{0}/logo.png", "--method", "x"],
+         "method 'x': expected some of raw"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(words, message, files, tmp_path, capsys):
