@@ -176,7 +176,7 @@ def measure(
             fingerprint = prints[str(columns)] = model_fingerprint(pixel_model)
         autocast = torch.autocast(state.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
         with autocast:
-            if args.checks and not answers and not is_stream(images):
+            if args.checks and not answers:
                 key = "checks-" + records.key(model=fingerprint, images=images_fingerprint(images), seed=args.seed)
                 stored = records.read(key)
                 answers = check(pixel_model, images, args) if stored is None else [Check(**entry) for entry in stored]
@@ -256,10 +256,16 @@ def say(state: PartialState, bar: Progress, text: str) -> None:
 
 
 def check(model: PixelModel, images: Any, args: EvaluationArguments) -> list[Check]:
-    """The checks on the first 32 evenly spaced images, on every process alike."""
-    few = Part(images, 32) if len(images) > 32 else images
-    pixels = torch.stack([few.pixels_from_image(few.raw_image(i)) for i in range(len(few))]).to(model.device)
-    labels = torch.tensor([few.label(i) for i in range(len(few))], device=model.device)
+    """The checks on 32 evenly spaced images, of a stream on its first 32; on every process alike."""
+    if is_stream(images):
+        rows = list(itertools.islice(images, 32))
+    else:
+        few = Part(images, 32)
+        rows = [(few.raw_image(i), few.label(i)) for i in range(len(few))]
+    if not rows:
+        raise ValueError("the set has no images")
+    pixels = torch.stack([images.pixels_from_image(image) for image, _ in rows]).to(model.device)
+    labels = torch.tensor([label for _, label in rows], device=model.device)
     return run_checks(model, pixels, labels, seed=args.seed)
 
 

@@ -159,6 +159,20 @@ def test_limits_of_one_set_may_differ_and_streams_have_none(tmp_path, capsys):
     assert "a limit takes evenly spaced images, and a stream has no length" in capsys.readouterr().err
 
 
+def test_a_stream_is_doubted_on_its_first_images(tmp_path):
+    model = checkpoint(tmp_path / "model", wnids())
+    root = imagenets(tmp_path / "sets")
+    (tmp_path / "plan.yaml").write_text("conditions: [{set: imagenet-1k}]")
+    words = ["--model_name_or_path", model, "--data_root", root, "--suite", tmp_path / "plan.yaml", "--allow_partial"]
+    for out in ("whole", "stream"):
+        streaming = ["--streaming"] if out == "stream" else []
+        assert call(*words, "--output_dir", tmp_path / out, *streaming) == 0
+    whole, stream = [json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "stream")]
+    assert len(stream["checks"]["model"]) == 10
+    assert stream["checks"] == whole["checks"]  # six images, in the same order
+    assert stream["results"][0]["correct"] == whole["results"][0]["correct"]
+
+
 def test_what_an_absent_library_would_do_is_missing_from_the_start(digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     monkeypatch.setitem(sys.modules, "scipy", None)

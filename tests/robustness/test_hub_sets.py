@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,7 @@ def test_a_hub_set_is_read_mapped_and_counted(hub, model, tmp_path):
         (record,) = json.loads((tmp_path / out / "results.json").read_text())["results"]
         assert record["n"] == COLOURS
         assert record["protocol"]["note"] == f"partial: {COLOURS} of 7500 images"
+        assert re.fullmatch(f"{place}, split test, commit [0-9a-f]{{40}}", record["protocol"]["from"])
         (samples,) = (tmp_path / out / "per_sample").rglob("*.parquet")
         labels = pyarrow.parquet.read_table(samples).column("label").to_pylist()
         assert [wnids()[label] for label in labels] == [backwards[7 * i] for i in range(COLOURS)]

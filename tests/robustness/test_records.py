@@ -1,13 +1,19 @@
 """A finished condition is found again if nothing changed, and never if anything did."""
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.robustness.attacks.auto import AutoAttack
 from hf_nullspace.robustness.attacks.gradient import FGSM
-from hf_nullspace.robustness.image_sets import Part
+from hf_nullspace.robustness.image_sets import ImageSet, Part, content_digest, modification_stamp
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.records import (
     Records,
@@ -99,6 +105,69 @@ def test_a_changed_checkpoint_or_data_set_is_never_mixed_in(counted, images, tmp
     _, keys = evaluate_resumably(Records(tmp_path), model, images, {"clean": Clean()}, **USUAL)
     assert sum(seen) == len(images)
     assert Records(tmp_path).others(keys) == 1
+
+
+def image_files(folder):
+    """Seven images on disk, whose files are all as long."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for place in range(7):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{place}.bmp")
+    rows = {"image": [str(folder / f"{place}.bmp") for place in range(7)], "label": list(range(7))}
+    return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+
+
+def preprocessed(rows):
+    return ImageSet("files", rows, Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16), None))
+
+
+def test_a_replaced_file_of_the_same_size_is_run_again(counted, tmp_path):
+    model, seen = counted
+    files = preprocessed(image_files(tmp_path / "files"))
+    before = images_fingerprint(files, sample=2)  # two of the seven images
+    evaluate_resumably(Records(tmp_path / "records"), model, files, {"clean": Clean()}, **USUAL)
+    seen.clear()
+    stamp, changed = modification_stamp(files), tmp_path / "files" / "3.bmp"
+    size = changed.stat().st_size
+    Image.new("RGB", (16, 16)).save(changed)
+    assert changed.stat().st_size == size
+    assert images_fingerprint(files, sample=2) == before
+    assert modification_stamp(Part(files, 3)) == modification_stamp(files) != stamp
+    evaluate_resumably(Records(tmp_path / "records"), model, files, {"clean": Clean()}, **USUAL)
+    assert sum(seen) == 7
+
+
+def test_every_byte_of_images_inside_a_table_counts(tmp_path):
+    rows = image_files(tmp_path / "files")
+
+    def embedded(blacken):
+        contents = [
+            Path(path).read_bytes() for path in rows.data.column("image").combine_chunks().field("path").tolist()
+        ]
+        if blacken:
+            contents[3] = contents[3][:-3] + bytes(3)
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        images = [{"bytes": content, "path": None} for content in contents]
+        return preprocessed(datasets.Dataset.from_dict({"image": images, "label": rows["label"][:]}, features=features))
+
+    assert content_digest(embedded(False)) == content_digest(embedded(False)) != content_digest(embedded(True))
+    assert images_fingerprint(embedded(False), sample=2) != images_fingerprint(embedded(True), sample=2)
+
+
+def test_an_attack_that_looks_at_its_batch_is_known_by_it(counted, images, tmp_path):
+    @dataclass(frozen=True, repr=False)
+    class Neighbour(FGSM):
+        batch_dependent = True
+
+    model, seen = counted
+    for attack, again in ((FGSM(1 / 255), 0), (Neighbour(1 / 255), 26)):
+        for batch_size in (5, 6):
+            seen.clear()
+            words = USUAL | {"batch_size": batch_size}
+            found, _ = evaluate_resumably(Records(tmp_path), model, images, {"attacked": Attacked(attack)}, **words)
+        assert sum(seen) == again
+    assert found["attacked"].protocol["batch_size"] == 6
+    assert AutoAttack.batch_dependent
 
 
 @pytest.mark.parametrize("setting", [{"seed": 2}, {"dtype": "bf16"}])

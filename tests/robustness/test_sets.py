@@ -221,8 +221,9 @@ def test_a_hub_set_is_mapped_by_its_names(tmp_path, monkeypatch, named):
         {"jpg": [marked(c) for c in (2, 500, 10)], "cls": [1, 2, 0], "key": ["x", "y", "z"]},
         features=datasets.Features({"jpg": datasets.Image(), "cls": feature, "key": datasets.Value("string")}),
     )
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _: ["train", "test"])
-    monkeypatch.setattr(datasets, "load_dataset", lambda _, split, streaming: {"test": rows}[split])
+    monkeypatch.setattr("hf_nullspace.robustness.sets.commit_of", lambda _: "c0ffee")
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _, revision: ["train", "test"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, split, streaming, revision: {"test": rows}[split])
     if named:
         check(load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", allow_partial=True), 3)
         with pytest.raises(ValueError, match="partial: 3 of 50000 images; complete it"):
@@ -236,7 +237,7 @@ def test_a_hub_set_is_mapped_by_its_names(tmp_path, monkeypatch, named):
         loaded = load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", **words)
         assert [loaded.label(i) for i in range(3)] == [1, 2, 0]
     stream = rows.to_iterable_dataset()
-    monkeypatch.setattr(datasets, "load_dataset", lambda _, split, streaming: stream)
+    monkeypatch.setattr(datasets, "load_dataset", lambda _, split, streaming, revision: stream)
     if named:
         streamed = load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", streaming=True)
         assert [(class_of_colour(image), label) for image, label in streamed] == [(2, 2), (500, 500), (10, 10)]

@@ -7,8 +7,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow
-import pyarrow.compute
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,8 +19,10 @@ class ImageSet:
 
     ``rows`` is a `datasets.Dataset` with ``image`` and ``label``; ``labels[row["label"]]`` is the class among all that
     the model knows, ``subset`` the classes among which the answer is looked for. ``ready``: the images have the input's
-    size already, and one that has not is an error.
+    size already, and one that has not is an error. ``origin`` says where on the Hub they come from.
     """
+
+    origin = ""
 
     def __init__(
         self,
@@ -68,15 +68,15 @@ class ImageSet:
         """What was done to the images, for the record of a result."""
         p = self.preprocessing
         resize = "none" if p.resize is None else f"{p.resize} px, {Image.Resampling(p.resample).name.lower()}"
-        return {"set": self.name, "resize": resize, "input": f"{p.size[0]}x{p.size[1]}"} | (
-            {"note": self.note} if self.note else {}
-        )
+        described = {"set": self.name, "resize": resize, "input": f"{p.size[0]}x{p.size[1]}"}
+        return described | {key: text for key, text in (("from", self.origin), ("note", self.note)) if text}
 
 
 class ImageStream(ImageSet):
     """The same from a `datasets.IterableDataset`: no length, read once per condition, nothing downloaded beforehand."""
 
     expected = 0  # the published number of images, for the progress bar
+    source: datasets.Dataset | str | None = None  # the rows that are streamed, or the commit that they come from
 
     def __len__(self) -> int:
         raise TypeError(f"{self.name} is a stream; it has no length before it was read")
@@ -170,23 +170,46 @@ class InMemory:
 
 
 def content_digest(images: Any) -> str:
-    """A hash that tells a set from one with other files: the size of every encoded image, or a whole array.
+    """A hash that tells a set from one with other files, without decoding any.
 
-    "" for images of another kind. Nothing is decoded.
+    It covers every byte of a set that sits in Arrow or an array, the sizes of image files that lie on disk, and the
+    commit of a stream from the Hub; "" for images of another kind.
     """
-    while not hasattr(images, "rows") and hasattr(images, "images"):
-        images = images.images  # of a part, or in memory
-    rows, digest = getattr(images, "rows", None), hashlib.sha256()
+    rows, digest = _rows_of(images), hashlib.sha256()
+    if isinstance(rows, str):
+        return rows
     if isinstance(rows, ArrayRows):
         digest.update(np.ascontiguousarray(rows.images).data)
     elif isinstance(rows, datasets.Dataset):
         for chunk in rows.data.column("image").chunks:
-            sizes = pyarrow.compute.binary_length(chunk.field("bytes")).to_pylist()
-            paths = chunk.field("path").to_pylist()
-            found = [
-                Path(path).stat().st_size if size is None else size for size, path in zip(sizes, paths, strict=True)
-            ]
-            digest.update(np.array(found, dtype=np.int64).data)
+            for content, path in zip(chunk.field("bytes"), chunk.field("path"), strict=True):
+                size = len(content.as_buffer()) if content.is_valid else Path(path.as_py()).stat().st_size
+                digest.update(size.to_bytes(8, "little"))
+                if content.is_valid:
+                    digest.update(content.as_buffer())
     else:
         return ""
     return digest.hexdigest()
+
+
+def modification_stamp(images: Any) -> str:
+    """A hash of when each image file of a set was last written; "" where its images are no files on disk.
+
+    It notices a file that was replaced by one of the same size, and changes when a set is copied: something for the
+    records of a run on this machine, not a property of the set.
+    """
+    rows, digest = _rows_of(images), hashlib.sha256()
+    if not isinstance(rows, datasets.Dataset):
+        return ""
+    for chunk in rows.data.column("image").chunks:
+        for content, path in zip(chunk.field("bytes"), chunk.field("path"), strict=True):
+            if not content.is_valid:
+                digest.update(Path(path.as_py()).stat().st_mtime_ns.to_bytes(16, "little"))
+    return digest.hexdigest()
+
+
+def _rows_of(images: Any) -> Any:
+    """What a set, a part of one, one in memory or a stream is made of."""
+    while not hasattr(images, "rows") and hasattr(images, "images"):
+        images = images.images
+    return getattr(images, "source", None) or getattr(images, "rows", None)

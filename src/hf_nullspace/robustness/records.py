@@ -16,12 +16,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from hf_nullspace.files import write_json, write_whole
-from hf_nullspace.robustness.image_sets import content_digest
+from hf_nullspace.robustness.image_sets import content_digest, modification_stamp
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
-from hf_nullspace.robustness.suite import Condition, ConditionResult, Images, evaluate, is_stream, process
+from hf_nullspace.robustness.suite import Attacked, Condition, ConditionResult, Images, evaluate, is_stream, process
 
-FORMAT = 2  # another one where the same protocol would give other numbers
+FORMAT = 3  # another one where the same protocol would give other numbers
 LIBRARIES = ("hf-nullspace", "torch", "transformers", "datasets", "accelerate", "numpy", "pillow")
 
 
@@ -119,7 +119,7 @@ def model_fingerprint(model: PixelModel) -> str:
 
 
 def images_fingerprint(images: Images, *, sample: int = 64) -> str:
-    """A hash of the number of images, their labels, file sizes and geometry, and the pixels of ``sample`` of them.
+    """A hash of the number of images, labels, geometry, ``content_digest``, and the pixels of ``sample`` images.
 
     Of a stream the first ``sample`` images count: it would have to be read once more otherwise.
     """
@@ -133,7 +133,7 @@ def images_fingerprint(images: Images, *, sample: int = 64) -> str:
         digest.update(repr([n, [images.label(index) for index in range(n)]]).encode())
         places = sorted({round(place) for place in np.linspace(0, n - 1, min(sample, n))})
         rows = [(images.raw_image(index), images.label(index)) for index in places]
-        digest.update(content_digest(images).encode())
+    digest.update(content_digest(images).encode())
     for image, label in rows:
         digest.update(f"{label} {image.size}".encode())
         digest.update(image.tobytes())
@@ -162,8 +162,9 @@ def evaluate_resumably(
     confidence per image are written there as parquet. ``fingerprint`` is the model's where the caller knows it.
     """
     fingerprints = {"model": fingerprint or model_fingerprint(model), "images": images_fingerprint(images)}
+    usual = fingerprints | {"seed": seed, "dtype": dtype, "written": modification_stamp(images)}
     keys = {
-        title: records.key(**fingerprints, title=title, condition=repr(condition), seed=seed, dtype=dtype)
+        title: records.key(**usual, title=title, condition=repr(condition), **batch_settings(condition, batch_size))
         for title, condition in conditions.items()
     }
     found = {} if samples else {title: result for title, key in keys.items() if (result := records.load(key))}
@@ -174,6 +175,7 @@ def evaluate_resumably(
     def keep(result: ConditionResult) -> None:
         title = titles[result.condition]
         protocol = result.protocol | {"fingerprints": fingerprints, "dtype": dtype, "versions": versions()}
+        protocol |= batch_settings(conditions[title], batch_size)
         if samples is not None and process()[0] == 0:
             write_samples(result, samples / f"{keys[title]}.parquet", title)
         found[title] = replace(result, condition=title, protocol=protocol, samples=None)
@@ -192,6 +194,13 @@ def evaluate_resumably(
             on_result=keep,
         )
     return {title: found[title] for title in conditions}, list(keys.values())
+
+
+def batch_settings(condition: Condition, batch_size: int) -> dict[str, Any]:
+    """What a result depends on only if its attack is not independent of the batch: batch size and processes."""
+    if isinstance(condition, Attacked) and condition.attack.batch_dependent:
+        return {"batch_size": batch_size, "processes": process()[1]}
+    return {}
 
 
 def write_samples(result: ConditionResult, path: Path, title: str) -> None:

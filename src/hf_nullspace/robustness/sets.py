@@ -6,6 +6,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 
 from hf_nullspace.models.preprocessing import Preprocessing
@@ -103,9 +105,8 @@ def load_set(
         return from_hub(info, location, preprocessing, streaming, label_order, allow_partial)
     rows = listed_rows(folder, name) if info.layout == "val.txt" else folder_rows(folder, info)
     note = partial_note(f"{name} at {folder}", len(rows), info.images, allow_partial)
-    if streaming:
-        rows = rows.to_iterable_dataset()
-    return image_set(info, rows, preprocessing, None, note, streaming=streaming)
+    streamed = rows.to_iterable_dataset() if streaming else rows
+    return image_set(info, streamed, preprocessing, None, note, source=rows)
 
 
 def partial_note(where: str, found: int, published: int, allow_partial: bool) -> str:
@@ -119,13 +120,19 @@ def partial_note(where: str, found: int, published: int, allow_partial: bool) ->
 
 
 def image_set(
-    info: SetInfo, rows: Any, preprocessing: Preprocessing, labels: list[int] | None, note: str, *, streaming: bool
+    info: SetInfo,
+    rows: Any,
+    preprocessing: Preprocessing,
+    labels: list[int] | None,
+    note: str,
+    *,
+    source: datasets.Dataset | str | None = None,
 ) -> ImageSet:
     geometry = benchmark_preprocessing(preprocessing, info)
     words: dict[str, Any] = {"labels": labels, "subset": info.subset, "note": note, "ready": info.resized}
-    if streaming:
+    if not isinstance(rows, datasets.Dataset):
         stream = ImageStream(info.name, rows, geometry, **words)
-        stream.expected = info.images
+        stream.expected, stream.source = info.images, source
         return stream
     return ImageSet(info.name, rows, geometry, **words)
 
@@ -193,9 +200,10 @@ def from_hub(
     Integer labels without names are ImageNet's class indices only if ``label_order="imagenet"`` says so. A stream's
     number of images is known, and compared, only after it was read (``suite.protocol``).
     """
-    splits = datasets.get_dataset_split_names(location)
+    commit = commit_of(location)  # all of it from one commit, whatever is pushed meanwhile
+    splits = datasets.get_dataset_split_names(location, revision=commit)
     split = next((s for s in ("validation", "val", "test", "train") if s in splits), splits[0])
-    rows = datasets.load_dataset(location, split=split, streaming=streaming)
+    rows = datasets.load_dataset(location, split=split, streaming=streaming, revision=commit)
     features = rows.features or {}  # a stream may not know them
     image = next((column for column, f in features.items() if isinstance(f, datasets.Image)), None)
     label = next((c for c in ("label", "labels", "cls", "wnid") if c in features), None)
@@ -214,7 +222,17 @@ def from_hub(
     rows = rows.select_columns([image, label])
     rows = rows.rename_columns(other) if other else rows
     note = "" if streaming else partial_note(f"{info.name} at {location}", len(rows), info.images, allow_partial)
-    return image_set(info, rows, preprocessing, labels, note, streaming=streaming)
+    images = image_set(info, rows, preprocessing, labels, note, source=commit)
+    images.origin = f"{location}, split {split}, commit {commit or 'not known (offline)'}"
+    return images
+
+
+def commit_of(location: str) -> str | None:
+    """The commit that a Hub data set is at; ``None`` offline."""
+    try:
+        return HfApi().dataset_info(location).sha
+    except OfflineModeIsEnabled:
+        return None
 
 
 CIFAR10_C_IMAGES = 10_000  # of each severity

@@ -29,6 +29,7 @@ class AutoAttack(BoundedAttack):
     iterations: int = 100
 
     seeded = True
+    batch_dependent = True
 
     def require(self) -> None:
         load_library()

@@ -20,6 +20,7 @@ class Attack(ABC):
     """
 
     seeded = False  # whether it draws random numbers, and so needs one seed per image
+    batch_dependent = False  # whether the result for an image depends on the others of its batch
 
     def __call__(
         self, model: nn.Module, pixels: Tensor, labels: Tensor, *, seeds: Sequence[int] | None = None
