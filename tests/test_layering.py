@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "hf_nullspace"
 ORDER = [
     "files",
     "command_line",
+    "uploads",
     "models.patch_embedding",
     "models.attention",
     "models.preprocessing",
@@ -50,6 +51,10 @@ ORDER = [
     "robustness.summaries",
     "robustness.plots",
     "robustness.report",
+    "hub.run_folder",
+    "hub.tables",
+    "hub.eval_results",
+    "hub.card",
     "training.rounds",
     "training.objectives",
     "training.noise_objectives",
@@ -77,8 +82,9 @@ ORDER = [
     "ownership",
     "figures.canvas",
     "figures.table_4",
-    "hub.card",
     "hub.release",
+    "hub.checkpoint_files",
+    "hub.timm_vit",
     "hub.convert",
 ]
 

@@ -1,0 +1,183 @@
+"""A folder becomes one commit of a repository on the Hub: all of it or nothing, and a failure says how to repeat it."""
+
+import fnmatch
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+logger = logging.getLogger(__name__)
+
+_NEVER = (".git/*", "*/.git/*", ".cache/*", "*/.cache/*", ".*.part")
+_WAITS = (2.0, 8.0)
+_PASSING = (408, 409, 412, 429)  # a commit of somebody else's came in between, or too many requests
+_OFFLINE = "offline mode is on (HF_HUB_OFFLINE=1), nothing can be pushed: unset it"
+_NO_TOKEN = "no token for the Hub: run `hf auth login`, or set HF_TOKEN, with a token that may write"
+
+
+class UploadError(OSError):
+    """The Hub did not take the upload; what was to be uploaded is as it was."""
+
+
+class PassingUploadError(UploadError):
+    """An upload that failed for a reason that may pass by itself: the server, or the way to it."""
+
+
+def check_ready(token: str | None = None) -> None:
+    """Before long work: can anything be pushed at all? Asks nobody.
+
+    Raises:
+        UploadError: in offline mode, or if there is no token.
+    """
+    if is_offline_mode():
+        raise UploadError(_OFFLINE)
+    if not token and get_token() is None:
+        raise UploadError(_NO_TOKEN)
+
+
+def push_folder(
+    folder: Path | str,
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload with hf-nullspace",
+    token: str | None = None,
+    ignore: Iterable[str] = (),
+    replace: Iterable[str] = (),
+    space_sdk: str | None = None,
+    repeat: str | None = None,
+    waits: Iterable[float] = _WAITS,
+) -> CommitInfo:
+    """Create the repository if it is not there, and upload a folder as one commit.
+
+    Files that the Hub has already are not sent again, so an upload that was interrupted is repeated by the same call.
+    What passes by itself (5xx, a lost connection, a commit of somebody else) is tried again, on top of the client's
+    own attempts for each file.
+
+    Args:
+        repo_id: ``ORG/NAME``, or ``NAME`` for the token's owner.
+        repo_type: "model", "dataset" or "space"; a Space needs ``space_sdk``.
+        private: of a new repository; None is the owner's default.
+        revision: a branch, made if it is not there. Default: main.
+        ignore: patterns (fnmatch) of paths below ``folder`` that stay here.
+        replace: patterns of paths that are deleted from the repository in the same commit unless the folder has them.
+        repeat: what the error says one can do to repeat the upload.
+        waits: seconds before the second attempt, the third, ...
+
+    Raises:
+        FileNotFoundError: if the folder holds no file to upload.
+        UploadError: in one line: what failed, and how to go on. No file of the repository has changed then.
+    """
+    folder = Path(folder)
+    paths = files_to_push(folder, ignore)
+    if not paths:
+        raise FileNotFoundError(f"nothing to push: {folder} holds no file")
+    repeat = repeat or f"push_folder({str(folder)!r}, {repo_id!r})"
+    patterns = list(replace)
+
+    def push() -> CommitInfo:
+        with clear_errors(repo_id, f"{folder} is whole on this disk; repeat the upload with {repeat}", token):
+            api = HfApi(token=token or None, library_name="hf-nullspace")
+            name = api.create_repo(
+                repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=space_sdk
+            ).repo_id
+            if revision is not None and revision != "main":
+                api.create_branch(name, branch=revision, repo_type=repo_type, exist_ok=True)
+            there = api.list_repo_files(name, repo_type=repo_type, revision=revision) if patterns else []
+            gone = [path for path in there if path not in paths and _matches(path, patterns)]
+            operations = [CommitOperationAdd(path, str(folder / path)) for path in paths]
+            return api.create_commit(
+                name,
+                [*map(CommitOperationDelete, gone), *operations],
+                commit_message=commit_message,
+                repo_type=repo_type,
+                revision=revision,
+            )
+
+    return _trying_again(push, list(waits))
+
+
+def files_to_push(folder: Path, ignore: Iterable[str] = ()) -> list[str]:
+    """The files of a folder, relative and sorted, without those that match ``ignore`` (fnmatch)."""
+    patterns = [*_NEVER, *ignore]
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in found if not _matches(path, patterns))
+
+
+@contextmanager
+def clear_errors(repo_id: str, afterwards: str, token: str | None = None) -> Iterator[None]:
+    """Turn what the Hub and the way to it raise into one line that ends with ``afterwards``.
+
+    Raises:
+        UploadError: naming the cause and what to do; ``afterwards`` follows.
+    """
+    try:
+        check_ready(token)
+        yield
+    except UploadError as error:
+        raise UploadError(f"{error}. {afterwards}") from None
+    except OfflineModeIsEnabled:
+        raise UploadError(f"{_OFFLINE}. {afterwards}") from None
+    except HFValidationError as error:
+        raise UploadError(f"{repo_id!r} is no repository's name, expected ORG/NAME ({error}). {afterwards}") from error
+    except Exception as error:
+        cause = _cause(error)
+        if (said := _explained(cause, repo_id)) is None:
+            raise
+        passing = isinstance(cause, HfHubHTTPError) and _may_pass(cause.response.status_code)
+        kind = PassingUploadError if passing or not isinstance(cause, HfHubHTTPError | ValueError) else UploadError
+        raise kind(f"could not push to {repo_id}: {said}. {afterwards}") from error
+
+
+def _trying_again(push: Callable[[], CommitInfo], waits: list[float]) -> CommitInfo:
+    for wait in waits:
+        try:
+            return push()
+        except PassingUploadError as error:
+            logger.warning("%s; trying again in %g s", str(error).partition(". ")[0], wait)
+            time.sleep(wait)
+    return push()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Below what the client wraps around a failure of one large file."""
+    while type(error) is RuntimeError and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _explained(error: BaseException, repo_id: str) -> str | None:
+    """What happened, in words; None for what has nothing to do with the Hub."""
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status == 401 and not isinstance(error, RepositoryNotFoundError):
+            return "the Hub does not know the token (401); make one that may write, then `hf auth login` or HF_TOKEN"
+        if status == 403:
+            return f"the token may not write there (403); use one of a member of {repo_id.partition('/')[0]!r}"
+        if status in (401, 404):
+            return f"no such repository, or the token may not see it ({status})"
+        if status in (409, 412):
+            return f"somebody else changed the repository at the same time ({status})"
+        reason = error.server_message or error.response.reason_phrase
+        return f"the server failed ({status}: {reason})" if status >= 500 else f"refused ({status}: {reason})"
+    if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
+        return f"the connection failed ({type(error).__name__}: {error})"
+    if isinstance(error, ConnectionError | TimeoutError):
+        return f"the connection failed ({error})"
+    if isinstance(error, ValueError) and "README.md" in str(error):
+        return f"the Hub refuses the card ({' '.join(str(error).split())})"
+    return None
+
+
+def _may_pass(status: int) -> bool:
+    return status >= 500 or status in _PASSING
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)

@@ -1,0 +1,150 @@
+"""Uploads of a folder: one commit or none, and one line that says what to do when it fails."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants, snapshot_download
+
+from hf_nullspace.uploads import UploadError, check_ready, files_to_push, push_folder
+from loopback_hub import READ_ONLY, TOKEN
+
+FILES = {"README.md": b"---\nlicense: mit\n---\n", "model.safetensors": bytes(9000), "in/notes.json": b"{}"}
+COMMIT = "POST /api/models/someone/thing/commit/main"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "local", FILES)
+
+
+def write(place, files):
+    for name, content in files.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+    return place
+
+
+def error_of(folder, repo="someone/thing", **more):
+    with pytest.raises(UploadError) as caught:
+        push_folder(folder, repo, waits=(0.0,), **more)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"{folder} is whole on this disk; repeat the upload with " in message
+    assert {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == FILES
+    return message
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset", "space"])
+def test_a_folder_is_one_commit(hub_here, folder, tmp_path, kind):
+    sdk = "gradio" if kind == "space" else None
+    pushed = push_folder(folder, "lab/thing", repo_type=kind, space_sdk=sdk, private=True, commit_message="all of it")
+    assert hub_here.history(f"{kind}s", "lab/thing") == ["all of it", "initial commit"]
+    assert hub_here.repository(f"{kind}s", "lab/thing").private
+    fresh = Path(snapshot_download("lab/thing", repo_type=kind, cache_dir=tmp_path / "fresh", revision=pushed.oid))
+    assert {name: (fresh / name).read_bytes() for name in FILES} == FILES
+    assert push_folder(folder, "lab/thing", repo_type=kind, space_sdk=sdk).oid == pushed.oid, "nothing new, no commit"
+
+
+def test_what_stays_here_and_what_goes_there(hub_here, tmp_path):
+    local = {"a.txt": b"", "_b/c": b"", "in/checkpoint-3/d": b"", ".cache/e": b"", ".git/f": b"", "noises/1": b"1"}
+    write(tmp_path / "local", local)
+    assert files_to_push(tmp_path / "local", ["_*", "*/checkpoint-*"]) == ["a.txt", "noises/1"]
+    push_folder(write(tmp_path / "older", {"noises/1": b"", "noises/2": b"", "other": b""}), "someone/thing")
+    push_folder(tmp_path / "local", "thing", ignore=["_*", "in/*"], replace=["noises/*"])
+    assert hub_here.files("models", "someone/thing") == {"a.txt": b"", "noises/1": b"1", "other": b""}
+    assert len(hub_here.history("models", "someone/thing")) == 3
+    with pytest.raises(FileNotFoundError, match="nothing to push"):
+        push_folder(tmp_path / "local", "someone/thing", ignore=["*"])
+
+
+def test_a_branch_is_made(hub_here, folder):
+    push_folder(folder, "someone/thing", revision="try/2")
+    assert hub_here.files("models", "someone/thing") == {}
+    assert hub_here.files("models", "someone/thing", "try/2") == FILES
+
+
+def test_without_a_token_or_with_a_wrong_one(hub_here, folder, monkeypatch):
+    assert "does not know the token (401)" in error_of(folder, token="hf_wrong")
+    assert "may not write there (403)" in error_of(folder, token=READ_ONLY)
+    assert "use one of a member of 'stranger'" in error_of(folder, "stranger/thing")
+    assert "no repository's name" in error_of(folder, "a/b/c")
+    monkeypatch.setenv("HF_TOKEN", "")
+    asked = len(hub_here.asked)
+    assert "run `hf auth login`, or set HF_TOKEN" in error_of(folder)
+    with pytest.raises(UploadError, match="hf auth login"):
+        check_ready()
+    assert len(hub_here.asked) == asked, "without a token nobody is asked"
+    push_folder(folder, "someone/thing", token=TOKEN)
+
+
+def test_offline(hub_here, folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE=1" in error_of(folder)
+    assert hub_here.asked == []
+
+
+@pytest.mark.parametrize("fault", ["fail", "conflict", "cut_upload", "lose_answer"])
+def test_what_passes_is_tried_again(hub_here, folder, caplog, fault):
+    if fault == "conflict":
+        hub_here.fail(COMMIT, status=409)
+    else:
+        getattr(hub_here, fault)(COMMIT)
+    with caplog.at_level(logging.WARNING):
+        push_folder(folder, "someone/thing", waits=(0.0,))
+    assert "trying again" in caplog.text
+    assert hub_here.files("models", "someone/thing") == FILES
+    assert len(hub_here.history("models", "someone/thing")) == 2, "also if the answer to the first was lost"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "status", "said"),
+    [(COMMIT, 500, "the server failed"), (COMMIT, 412, "somebody else"), ("/repos/create", 503, "the server failed")],
+)
+def test_what_does_not_pass_is_one_line_and_can_be_repeated(hub_here, folder, pattern, status, said):
+    fault = hub_here.fail(pattern, status=status, times=2)
+    assert f"could not push to someone/thing: {said}" in error_of(folder)
+    assert fault.times == 0, "tried twice"
+    assert hub_here.repository("models", "someone/thing") is None or hub_here.files("models", "someone/thing") == {}
+    push_folder(folder, "someone/thing")
+    assert hub_here.files("models", "someone/thing") == FILES
+
+
+def test_a_connection_that_is_cut_again_and_again(hub_here, folder):
+    hub_here.cut_upload(COMMIT, times=2)
+    assert "the connection failed" in error_of(folder)
+    push_folder(folder, "someone/thing")
+    assert hub_here.files("models", "someone/thing") == FILES
+
+
+def test_what_the_hub_refuses_is_not_tried_again(hub_here, folder):
+    refused = hub_here.fail(COMMIT, status=400, times=2)
+    assert "refused (400: something went wrong here)" in error_of(folder)
+    assert refused.times == 1
+    (folder / "README.md").write_bytes(b"---\n: [\n---\n")
+    with pytest.raises(UploadError, match="refuses the card"):
+        push_folder(folder, "someone/thing")
+
+
+def test_other_errors_stay_what_they_are(hub_here, folder):
+    (folder / "a link").symlink_to(folder / "README.md")
+    with pytest.raises(ValueError, match="Invalid repo type"):
+        push_folder(folder, "someone/thing", repo_type="nothing")
+
+
+def test_a_process_that_is_killed_in_the_middle_and_its_repetition(hub_here, folder, tmp_path):
+    """The command that repeats it is the one that the error names."""
+    held = hub_here.hold("PUT /storage/")
+    code = f"from hf_nullspace.uploads import push_folder; push_folder({str(folder)!r}, 'someone/thing')"
+    environment = os.environ | hub_here.environment(tmp_path / "another cache", TOKEN)
+    client = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    assert held.came.wait(60)
+    client.kill()
+    client.wait()
+    held.go.set()
+    assert hub_here.files("models", "someone/thing") == {}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+    assert hub_here.files("models", "someone/thing") == FILES
