@@ -85,6 +85,21 @@ def test_second_half_gets_the_noise_and_the_first_does_not(family):
         model(pixel_values)
 
 
+def test_the_last_part_gets_the_noise_and_the_others_do_not():
+    model = tiny_model()
+    hook = PatchEmbeddingNoise(model)
+    images, noise = torch.randn(2, 3, 16, 16), torch.randn(1, 16, 24)
+    with torch.no_grad():
+        clean = hook.module(images)
+        with hook.adding(noise, NoiseMode.LAST_PART, 3):
+            parts = hook.module(torch.cat([images] * 3)).chunk(3)
+        with hook.adding(noise, NoiseMode.LAST_PART, 3), pytest.raises(ValueError, match="is not 3 views"):
+            hook.module(torch.cat([images] * 2))
+    torch.testing.assert_close(parts[0], clean)
+    torch.testing.assert_close(parts[1], clean)
+    torch.testing.assert_close(parts[2], clean + noise)
+
+
 def test_gradient_reaches_the_noise_and_no_parameter(family):
     model = tiny_model(family)
     noise = random_noise(model.double()).float().requires_grad_()

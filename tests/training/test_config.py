@@ -124,7 +124,7 @@ def test_rounds_steps_and_max_steps_agree(tmp_path, given, length):
         ({"held_out_images": -1}, "held_out_images=-1"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0: expected a number in \(0, 1\)"),
         ({"preset": "papers"}, "preset='papers': expected one of 'paper', 'default'"),
-        ({"objective": "madly"}, "objective='madly': expected one of 'nullspace', 'plain'"),
+        ({"objective": "madly"}, "objective='madly': expected one of .*; did you mean 'madry'"),
         ({"global_batch_size": 128, "gradient_accumulation_steps": 3}, "global_batch_size=128 is no multiple of"),
         ({"global_batch_size": 128, "per_device_train_batch_size": 32}, "x 1 gradient_accumulation_steps is 32"),
     ],

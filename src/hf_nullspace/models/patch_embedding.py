@@ -78,6 +78,7 @@ class NoiseMode(Enum):
     OFF = "off"
     ALL = "all"
     SECOND_HALF = "second half"
+    LAST_PART = "last part"
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class PatchEmbeddingNoise:
     def __init__(self, model: nn.Module, patch_embedding: nn.Module | None = None) -> None:
         self.module = patch_embedding if patch_embedding is not None else find_patch_embedding(model)
         self.mode = NoiseMode.OFF
+        self.parts = 2
         self.noise: Tensor | None = None
         self._handle = self.module.register_forward_hook(self._hook)
 
@@ -107,24 +109,24 @@ class PatchEmbeddingNoise:
         self._handle.remove()
 
     @contextmanager
-    def adding(self, noise: Tensor, mode: NoiseMode = NoiseMode.ALL) -> Iterator[Self]:
-        """Add ``noise`` (1, N, D) to every image, or to the second half of the batch, inside the block."""
-        before = self.noise, self.mode
-        self.noise, self.mode = noise, mode
+    def adding(self, noise: Tensor, mode: NoiseMode = NoiseMode.ALL, parts: int = 2) -> Iterator[Self]:
+        """Add ``noise`` (1, N, D) inside the block: to every image, to the second half, or the last of ``parts``."""
+        before = self.noise, self.mode, self.parts
+        self.noise, self.mode, self.parts = noise, mode, parts
         try:
             yield self
         finally:
-            self.noise, self.mode = before
+            self.noise, self.mode, self.parts = before
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self.mode is NoiseMode.OFF or self.noise is None:
             return None
         embeddings = output[0] if isinstance(output, tuple) else output
-        noisy = _add(embeddings, self.noise, self.mode)
+        noisy = _add(embeddings, self.noise, self.mode, self.parts)
         return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
 
 
-def _add(embeddings: Tensor, noise: Tensor, mode: NoiseMode) -> Tensor:
+def _add(embeddings: Tensor, noise: Tensor, mode: NoiseMode, parts: int) -> Tensor:
     is_map = embeddings.dim() == 4  # (B, D, h, w): a bare convolution
     if is_map:
         expected = (1, embeddings.shape[2] * embeddings.shape[3], embeddings.shape[1])
@@ -141,10 +143,12 @@ def _add(embeddings: Tensor, noise: Tensor, mode: NoiseMode) -> Tensor:
         noise = noise.transpose(1, 2).reshape(1, *embeddings.shape[1:])
     if mode is NoiseMode.ALL:
         return embeddings + noise
-    if embeddings.shape[0] % 2:
+    if mode is NoiseMode.LAST_PART and embeddings.shape[0] % parts:
+        raise ValueError(f"a batch of {embeddings.shape[0]} is not {parts} views of as many images; pass all views")
+    if mode is NoiseMode.SECOND_HALF and embeddings.shape[0] % 2:
         raise ValueError(f"a batch of {embeddings.shape[0]} has no second half; pass the clean and the noisy images")
-    clean, noisy = embeddings.chunk(2)
-    return torch.cat([clean, noisy + noise])
+    first = embeddings.shape[0] - embeddings.shape[0] // (parts if mode is NoiseMode.LAST_PART else 2)
+    return torch.cat([embeddings[:first], embeddings[first:] + noise])
 
 
 @contextmanager

@@ -78,19 +78,19 @@ class NoiseHistory:
     steps: int = 0
     """Gradient steps that were taken."""
     stopped: str = ""
-    """Why it ended: "epsilon" (inside the region), "steps" (T reached outside of it), "rescaled"."""
+    """Why it ended: "epsilon" (inside the region), "steps" (T reached outside of it), "rescaled", "calibrated"."""
     held_out_influence: float | None = None
     seconds: float = 0.0
 
     def summary(self, noise: NullspaceNoise, points: int = 200) -> dict[str, Any]:
         """What is logged and kept of a round, ready for JSON: the result, and at most ``points`` of each curve."""
-        stride = -(-len(self.influence) // points)
+        stride = max(-(-len(self.influence) // points), 1)
         curves = ("influence", "loss", "norm", "centred_norm")
         return {
             "noise_steps": self.steps,
             "stopped": self.stopped,
             "influence": self.held_out_influence,
-            "minibatch_influence": self.influence[-1],
+            "minibatch_influence": self.influence[-1] if self.influence else None,
             "norm": noise.norm,
             "centred_norm": noise.centred_norm,
             "seconds": self.seconds,

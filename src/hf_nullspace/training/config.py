@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +10,9 @@ import torch
 from transformers import TrainingArguments
 
 from hf_nullspace.noise.learning import NoiseSettings
+from hf_nullspace.training import adversarial_objectives as _adversarial  # noqa: F401  (they register themselves)
+from hf_nullspace.training.noise_objectives import DISTRIBUTIONS
+from hf_nullspace.training.objectives import check_objective
 
 _PAPER: dict[str, Any] = {
     "rounds": 20,
@@ -37,8 +41,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What a field gets that nobody set. "paper" is Algorithm 1 with the settings of appendix A.3; "default" differs where
 that leaves epsilon untrue of the noise: no decay of the noise, and epsilon is tested on held-out images."""
 
-OBJECTIVES = ("nullspace", "plain")
-
 
 def _preset(text: str) -> Any:
     return field(default=None, metadata={"help": f"{text} Default: from the preset."})
@@ -61,7 +63,11 @@ class NullspaceConfig(TrainingArguments):
     preset: str = field(default="default", metadata={"help": "Where unset fields come from: 'default' or 'paper'."})
     objective: str = field(
         default="nullspace",
-        metadata={"help": "What the second view of a batch is: 'nullspace' (noisy) or 'plain' (the same: a control)."},
+        metadata={
+            "help": "What a batch becomes: 'nullspace' (a second view with learned noise), the controls 'plain' (the "
+            "same view twice), 'random' and 'permuted' (noise of the same influence), 'madry', 'trades' (adversarial "
+            "training), or several joined by '+'."
+        },
     )
     rounds: int | None = _preset("K: how often a new noise is learned.")
     steps_per_round: int | None = _preset("S: optimizer steps between two noises.")
@@ -79,6 +85,17 @@ class NullspaceConfig(TrainingArguments):
         default=512,
         metadata={"help": "Training images per round that the noise is not learned on, but its influence measured."},
     )
+    noise_distribution: str = field(
+        default="uniform", metadata={"help": "Objective 'random': 'uniform' or 'normal' noise."}
+    )
+    attack_eps: str = field(
+        default="8/255", metadata={"help": "Objectives 'madry', 'trades': L-inf radius, for pixels in [0, 1]."}
+    )
+    attack_step: str | None = field(
+        default=None, metadata={"help": "Objectives 'madry', 'trades': step of the attack; a quarter of attack_eps."}
+    )
+    attack_steps: int = field(default=10, metadata={"help": "Objectives 'madry', 'trades': steps of the attack."})
+    trades_beta: float = field(default=6.0, metadata={"help": "Objective 'trades': weight of the divergence (beta)."})
     ema_decay: float | None = field(
         default=None,
         metadata={"help": "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."},
@@ -100,8 +117,10 @@ class NullspaceConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(map(repr, PRESETS))}")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r}: expected one of {', '.join(map(repr, OBJECTIVES))}")
+        check_objective(self.objective)
+        self._check("noise_distribution", self.noise_distribution in DISTRIBUTIONS, "'uniform' or 'normal'")
+        self._check("trades_beta", self.trades_beta >= 0, "a number >= 0")
+        self.attack_settings()  # raises on values out of range
         for path in (Path(self.output_dir or "."), *Path(self.output_dir or ".").parents):
             if path.exists() and not path.is_dir():
                 raise NotADirectoryError(f"output_dir={self.output_dir!r}: {path} is a file; choose a folder")
@@ -184,6 +203,24 @@ class NullspaceConfig(TrainingArguments):
         self.num_train_epochs = None
         self._settle_length()
         self.noise_settings()
+
+    def attack_settings(self) -> dict[str, Any]:
+        """Radius, step and steps of the attack in adversarial training, as numbers for pixels in [0, 1].
+
+        Raises:
+            ValueError: if one is no number, or out of range.
+        """
+        self._check("attack_steps", self.attack_steps >= 1, "at least 1 step")
+        numbers: dict[str, Any] = {"steps": self.attack_steps}
+        for name in ("attack_eps", "attack_step"):
+            value = getattr(self, name)
+            try:
+                numbers[name.removeprefix("attack_")] = None if value is None else float(Fraction(str(value)))
+            except (ValueError, ZeroDivisionError):
+                raise ValueError(f"{name}={value!r}: expected a number like 8/255 or 0.03") from None
+        self._check("attack_eps", 0 <= numbers["eps"] <= 1, "a radius for pixels in [0, 1], such as 8/255")
+        self._check("attack_step", numbers["step"] is None or numbers["step"] > 0, "a positive number")
+        return numbers
 
     def noise_settings(self) -> NoiseSettings:
         """The settings of one round's noise.

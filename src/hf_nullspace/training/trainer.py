@@ -5,34 +5,39 @@ through the model twice in one forward pass, as it is and with v on its patch em
 """
 
 import json
-import logging
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_nullspace.files import write_json
-from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise, unwrap
-from hf_nullspace.noise.artifact import WEIGHTS_NAME, NullspaceNoise, bank_file_name, provenance_of
-from hf_nullspace.noise.learning import NoiseHistory, derive_seed, learn_noise
+from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.noise.artifact import WEIGHTS_NAME, NullspaceNoise
+from hf_nullspace.noise.learning import derive_seed
 from hf_nullspace.training.checkpoints import HISTORY_NAME, checkpoint_to_resume, load_weights, one_clear_error
 from hf_nullspace.training.config import NullspaceConfig, usable_config
+from hf_nullspace.training.cost import NAME as COST_NAME
+from hf_nullspace.training.cost import Cost
 from hf_nullspace.training.ema import FOLDER as EMA_FOLDER
 from hf_nullspace.training.ema import EmaCallback
-from hf_nullspace.training.noise_stream import an_empty_stream_is_said, noise_stream, own_randomness
-from hf_nullspace.training.objectives import Objective, check_head, check_labels, make_objective, two_views, view_loss
+from hf_nullspace.training.noise_stream import an_empty_stream_is_said
+from hf_nullspace.training.objectives import (
+    Batch,
+    check_head,
+    check_labels,
+    forward_views,
+    make_objective,
+    mean_over_images,
+    view_loss,
+)
+from hf_nullspace.training.round_trainer import RoundTrainer
 
-logger = logging.getLogger(__name__)
 
-
-class NullspaceTrainer(Trainer):
+class NullspaceTrainer(RoundTrainer):
     """A drop-in Trainer for image classifiers with a patch embedding; ``args`` is a :class:`NullspaceConfig`.
 
     Everything else is the Trainer's: evaluation and prediction see the clean model; resuming, accumulation, mixed
@@ -64,7 +69,9 @@ class NullspaceTrainer(Trainer):
         self._hook: PatchEmbeddingNoise | None = None
         self.noise: NullspaceNoise | None = None
         self.history: list[dict[str, Any]] = []
+        self.cost = Cost()
         self._round: int | None = None
+        self._place = (-1, 0)  # optimizer step, micro-batch within it
         self._restored = False
         self._start: dict[str, Tensor] | None = None
         self._compiled: nn.Module | None = None
@@ -73,7 +80,8 @@ class NullspaceTrainer(Trainer):
         super().__init__(model, args, *positional, **named)
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
             raise ValueError("the training set is empty; check the split's name and the data files")
-        self._objective: Objective = make_objective(self.args.objective)  # `objective` is the Trainer's, in a search
+        self._objective = make_objective(self.args.objective, self.args)  # `objective` is the Trainer's, in a search
+        self._preprocessing = self._pixels_known() if self._objective.needs_pixels else None
         self._given_optimizer = self.optimizer
         self.ema: EmaCallback | None = None
         if self.args.ema_decay is not None:
@@ -95,6 +103,15 @@ class NullspaceTrainer(Trainer):
             self._hook.remove()
         self._hook = PatchEmbeddingNoise(model, self._patch_embedding)
 
+    def _pixels_known(self) -> Preprocessing:
+        """How images are normalised: an attack in pixels has to know."""
+        if self.processing_class is None:
+            raise ValueError(
+                f"objective={self.args.objective!r} attacks images in pixels: pass processing_class=image_processor, "
+                "which knows their mean and std"
+            )
+        return Preprocessing.from_processor(self.processing_class)
+
     # ---- one batch
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -107,28 +124,45 @@ class NullspaceTrainer(Trainer):
             raise ValueError(f"training rows have {sorted(inputs)} but no 'labels'; name the label column")
         if self.compute_loss_func is None:
             check_labels(inputs["labels"], getattr(getattr(unwrap(self.model), "config", None), "num_labels", None))
-        round_ = self.state.global_step // self.args.steps_per_round  # type: ignore[operator]
+        step = self.state.global_step
+        self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
+        round_ = step // self.args.steps_per_round  # type: ignore[operator]
         if round_ != self._round:
-            self.noise = self._objective.round_noise(lambda: self._learn(model, round_))
+            self.noise = self._learn(model, round_)
             self._round = round_
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Training: CE(z, y) + CE(z', y) of both views in one forward pass (line 19). Evaluation: the Trainer's."""
+        """Training: the objective's loss over its views, in one forward pass (line 19). Evaluation: the Trainer's."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
         assert self._hook is not None
-        noise = None if self.noise is None else self.noise.tensor.to(labels.device)
-        with self._hook.adding(noise, NoiseMode.SECOND_HALF) if noise is not None else nullcontext():
-            logits = model(**two_views(inputs)).logits
-        clean, noisy = logits.chunk(2)
-        loss = self._view_loss(clean, labels, num_items_in_batch) + self._view_loss(noisy, labels, num_items_in_batch)
+        labels, name = inputs["labels"], getattr(unwrap(self.model), "main_input_name", "pixel_values")
+        batch = Batch(
+            images=inputs[name],
+            labels=labels,
+            noise=None if self.noise is None else self.noise.tensor,
+            model=self.cost.counted(self._model_to_ask(model)),
+            cross_entropy=lambda logits: self._view_loss(logits, labels, num_items_in_batch),
+            mean=lambda values: mean_over_images(values, labels, num_items_in_batch),
+            seeds=lambda: self._image_seeds(len(labels)),
+            preprocessing=self._preprocessing,
+        )
+        with self.cost.during("attack"):
+            views = self._objective.views(batch)
+        logits = forward_views(self.cost.counted(model), self._hook, inputs, views, name)
+        loss = self._objective.loss(logits, batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # undo the mean that DDP takes over processes
-        return (loss, ImageClassifierOutput(logits=clean)) if return_outputs else loss
+        return (loss, ImageClassifierOutput(logits=next(iter(logits.values())))) if return_outputs else loss
+
+    def _image_seeds(self, count: int) -> list[int]:
+        """One seed per image of this micro-batch, the same however the batch is spread over processes."""
+        step, micro = self._place
+        first = (micro * self.args.world_size + self.args.process_index) * count
+        return [derive_seed(self.args.seed, max(step, 0), first + index) for index in range(count)]
 
     def _view_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> Tensor:
         """The loss of one view; a ``compute_loss_func`` of the user is asked for each view."""
@@ -136,88 +170,6 @@ class NullspaceTrainer(Trainer):
             outputs = ImageClassifierOutput(logits=logits)
             return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         return view_loss(logits, labels, num_items_in_batch, self.args.label_smoothing_factor)
-
-    # ---- one round
-
-    def _learn(self, model: nn.Module, round_: int) -> NullspaceNoise:
-        """This round's noise, on its own seeded stream; logged, kept as ``noises/round-KKK.safetensors``."""
-        args, seed = self.args, self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        settings = args.noise_settings()
-        collate = self.data_collator
-        dataset: Any = self.train_dataset
-        if isinstance(dataset, Dataset):  # as the Trainer does it: a mapped stream does not know its columns
-            dataset = self._remove_unused_columns(dataset, description="noise")
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description="noise")
-        round_seed = derive_seed(seed, round_)
-        needs_held_out = settings.stop_on == "held_out" or settings.on_limit == "rescale"
-        if needs_held_out and not args.held_out_images:
-            raise ValueError("held_out_images=0: this preset tests epsilon on held-out images; keep some")
-        known = provenance_of(self.model, hashed=not self.is_fsdp_enabled)
-        bar = tqdm(
-            total=settings.max_steps,
-            desc=f"Noise {round_ + 1}/{args.rounds}",
-            leave=False,
-            disable=args.disable_tqdm or not self.is_local_process_zero(),
-        )
-
-        def show(step: int, influence: float) -> None:
-            bar.set_postfix(influence=f"{influence:.4f}", epsilon=settings.epsilon, refresh=False)
-            bar.update(step - bar.n)
-
-        with bar, own_randomness(round_seed):
-            held_out, batches = noise_stream(
-                dataset,
-                collate,
-                batch_size=args.noise_batch_size,  # type: ignore[arg-type]
-                held_out_images=args.held_out_images,
-                seed=seed,
-                round=round_,
-                rank=args.process_index,
-                processes=args.world_size,
-                num_workers=args.dataloader_num_workers,
-                input_name=getattr(unwrap(self.model), "main_input_name", "pixel_values"),
-            )
-            noise, history = learn_noise(
-                self._model_to_ask(model),
-                batches,
-                settings,
-                seed=round_seed,
-                held_out=held_out,
-                hook=self._hook,
-                chunk_size=2 * self._train_batch_size,  # what a training step takes fits here too
-                provenance=replace(known, training_step=self.state.global_step, round=round_),
-                on_step=show,
-            )
-        self._keep(noise, history, round_)
-        return noise
-
-    def _model_to_ask(self, model: nn.Module) -> nn.Module:
-        """What the noise is learned on: the training model, but without DDP, whose forward expects a backward pass."""
-        compiled_from = model._modules.get("_orig_mod")
-        if isinstance(compiled_from, nn.parallel.DistributedDataParallel):
-            if self._compiled is None or self._compiled._modules["_orig_mod"] is not compiled_from.module:
-                options = self.accelerator.state.dynamo_plugin.to_kwargs()
-                self._compiled = torch.compile(compiled_from.module, **options)  # type: ignore[assignment]
-            return self._compiled  # type: ignore[return-value]
-        return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-    def _keep(self, noise: NullspaceNoise, history: NoiseHistory, round_: int) -> None:
-        entry = {"round": round_, "step": self.state.global_step} | history.summary(noise)
-        self.history = [*self.history[:round_], entry]
-        folder = Path(self._get_output_dir(getattr(self, "_trial", None)))
-        if self.args.should_save:
-            with one_clear_error(folder):
-                noise.save(folder / "noises" / bank_file_name(round_))
-                write_json(folder / HISTORY_NAME, self.history)
-        if history.stopped != "epsilon" and self.is_world_process_zero():
-            outcome = "scaled into it" if history.stopped == "rescaled" else "used as it is"
-            logger.warning(
-                f"round {round_}: {history.steps} noise steps did not reach epsilon={self.args.epsilon}; "
-                f"the noise is {outcome}"
-            )
-        shown = ("round", "noise_steps", "influence", "minibatch_influence", "norm", "centred_norm", "seconds")
-        self.log({f"noise/{name}": value for name in shown if (value := entry[name]) is not None})
 
     # ---- checkpoints
 
@@ -254,9 +206,16 @@ class NullspaceTrainer(Trainer):
         """A run begins: afresh, also when ``auto_find_batch_size`` begins again; or goes on from a checkpoint."""
         if not self._restored:
             self.noise, self._round, self.history = None, None, []
+            self.cost.start()
             if self.ema is not None:
                 self.ema.start(self.model)
-        self._restored = False
+        self._restored, self._place = False, (-1, 0)
+
+    def _end(self) -> None:
+        """A run has ended: what it cost."""
+        self.cost.sync()
+        if self.args.should_save:
+            write_json(Path(self._get_output_dir(getattr(self, "_trial", None))) / COST_NAME, self.cost.summary())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's, with the present noise, the history and the averaged weights beside the model's."""
@@ -269,6 +228,9 @@ class NullspaceTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.cost.sync()
+        summary = self.cost.summary()
+        self.log({f"cost/{name}": summary[name] for name in ("forward_equivalents", "seconds")})
         with one_clear_error(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 
@@ -276,6 +238,7 @@ class NullspaceTrainer(Trainer):
         if self.noise is not None:
             self.noise.save_pretrained(folder)
         write_json(folder / HISTORY_NAME, self.history)
+        write_json(folder / COST_NAME, self.cost.summary())
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -311,6 +274,8 @@ class NullspaceTrainer(Trainer):
         folder = Path(checkpoint)
         if (folder / HISTORY_NAME).exists():
             self.history = json.loads((folder / HISTORY_NAME).read_text(encoding="utf-8"))
+        if (folder / COST_NAME).exists():
+            self.cost.start(json.loads((folder / COST_NAME).read_text(encoding="utf-8")))
         self.noise, self._round = None, None
         if (folder / WEIGHTS_NAME).exists():
             self.noise = NullspaceNoise.load(folder / WEIGHTS_NAME)
@@ -342,6 +307,9 @@ class _RunBegins(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._begin()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._end()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # accelerate 1.15 tells it to a map-style data set only if there is one process and nothing was skipped.

@@ -1,0 +1,132 @@
+"""The part of the trainer that acts when a round begins: the objective makes a noise, and what was made is kept."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import Trainer
+
+from hf_nullspace.files import write_json
+from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
+from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, bank_file_name, provenance_of
+from hf_nullspace.noise.learning import NoiseHistory, derive_seed
+from hf_nullspace.training.checkpoints import HISTORY_NAME, one_clear_error
+from hf_nullspace.training.config import NullspaceConfig
+from hf_nullspace.training.cost import Cost
+from hf_nullspace.training.noise_stream import noise_stream, own_randomness
+from hf_nullspace.training.objectives import Objective
+from hf_nullspace.training.rounds import Round
+
+logger = logging.getLogger(__name__)
+
+
+class RoundTrainer(Trainer):
+    """A Trainer that can make a round's noise; :class:`NullspaceTrainer` says when, and what the noise is for."""
+
+    args: NullspaceConfig
+    model: Any
+    noise: NullspaceNoise | None
+    history: list[dict[str, Any]]
+    cost: Cost
+    _objective: Objective
+    _hook: PatchEmbeddingNoise | None
+    _compiled: nn.Module | None
+
+    def _learn(self, model: nn.Module, round_: int) -> NullspaceNoise | None:
+        """This round's noise, on its own seeded stream; logged, kept as ``noises/round-KKK.safetensors``."""
+        assert self._hook is not None
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        round_seed, settings = derive_seed(seed, round_), self.args.noise_settings()
+        with self._progress(round_, settings.max_steps) as show, own_randomness(round_seed), self.cost.during("noise"):
+            made = self._objective.round_noise(
+                Round(
+                    number=round_,
+                    seed=round_seed,
+                    settings=settings,
+                    model=self.cost.counted(self._model_to_ask(model)),
+                    hook=self._hook,
+                    stream=partial(self._noise_images, seed, round_),
+                    known=partial(self._provenance, round_),
+                    chunk_size=2 * self._train_batch_size,  # what a training step takes fits here too
+                    previous=self.noise,
+                    on_step=show,
+                )
+            )
+        if made is None:
+            return None
+        self._keep(*made, round_)
+        return made[0]
+
+    def _noise_images(self, seed: int, round_: int) -> tuple[list[Tensor], Iterator[Tensor]]:
+        """Held-out batches of a round, and the endless others."""
+        args, collate, dataset = self.args, self.data_collator, self.train_dataset
+        if isinstance(dataset, Dataset):  # as the Trainer does it: a mapped stream does not know its columns
+            dataset = self._remove_unused_columns(dataset, description="noise")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="noise")
+        return noise_stream(
+            dataset,
+            collate,
+            batch_size=args.noise_batch_size,  # type: ignore[arg-type]
+            held_out_images=args.held_out_images,
+            seed=seed,
+            round=round_,
+            rank=args.process_index,
+            processes=args.world_size,
+            num_workers=args.dataloader_num_workers,
+            input_name=getattr(unwrap(self.model), "main_input_name", "pixel_values"),
+        )
+
+    def _provenance(self, round_: int) -> NoiseProvenance:
+        known = provenance_of(self.model, hashed=not self.is_fsdp_enabled)
+        return replace(known, training_step=self.state.global_step, round=round_)
+
+    @contextmanager
+    def _progress(self, round_: int, steps: int) -> Iterator[Callable[[int, float], None]]:
+        """A bar over a round's noise steps; gives what to call with (steps done, influence)."""
+        hidden = self.args.disable_tqdm or not self.is_local_process_zero()
+        with tqdm(total=steps, desc=f"Noise {round_ + 1}/{self.args.rounds}", leave=False, disable=hidden) as bar:
+
+            def show(step: int, influence: float) -> None:
+                bar.set_postfix(influence=f"{influence:.4f}", epsilon=self.args.epsilon, refresh=False)
+                bar.update(step - bar.n)
+
+            yield show
+
+    def _model_to_ask(self, model: nn.Module) -> nn.Module:
+        """What the noise is learned on: the training model, but without DDP, whose forward expects a backward pass."""
+        compiled_from = model._modules.get("_orig_mod")
+        if isinstance(compiled_from, nn.parallel.DistributedDataParallel):
+            if self._compiled is None or self._compiled._modules["_orig_mod"] is not compiled_from.module:
+                options = self.accelerator.state.dynamo_plugin.to_kwargs()
+                self._compiled = torch.compile(compiled_from.module, **options)  # type: ignore[assignment]
+            return self._compiled  # type: ignore[return-value]
+        return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+    def _keep(self, noise: NullspaceNoise, history: NoiseHistory, round_: int) -> None:
+        before = self.cost.passes("noise")
+        self.cost.sync()
+        passes = {kind: count - before[kind] for kind, count in self.cost.passes("noise").items()}
+        entry = {"round": round_, "step": self.state.global_step} | history.summary(noise) | {"cost": passes}
+        self.history = [*self.history[:round_], entry]
+        folder = Path(self._get_output_dir(getattr(self, "_trial", None)))
+        if self.args.should_save:
+            with one_clear_error(folder):
+                noise.save(folder / "noises" / bank_file_name(round_))
+                write_json(folder / HISTORY_NAME, self.history)
+        if history.stopped in ("steps", "rescaled") and self.is_world_process_zero():
+            outcome = "scaled into it" if history.stopped == "rescaled" else "used as it is"
+            logger.warning(
+                f"round {round_}: {history.steps} noise steps did not reach epsilon={self.args.epsilon}; "
+                f"the noise is {outcome}"
+            )
+        shown = ("round", "noise_steps", "influence", "minibatch_influence", "norm", "centred_norm", "seconds")
+        self.log({f"noise/{name}": value for name in shown if (value := entry[name]) is not None})

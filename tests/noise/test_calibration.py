@@ -1,0 +1,67 @@
+"""Scaling a noise to a wanted influence, against SciPy's root finder and on real models."""
+
+import pytest
+import scipy.optimize
+import torch
+
+from hf_nullspace.models.patch_embedding import embedding_shape, patch_embedding_noise
+from hf_nullspace.noise.calibration import NoiseNotCalibratedError, calibrate, find_factor
+from hf_nullspace.noise.learning import start_noise
+from tiny_models import FAMILIES, tiny_model
+
+
+@pytest.mark.parametrize("epsilon", [1e-4, 0.01, 0.03, 0.3])
+@pytest.mark.parametrize("start", [1e-3, 1.0, 300.0])
+def test_the_factor_is_scipys_root(epsilon, start):
+    def influence(factor):
+        return factor**2 / (1 + factor**2)
+
+    factor, found, _ = find_factor(influence, epsilon, start=start, tolerance=1e-6)
+    assert found == influence(factor)
+    assert factor == pytest.approx(scipy.optimize.brentq(lambda f: influence(f) - epsilon, 0, 100), rel=1e-5)
+
+
+def test_a_curve_that_is_not_monotone_is_crossed():
+    def influence(factor):
+        return factor * (1.5 + torch.sin(torch.tensor(20 * factor)).item()) / 10
+
+    for start in (0.01, 1.0, 50.0):
+        assert find_factor(influence, 0.1, start=start)[1] == pytest.approx(0.1, rel=0.02)
+
+
+def test_forward_passes_are_few():
+    asked = []
+    find_factor(lambda factor: asked.append(factor) or (factor / 37) ** 2, 0.03)
+    assert len(asked) == find_factor(lambda factor: (factor / 37) ** 2, 0.03)[2] < 15
+
+
+def test_what_cannot_be_reached_is_an_error():
+    with pytest.raises(NoiseNotCalibratedError, match=r"it is 0\.01"):
+        find_factor(lambda factor: min(factor, 0.01), 0.03)
+    with pytest.raises(NoiseNotCalibratedError, match="The influence jumps there"):
+        find_factor(lambda factor: float(factor > 3), 0.03)
+    with pytest.raises(ValueError, match="positive influence"):
+        find_factor(lambda factor: factor, 0.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_every_family(family):
+    model = tiny_model(family).train()
+    images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    direction = start_noise(embedding_shape(model, images), 1.0, seed=3)
+    found = calibrate(model, direction, 0.005, [images[:5], images[5:]], chunk_size=4)
+    assert found.images == 12
+    assert torch.allclose(found.noise, found.factor * direction)
+    assert model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        clean = model(pixel_values=images).logits.softmax(-1)
+        with patch_embedding_noise(model, found.noise):
+            noisy = model(pixel_values=images).logits.softmax(-1)
+    assert float((noisy - clean).square().sum(-1).mean()) == pytest.approx(0.005, rel=0.021)
+
+
+def test_it_needs_images():
+    with pytest.raises(ValueError, match="held-out images"):
+        calibrate(tiny_model(), torch.randn(1, 16, 24), 0.03, [])

@@ -1,0 +1,360 @@
+"""Every objective against a loop without Trainer and hook; the controls' influence; costs as they are counted."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, log_softmax, softmax
+
+from hf_nullspace.models.preprocessing import make_image_processor
+from hf_nullspace.noise.artifact import load_noise_bank
+from hf_nullspace.noise.influence import centred_norm
+from hf_nullspace.noise.learning import derive_seed
+from hf_nullspace.training import objectives
+from hf_nullspace.training.noise_stream import noise_stream
+from hf_nullspace.training.objectives import Objective, View, register_objective
+from hf_nullspace.training.trainer import NullspaceTrainer
+from tiny_models import tiny_model
+from tiny_training import Images, Recorder, assert_differs, assert_same, config, parameters_of
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+EPS = 0.05
+
+
+class Pictures(Images):
+    """Images that were pixels in [0, 1] before the image processor normalised them."""
+
+    def __init__(self, count=40, dtype=torch.float64, **given):
+        super().__init__(count, torch.float64, **given)
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
+        self.pixel_values = ((self.pixel_values.sigmoid() - mean) / std).to(dtype)
+
+
+def trained(folder, model=None, data=None, resume=False, **given):
+    given = {"max_grad_norm": 0.0, "attack_eps": str(EPS), "attack_steps": 3, "epsilon": 0.01} | given
+    trainer = NullspaceTrainer(
+        tiny_model().double() if model is None else model,
+        config(folder, **given),
+        train_dataset=data if data is not None else Pictures(),
+        processing_class=make_image_processor(16, MEAN, STD),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def logits_of(vit, pixel_values, noise=0.0):
+    embeddings = vit.vit.embeddings
+    patches = embeddings.patch_embeddings(pixel_values) + noise
+    tokens = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], 1) + embeddings.position_embeddings
+    for layer in vit.vit.layers:
+        tokens = layer(tokens)
+    return vit.classifier(vit.vit.layernorm(tokens)[:, 0])
+
+
+def normalise(pixels):
+    mean, std = (torch.tensor(values, dtype=pixels.dtype).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+def denormalise(pixel_values):
+    mean, std = (torch.tensor(values, dtype=pixel_values.dtype).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return pixel_values * std + mean
+
+
+def draw(kind, seed, step, count):
+    """The start of an attack: image i of step t from (seed, t, i)."""
+    rows = []
+    for index in range(count):
+        generator = torch.Generator().manual_seed(derive_seed(seed, step, index))
+        rows.append(kind(3, 16, 16, generator=generator))
+    return torch.stack(rows).double()
+
+
+def pgd(vit, x, y, seed, step):
+    """Madry's attack, written out: three steps of eps / 4 from a uniform start."""
+    pixels = denormalise(x)
+    adversarial = (pixels + EPS * (2 * draw(torch.rand, seed, step, len(x)) - 1)).clamp(0, 1)
+    for _ in range(3):
+        adversarial.requires_grad_()
+        loss = cross_entropy(logits_of(vit, normalise(adversarial)), y)
+        (gradient,) = torch.autograd.grad(loss, [adversarial])
+        moved = adversarial.detach() + EPS / 4 * gradient.sign()
+        adversarial = (pixels + (moved - pixels).clamp(-EPS, EPS)).clamp(0, 1)
+    return normalise(adversarial)
+
+
+def divergence_pgd(vit, x, seed, step):
+    """The attack of TRADES, written out."""
+    pixels = denormalise(x)
+    clean = softmax(logits_of(vit, x), 1).detach()
+    adversarial = (pixels + 0.001 * draw(torch.randn, seed, step, len(x))).clamp(0, 1)
+    for _ in range(3):
+        adversarial.requires_grad_()
+        loss = (clean * (clean.log() - log_softmax(logits_of(vit, normalise(adversarial)), 1))).sum()
+        (gradient,) = torch.autograd.grad(loss, [adversarial])
+        moved = adversarial.detach() + EPS / 4 * gradient.sign()
+        adversarial = (pixels + (moved - pixels).clamp(-EPS, EPS)).clamp(0, 1)
+    return normalise(adversarial)
+
+
+def loop(args, batches, loss_of):
+    """Four steps of AdamW with a cosine, without the Trainer; ``loss_of(vit, x, y, step)``."""
+    vit = tiny_model().double()
+    decay = [p for n, p in vit.named_parameters() if p.dim() > 1 and "norm" not in n]
+    rest = [p for n, p in vit.named_parameters() if not (p.dim() > 1 and "norm" not in n)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}], lr=1.0
+    )
+    for step, (x, y) in enumerate(batches):
+        loss = loss_of(vit, x, y, step)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * (1 + math.cos(math.pi * step / 4)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return vit
+
+
+def seen_batches(tmp_path):
+    """The batches of every run here: the order depends on the seed alone, so a plain run shows it."""
+    model, data = tiny_model().double(), Pictures()
+    recorder = Recorder(model)
+    trained(tmp_path / "order", model, data, objective="plain")
+    batches = [images[:8] for _, images in recorder.seen if len(images) == 16]
+    assert len(batches) == 4
+    labels = [
+        torch.stack([data.labels[(data.pixel_values == image).flatten(1).all(1)][0] for image in x]) for x in batches
+    ]
+    return list(zip(batches, labels, strict=True))
+
+
+def agree(trainer, loss_of, tmp_path):
+    theirs = loop(trainer.args, seen_batches(tmp_path), loss_of)
+    assert_same(parameters_of(trainer.model), parameters_of(theirs), rtol=1e-7, atol=1e-9)
+    assert_differs(parameters_of(theirs), parameters_of(tiny_model().double()))
+
+
+def test_madry_is_the_loop_without_the_trainer(tmp_path):
+    trainer = trained(tmp_path, objective="madry")
+    agree(trainer, lambda vit, x, y, step: cross_entropy(logits_of(vit, pgd(vit, x, y, 42, step)), y), tmp_path)
+
+
+def trades_loss(vit, x, y, step):
+    adversarial = divergence_pgd(vit, x, 42, step)
+    z, z_adversarial = logits_of(vit, x), logits_of(vit, adversarial)
+    p = softmax(z, 1)
+    divergence = (p * (p.log() - log_softmax(z_adversarial, 1))).sum(1).mean()
+    return cross_entropy(z, y) + 4 * divergence
+
+
+def test_trades_is_the_loop_without_the_trainer(tmp_path):
+    agree(trained(tmp_path, objective="trades", trades_beta=4.0), trades_loss, tmp_path)
+
+
+@pytest.mark.parametrize("objective", ["random", "permuted", "nullspace"])
+def test_a_noisy_view_is_the_loop_without_the_trainer(tmp_path, objective):
+    trainer = trained(tmp_path, objective=objective)
+    bank = [noise.tensor for noise in load_noise_bank(tmp_path / "noises")]
+
+    def loss(vit, x, y, step):
+        return cross_entropy(logits_of(vit, x), y) + cross_entropy(logits_of(vit, x, bank[step // 2]), y)
+
+    agree(trainer, loss, tmp_path)
+
+
+def test_a_sum_is_the_union_of_the_views_and_the_sum_of_the_losses(tmp_path):
+    """nullspace+madry+trades: CE(z) + CE(z') + CE(z_adv) + CE(z) + 4 KL, and every view is computed once."""
+    model = tiny_model().double()
+    recorder = Recorder(model)
+    trainer = trained(tmp_path, model, objective="nullspace+madry+trades", trades_beta=4.0)
+    assert sum(len(images) == 32 for _, images in recorder.seen) == 4, "clean, adversarial, divergent, noisy"
+    bank = [noise.tensor for noise in load_noise_bank(tmp_path / "noises")]
+
+    def loss(vit, x, y, step):
+        noisy, adversarial = logits_of(vit, x, bank[step // 2]), logits_of(vit, pgd(vit, x, y, 42, step))
+        both = cross_entropy(logits_of(vit, x), y) + cross_entropy(noisy, y)
+        return both + cross_entropy(adversarial, y) + trades_loss(vit, x, y, step)
+
+    agree(trainer, loss, tmp_path)
+
+
+@pytest.mark.parametrize(("objective", "distribution"), [("random", "uniform"), ("random", "normal"), ("permuted", "")])
+def test_controls_have_the_influence_epsilon_on_held_out_images(tmp_path, objective, distribution):
+    """Measured again, without our probe, on the round's own held-out images and the model as it was."""
+    trainer = trained(tmp_path, objective=objective, noise_distribution=distribution or "uniform", rounds=1)
+    (noise,) = load_noise_bank(tmp_path / "noises")
+    held_out, _ = noise_stream(
+        Pictures(), trainer.data_collator, batch_size=8, held_out_images=8, seed=42, round=0
+    )  # fmt: skip
+    x, vit = torch.cat(held_out), tiny_model().double()
+    with torch.no_grad():
+        shift = softmax(logits_of(vit, x, noise.tensor), 1) - softmax(logits_of(vit, x), 1)
+    influence = float(shift.square().sum(1).mean())
+    assert influence == pytest.approx(0.01, rel=0.02)
+    assert noise.provenance.influence == pytest.approx(influence, rel=1e-9)
+    assert noise.provenance.stopped == trainer.history[0]["stopped"] == "calibrated"
+    values = noise.tensor.flatten() / noise.provenance.settings["factor"]
+    if distribution == "uniform":
+        assert values.abs().max() <= 1
+        assert values.std() == pytest.approx(3**-0.5, rel=0.1)
+    if distribution == "normal":
+        assert values.std() == pytest.approx(1, rel=0.1)
+        assert values.abs().max() > 2
+
+
+def test_the_random_noise_is_drawn_anew_every_round(tmp_path):
+    trainer = trained(tmp_path, objective="random")
+    one, two = (noise.tensor.flatten() for noise in load_noise_bank(tmp_path / "noises"))
+    assert abs(torch.corrcoef(torch.stack([one, two]))[0, 1]) < 0.2
+    assert [entry["step"] for entry in trainer.history] == [0, 2]
+
+
+def test_the_permuted_noise_is_the_learned_one_in_another_order(tmp_path):
+    learned = trained(tmp_path / "learned", objective="nullspace", rounds=1).noise.tensor
+    shuffled = trained(tmp_path / "permuted", objective="permuted", rounds=1).noise
+    direction = shuffled.tensor / shuffled.provenance.settings["factor"]
+    assert float(centred_norm(direction)) == pytest.approx(float(centred_norm(learned)), rel=1e-6)
+    assert abs(torch.corrcoef(torch.stack([direction.flatten(), learned.flatten()]))[0, 1]) < 0.2
+
+
+class Brighter(Objective):
+    """An objective of a user's own: the same images, brighter."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def views(self, batch):
+        return {"clean": View(batch.images), "bright": View(batch.images + self.by)}
+
+    def loss(self, logits, batch):
+        return batch.cross_entropy(logits["clean"]) + 3 * batch.cross_entropy(logits["bright"])
+
+
+def test_a_new_objective_needs_no_edit_of_the_trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr(objectives, "_OBJECTIVES", dict(objectives._OBJECTIVES))
+    register_objective("brighter", lambda args: Brighter(by=args.trades_beta))
+    trainer = trained(tmp_path, objective="brighter", trades_beta=0.5)
+
+    def loss(vit, x, y, step):
+        return cross_entropy(logits_of(vit, x), y) + 3 * cross_entropy(logits_of(vit, x + 0.5), y)
+
+    agree(trainer, loss, tmp_path)
+    with pytest.raises(ValueError, match="expected a new name"):
+        register_objective("brighter", Brighter)
+
+
+def test_two_noises_in_one_batch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 objectives of a sum make a noise"):
+        trained(tmp_path, objective="nullspace+random")
+    with pytest.raises(ValueError, match="one stands there twice"):
+        config(tmp_path, objective="plain+plain")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"attack_eps": "8/0"}, "attack_eps='8/0': expected a number like 8/255"),
+        ({"attack_eps": "3"}, "attack_eps='3': expected a radius"),
+        ({"attack_step": "0"}, "attack_step='0': expected a positive number"),
+        ({"attack_steps": 0}, "attack_steps=0: expected at least 1 step"),
+        ({"noise_distribution": "cauchy"}, "noise_distribution='cauchy': expected 'uniform' or 'normal'"),
+        ({"trades_beta": -1.0}, "trades_beta=-1.0: expected a number >= 0"),
+    ],
+)
+def test_settings_out_of_range_are_errors(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **given)
+
+
+def test_attacks_need_to_know_the_normalisation(tmp_path):
+    with pytest.raises(ValueError, match="pass processing_class=image_processor"):
+        NullspaceTrainer(tiny_model(), config(tmp_path, objective="madry"), train_dataset=Images())
+    with pytest.raises(ValueError, match="normalised in another way"):
+        trained(tmp_path, tiny_model(), Images(), objective="madry")
+
+
+def test_the_attack_leaves_nothing_behind(tmp_path):
+    """No gradient, the mode and the generators as before; the loss is the same a second time."""
+    trainer = trained(tmp_path, objective="madry+trades")
+    data, model = Pictures(), trainer.model
+    inputs = {"pixel_values": data.pixel_values[:8], "labels": data.labels[:8]}
+    model.zero_grad()
+    model.train()
+    state = torch.get_rng_state()
+    first = trainer.compute_loss(model, dict(inputs))
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.item() == trainer.compute_loss(model, dict(inputs)).item()
+
+
+def test_bf16_trains(tmp_path):
+    """Autocast keeps no copy of the weights from the frozen attack: the parameters get their gradients and move."""
+    trainer = trained(
+        tmp_path, tiny_model(), Pictures(dtype=torch.float32), objective="nullspace+madry+trades", bf16=True
+    )
+    before = parameters_of(tiny_model())
+    moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
+    assert len(moved) == len(before)
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_resumed_within_a_run_it_ends_with_the_same_weights_and_cost(tmp_path):
+    given = {"objective": "permuted+trades", "epsilon": 0.003, "rounds": 3, "save_strategy": "steps", "save_steps": 3}
+    whole = trained(tmp_path / "run", data=Pictures(jitter=0.0), **given)
+    again = trained(
+        tmp_path / "again", data=Pictures(jitter=0.0), resume=str(tmp_path / "run" / "checkpoint-3"), **given
+    )
+    assert again.state.global_step == whole.state.global_step == 6
+    assert_same(parameters_of(again.model), parameters_of(whole.model))
+    costs = [json.loads((tmp_path / name / "cost.json").read_text()) for name in ("run", "again")]
+    for kind in ("forward", "backward_to_input", "backward_to_parameters", "forward_equivalents"):
+        assert costs[0][kind] == costs[1][kind] > 0
+    assert costs[1]["seconds"] > 0
+    assert [entry["cost"] for entry in again.history] == [entry["cost"] for entry in whole.history]
+
+
+class Passes(torch.nn.Module):
+    """Counts images at the patch embedding, forward and, at the classifier's output, backward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.forwards = self.to_parameters = self.to_input = 0
+        model.classifier.register_forward_hook(self._forward)
+        self._weight = model.classifier.weight
+
+    def _forward(self, module, args, output):
+        self.forwards += len(output)
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self._backward(len(gradient), module.weight.requires_grad))
+
+    def _backward(self, images, trains):
+        self.to_parameters += images if trains else 0
+        self.to_input += 0 if trains else images
+
+
+@pytest.mark.parametrize(
+    "objective", ["plain", "nullspace", "random", "permuted", "madry", "trades", "nullspace+madry"]
+)
+def test_the_cost_is_what_passes_through_the_model(tmp_path, objective):
+    model = tiny_model().double()
+    passes = Passes(model)
+    trainer = trained(tmp_path, model, objective=objective, save_strategy="steps", save_steps=2)
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert cost["forward"] == passes.forwards
+    assert cost["backward_to_parameters"] == passes.to_parameters
+    assert cost["backward_to_input"] == passes.to_input
+    assert cost["forward_equivalents"] == passes.forwards + passes.to_input + 2 * passes.to_parameters
+    views = {"madry": 1, "nullspace+madry": 3}.get(objective, 2)
+    assert (
+        cost["stages"]["training"]["forward"] == cost["stages"]["training"]["backward_to_parameters"] == 4 * 8 * views
+    )
+    attacked = {"madry": 3, "trades": 4, "nullspace+madry": 3}.get(objective, 0)
+    assert cost["stages"]["attack"]["forward"] == 4 * 8 * attacked
+    noise = [sum(entry["cost"][kind] for entry in trainer.history) for kind in ("forward", "backward_to_input")]
+    assert [cost["stages"]["noise"][kind] for kind in ("forward", "backward_to_input")] == noise
+    logged = [entry for entry in trainer.state.log_history if "cost/forward_equivalents" in entry]
+    assert logged[-1]["cost/forward_equivalents"] == cost["forward_equivalents"]
+    saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert any("cost/forward_equivalents" in entry for entry in saved)
