@@ -1,0 +1,196 @@
+"""What a run left in its folder, read to be shown to others: settings, results, rounds. Nothing is measured here.
+
+Paths of the machine that it ran on become ``/path/to/NAME`` on reading.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from hf_nullspace.noise.artifact import CONFIG_NAME as NOISE_NAME
+from hf_nullspace.robustness.checks import Check, unreliable
+from hf_nullspace.robustness.records import result_from_record
+from hf_nullspace.robustness.suite import ConditionResult
+
+REPORTS = ("results.json", "robustness/results.json")  # of a fine-tuning, and of a longer evaluation put beside it
+HISTORY_NAME, SETTINGS_NAME, COST_NAME = "nullspace_history.json", "run.json", "cost.json"
+CONTROLS = ("plain", "control")  # how the fine-tuning without noise is called in reports
+BUILT_IN = {"digits": "scikit-learn's handwritten digits (built in)"}
+LOCAL = "/path/to/"
+_LOCAL_FOLDERS = ("outputs", "checkpoints", "runs", "data", "models")  # "outputs/mine" has the form of a Hub id
+_PATH = re.compile(r"(?<![\w:/.~-])(?:~?/(?:[^\s/,;:'\")]+/)*|[A-Za-z]:\\(?:[^\\,;'\")]+\\)*)([^\s/\\,;:'\")]+)")
+
+
+class RunFolderError(ValueError):
+    """A run's folder cannot be read; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model or a data set by the name it was loaded under; ``hub_id`` is None unless it is on the Hub."""
+
+    name: str
+    hub_id: str | None
+
+    def __str__(self) -> str:
+        if self.hub_id:
+            return f"`{self.hub_id}`"
+        return BUILT_IN.get(self.name) or f"`{PurePosixPath(self.name).name}` (a local folder)"
+
+
+def source(name: str) -> Source:
+    """A Hub id is ORG/NAME or NAME, and neither a folder here nor below the usual folders for a run's own files."""
+    is_id = re.fullmatch(r"(?:\w[\w.-]*/)?\w[\w.-]*", name) and name.partition("/")[0] not in _LOCAL_FOLDERS
+    return Source(name, name if is_id and name not in BUILT_IN and not Path(name).exists() else None)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One results.json, of ``recipes/finetune.py`` or ``recipes/evaluate_robustness.py``.
+
+    ``results`` has the same conditions for every checkpoint; ``subject`` is the checkpoint that the folder holds.
+    """
+
+    file: str
+    context: Mapping[str, Any]
+    versions: Mapping[str, str]
+    results: Mapping[str, Sequence[ConditionResult]]
+    subject: str
+    averages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+    checks: Mapping[str, Sequence[Check]] = field(default_factory=dict)
+
+    @property
+    def control(self) -> str | None:
+        """The fine-tuning without noise among the checkpoints."""
+        return next((name for name in CONTROLS if name in self.results and name != self.subject), None)
+
+    def doubts(self, checkpoint: str, result: ConditionResult) -> list[str]:
+        """Names of the failed checks that concern a result: it is no number to be repeated without them."""
+        return unreliable(self.checks.get(checkpoint, ()), attack="attack" in result.protocol)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run, as far as they are there; one that is damaged raises ``RunFolderError``."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json of the model."""
+        return self.read("config.json") or {}
+
+    @cached_property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """run.json: the groups "recipe", "model", "data", "training"; {} for a run of the user's own script."""
+        return self.read(SETTINGS_NAME) or {}
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """nullspace_history.json: a round each."""
+        return self.read(HISTORY_NAME) or []
+
+    @cached_property
+    def noise(self) -> dict[str, Any]:
+        """What is said beside the last noise: its provenance, its norm."""
+        return self.read(NOISE_NAME) or {}
+
+    @cached_property
+    def cost(self) -> dict[str, Any]:
+        """cost.json: forward passes and the like, where they were counted."""
+        return self.read(COST_NAME) or {}
+
+    @cached_property
+    def reports(self) -> list[Report]:
+        return [self.report(name) for name in REPORTS if (self.path / name).is_file()]
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def objective(self) -> str | None:
+        """What was trained: "nullspace", "plain", ...; None where nothing says so."""
+        recorded = self.settings.get("training", {}).get("objective")
+        return recorded or ("nullspace" if self.history else None)
+
+    @property
+    def base_model(self) -> Source | None:
+        """What was fine-tuned; None for a model that the run trained itself, or that nothing names."""
+        if "model" in self.settings:
+            name = self.settings["model"].get("model_name_or_path")
+        else:
+            name = self.noise.get("provenance", {}).get("base_model")
+        return source(name) if name else None
+
+    @property
+    def base_revision(self) -> str | None:
+        """The commit that the base model was loaded from, or the revision that was asked for."""
+        asked = self.settings.get("model", {}).get("model_revision")
+        return self.noise.get("provenance", {}).get("revision") or asked
+
+    @property
+    def data(self) -> Source | None:
+        """What it was fine-tuned on."""
+        name = self.settings.get("data", {}).get("dataset_name")
+        return source(name) if name else None
+
+    def read(self, name: str) -> Any:
+        """A JSON file without this machine's paths; None if it is not there."""
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            return portable(json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RunFolderError(f"{path} is no valid JSON ({error}); write it again, or delete it") from error
+
+    def report(self, name: str) -> Report:
+        content = self.read(name)
+        results: dict[str, list[ConditionResult]] = {}
+        try:
+            for entry in content["results"]:
+                results.setdefault(entry["checkpoint"], []).append(result_from_record(entry))
+            checks = {who: [Check(**answer) for answer in found] for who, found in content.get("checks", {}).items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunFolderError(f"{self.path / name} is no report of results ({error!r}); measure again") from error
+        if not results:
+            raise RunFolderError(f"{self.path / name} has no results; measure again, or delete it")
+        return Report(
+            file=name,
+            context=content.get("context", {}),
+            versions=content.get("versions", {}),
+            results=results,
+            subject=self.subject(content.get("context", {}), list(results)),
+            averages=content.get("averages", {}),
+            missing=content.get("missing", {}),
+            checks=checks,
+        )
+
+    def subject(self, context: Mapping[str, Any], checkpoints: Sequence[str]) -> str:
+        """The checkpoint of a report that lies in this folder: by its objective, by the folder's name, or the last."""
+        objective = context.get("settings", {}).get("training", {}).get("objective")
+        for name in (objective, self.name):
+            if name in checkpoints:
+                return str(name)
+        return checkpoints[-1]
+
+
+def portable(value: Any) -> Any:
+    """The same JSON value with ``/path/to/NAME`` for every absolute path in it, keys included."""
+    if isinstance(value, Mapping):
+        return {portable(k): v if str(k).endswith("_bits") else portable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [portable(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    for kind in (PurePosixPath, PureWindowsPath):
+        whole = kind(value)
+        if whole.is_absolute() and whole.name and not re.search(r"[,;:\n]\s", value):
+            return LOCAL + whole.name
+    return _PATH.sub(lambda match: LOCAL + match[1], value)
