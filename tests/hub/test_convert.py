@@ -1,0 +1,284 @@
+"""Converted weights give the logits of a timm-style forward pass written out here; what does not fit is named."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from hf_nullspace.hub.checkpoint_files import Checkpoint, CheckpointError
+from hf_nullspace.hub.convert import check_together, normalization, read_labels, timm_image_processor, to_transformers
+from hf_nullspace.hub.timm_vit import SIZES, read_architecture
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.robustness.label_spaces import imagenet_columns
+from timm_style import CLASSES, DEPTH, HEADS, IMAGE, MEAN, MLP, PATCH, STD, WIDTH, timm_logits, timm_weights
+
+
+def converted(weights, labels=None):
+    kind, _ = read_architecture(weights, heads=HEADS)
+    return to_transformers(weights, kind, labels)
+
+
+def pixel_values(seed=1, count=3):
+    return torch.randn(count, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the same function
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"qkv_bias": False}, {"classes": 1}, {"classes": 11, "mlp": 96}, {"distilled": True}, {"depth": 5, "patch": 8},
+     {"std": 1e-3}],
+    ids=str,
+)  # fmt: skip
+def test_logits_are_those_of_a_plain_timm_forward(given, tmp_path):
+    """The last case is inside the reach of the LayerNorm's epsilon: 1e-12 instead of 1e-6 moves its logits."""
+    weights = timm_weights(**given)
+    model = converted(weights)
+    model.save_pretrained(tmp_path)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    images = pixel_values() * (1e-3 if "std" in given else 1)
+    expected = timm_logits(weights, images)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).logits, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert expected.std(dim=0).max() > 0
+
+
+def test_eps_heads_and_bias_matter():
+    """What the comparison above would miss if the plain forward were not sharp."""
+    weights = timm_weights()
+    expected = timm_logits(weights, pixel_values())
+    assert (timm_logits(weights, pixel_values(), heads=2) - expected).abs().max() > 1e-3
+    flat = timm_weights(std=1e-3)
+    images = 1e-3 * pixel_values()
+    expected = timm_logits(flat, images)
+    assert (timm_logits(flat, images, eps=1e-12) - expected).abs().max() > 1e-2 * expected.abs().max()
+    without = {key: value for key, value in weights.items() if not key.endswith("qkv.bias")}
+    assert (timm_logits(without, pixel_values()) - timm_logits(weights, pixel_values())).abs().max() > 1e-3
+
+
+def test_the_config_says_what_the_shapes_say():
+    weights = timm_weights(distilled=True, qkv_bias=False)
+    config = converted(weights).config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (WIDTH, DEPTH, HEADS)
+    assert (config.intermediate_size, config.patch_size, config.image_size) == (MLP, PATCH, IMAGE)
+    assert (config.num_labels, config.qkv_bias, config.layer_norm_eps) == (CLASSES, False, 1e-6)
+    assert config.architectures in (None, ["DeiTForImageClassificationWithTeacher"])
+
+
+def test_half_precision_becomes_float32_and_nothing_else_changes():
+    half = {key: value.half() for key, value in timm_weights().items()}
+    model = converted(half)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    expected = timm_logits({key: value.float() for key, value in half.items()}, pixel_values())
+    torch.testing.assert_close(model(pixel_values()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_shares_no_memory_and_draws_no_random_numbers():
+    weights = timm_weights()
+    before = torch.get_rng_state()
+    model = converted(weights)
+    assert torch.equal(torch.get_rng_state(), before)
+    for value in weights.values():
+        value.fill_(7.0)
+    assert not any((parameter == 7.0).all() for parameter in model.parameters())
+
+
+# ---- heads and names
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "heads"), [(name, width, heads) for name, (width, _, heads) in SIZES.items()]
+)
+def test_heads_of_the_usual_widths(size, width, heads):
+    """Not always width / 64: timm's huge (1280), giant (1408) and gigantic (1664) have 16."""
+    kind, source = read_architecture(timm_weights(width=width, depth=1, mlp=8, classes=2))
+    assert kind.heads == heads == {"huge": 16, "giant": 16, "gigantic": 16}.get(size, width // 64)
+    assert source == f"those of timm's ViT of width {width}; no tensor says it"
+
+
+def test_heads_that_nobody_says():
+    with pytest.raises(CheckpointError, match=r"no usual ViT of width 24: give --heads"):
+        read_architecture(timm_weights())
+    with pytest.raises(CheckpointError, match=r"heads=5: the width 24 is no multiple"):
+        read_architecture(timm_weights(), heads=5)
+    assert read_architecture(timm_weights(), heads=6)[1] == "as given"
+
+
+def test_a_named_architecture_has_to_be_true():
+    tiny = timm_weights(width=192, depth=12, mlp=16, patch=16, image=32)
+    kind, source = read_architecture(tiny, name="vit_tiny_patch16_32.augreg_in21k")
+    assert (kind.heads, source) == (3, "those of vit_tiny_patch16_32.augreg_in21k")
+    with pytest.raises(CheckpointError, match=r"width 192 \(not 768\), image 32 \(not 224\)"):
+        read_architecture(tiny, name="vit_base_patch16_224")
+    with pytest.raises(CheckpointError, match=r"distilled False \(not True\)"):
+        read_architecture(tiny, name="deit_tiny_distilled_patch16_32")
+    with pytest.raises(CheckpointError, match="expected a name such as vit_base_patch16_224"):
+        read_architecture(tiny, heads=3, name="resnet50")
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("blocks.1.ls1.gamma", "layer scale"),
+        ("blocks.0.gamma_2", "layer scale"),
+        ("norm_pre.weight", "LayerNorm before the first block"),
+        ("fc_norm.weight", "global average pooling"),
+        ("attn_pool.q.weight", "attention pooling"),
+        ("patch_embed.norm.weight", "LayerNorm of the patch embedding"),
+        ("patch_embed.backbone.stem.weight", "hybrid"),
+        ("reg_token", "register tokens"),
+        ("pre_logits.fc.weight", "between the CLS token and the head"),
+        ("blocks.0.attn.q_norm.weight", "normalises queries or keys"),
+        ("blocks.0.attn.norm.weight", "LayerNorm inside a layer"),
+        ("blocks.0.attn.q_bias", "BEiT"),
+        ("vit.embeddings.cls_token", "is transformers' own"),
+        ("mystery.weight", r"mystery.weight \(24,\) is not known"),
+        ("blocks.1.attn.qkv.scale", r"blocks.1.attn.qkv.scale \(24,\) is not known"),
+    ],
+)
+def test_what_transformers_cannot_express_is_refused_by_name(key, reason):
+    with pytest.raises(CheckpointError, match=reason) as refused:
+        read_architecture(timm_weights() | {key: torch.ones(WIDTH)}, heads=HEADS)
+    assert key in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("blocks.1.mlp.fc1.weight", torch.ones(41, 24), r"fc1.weight has the shape \(41, 24\), expected \(40, 24\)"),
+        ("blocks.1.attn.qkv.weight", torch.ones(71, 24), r"qkv.weight has the shape \(71, 24\), expected \(72, 24\)"),
+        ("head.bias", torch.ones(6), r"head.bias has the shape \(6,\), expected \(5,\)"),
+        ("pos_embed", torch.ones(1, 16, 24), r"pos_embed \(1, 16, 24\): expected square patches, and a square number"),
+        ("pos_embed", torch.ones(17, 24), r"pos_embed has the shape \(17, 24\); expected 3 dimensions"),
+        ("patch_embed.proj.weight", torch.ones(24, 3, 4, 8), r"weight \(24, 3, 4, 8\) and pos_embed"),
+        ("norm.weight", torch.full((24,), torch.nan), "norm.weight holds NaN or infinity"),
+        ("norm.weight", torch.ones(24, dtype=torch.int8), "norm.weight holds torch.int8"),
+        ("blocks.1.norm2.bias", None, r"blocks.1.norm2.bias is missing, expected \(24,\)"),
+        ("blocks.0.attn.qkv.bias", None, r"blocks.0.attn.qkv.bias is missing, expected \(72,\)"),
+        ("head.weight", None, "there is no head.weight"),
+        ("cls_token", None, "there is no cls_token"),
+        ("patch_embed.proj.weight", None, "there is no patch_embed.proj.weight; expected a ViT with timm's names"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit_are_named_with_both_shapes(key, value, message):
+    weights = timm_weights()
+    if value is None:
+        del weights[key]
+    else:
+        weights[key] = value
+    with pytest.raises(CheckpointError, match=message):
+        read_architecture(weights, heads=HEADS)
+
+
+def test_a_missing_layer_is_missed():
+    weights = {key: value for key, value in timm_weights(depth=3).items() if not key.startswith("blocks.1.")}
+    with pytest.raises(CheckpointError, match=r"blocks.1.attn.qkv.weight is missing, .*; and 6 more"):
+        read_architecture(weights, heads=HEADS)
+
+
+# ---- the image processor
+
+
+def with_normalization(mean, std):
+    return Checkpoint({}, "state_dict", (), mean, std)
+
+
+@pytest.mark.parametrize("top", [1, 255])
+def test_normalization_of_the_file_in_either_unit(top):
+    stored = with_normalization(tuple(top * x for x in MEAN), tuple(top * x for x in STD))
+    mean, std, source = normalization(stored)
+    assert mean == pytest.approx(MEAN)
+    assert std == pytest.approx(STD)
+    assert source == f"the file (0.mean, 0.std, for pixels in [0, {top}])"
+    assert normalization(stored, name="imagenet")[0] == mean
+    with pytest.raises(CheckpointError, match=r"mean \(0.485, 0.456, 0.406\) .* but normalization augreg says \(0.5"):
+        normalization(stored, name="augreg")
+    with pytest.raises(CheckpointError, match="but --mean and --std says"):
+        normalization(stored, (0.5,) * 3, (0.5,) * 3)
+
+
+def test_identity_normalization_is_not_taken_for_bytes():
+    assert normalization(with_normalization((0.0,) * 3, (1.0,) * 3))[:2] == ((0.0,) * 3, (1.0,) * 3)
+
+
+def test_normalization_is_never_guessed():
+    bare = Checkpoint({}, "state_dict")
+    with pytest.raises(CheckpointError, match="the file does not say how images are normalised"):
+        normalization(bare)
+    assert normalization(bare, name="augreg") == ((0.5,) * 3, (0.5,) * 3, "normalization augreg")
+    assert normalization(bare, MEAN, STD) == (MEAN, STD, "--mean and --std")
+    assert normalization(bare, (127.5,) * 3, (127.5,) * 3)[:2] == ((0.5,) * 3, (0.5,) * 3)
+    for wrong in [{"mean": MEAN}, {"std": STD}, {"mean": MEAN, "std": STD, "name": "augreg"}]:
+        with pytest.raises(CheckpointError, match="give --mean and --std, both, or else --normalization"):
+            normalization(bare, **wrong)
+    with pytest.raises(CheckpointError, match="unknown normalization 'clip'; expected imagenet or augreg"):
+        normalization(bare, name="clip")
+    for mean, std in [(MEAN[:2], STD[:2]), (MEAN, STD[:1]), ((2.0, 0.5, 0.5), STD), (MEAN, (0.2, 60.0, 0.2)),
+                      (MEAN, (0.0, 0.2, 0.2)), ((-0.1, 0.4, 0.4), STD), ((float("nan"),) * 3, STD)]:  # fmt: skip
+        with pytest.raises(CheckpointError, match="expected 1 or 3 values each"):
+            normalization(bare, mean, std)
+
+
+def test_images_are_prepared_as_timm_does(tmp_path):
+    """Shorter edge to floor(size / crop_pct), bicubic; the centre; then mean and std. Against Pillow alone."""
+    import numpy as np
+    from PIL import Image
+
+    processor = timm_image_processor(16, MEAN, STD, 0.9)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    height, width = int(17 * 40 / 30), 17  # 16 / 0.9 = 17.8
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - 16) // 2, (height - 16) // 2
+    expected = np.asarray(resized.crop((left, top, left + 16, top + 16))) / 255
+    expected = ((expected - MEAN) / STD).transpose(2, 0, 1)
+    for made in (processor, loaded):
+        np.testing.assert_allclose(made(image, return_tensors="np")["pixel_values"][0], expected, atol=1e-5)
+    assert Preprocessing.from_processor(loaded).resize == 17
+    with pytest.raises(CheckpointError, match=r"crop_pct=1\.5"):
+        timm_image_processor(16, MEAN, STD, 1.5)
+
+
+def test_model_and_processor_belong_together():
+    model = converted(timm_weights())
+    assert check_together(model, timm_image_processor(16, MEAN, STD, 0.875)).size == (16, 16)
+    with pytest.raises(ValueError, match="makes 32x32 images"):
+        check_together(model, timm_image_processor(32, MEAN, STD, 0.875))
+
+
+# ---- labels
+
+
+def test_imagenet_labels_are_in_imagenets_order(tmp_path):
+    labels = read_labels("imagenet")
+    weights = timm_weights(classes=1000)
+    converted(weights, labels).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert imagenet_columns(config.id2label) == list(range(1000))
+    assert config.id2label[0] == "tench"
+    with pytest.raises(CheckpointError, match="1000 class names for a head of 5 classes"):
+        converted(timm_weights(), labels)
+
+
+@pytest.mark.parametrize(
+    "text", [json.dumps(list("abcde")), json.dumps({str(i): "abcde"[i] for i in (3, 1, 0, 4, 2)}), "a\nb\n\nc\nd\ne\n",
+             json.dumps({"id2label": {i: "abcde"[i] for i in range(5)}, "hidden_size": 3})],
+)  # fmt: skip
+def test_labels_from_a_file(text, tmp_path):
+    (tmp_path / "labels").write_text(text)
+    model = converted(timm_weights(), read_labels(str(tmp_path / "labels")))
+    assert model.config.id2label == dict(enumerate("abcde"))
+    assert model.config.label2id["c"] == 2
+
+
+def test_labels_with_a_gap(tmp_path):
+    (tmp_path / "labels.json").write_text('{"0": "a", "2": "c"}')
+    with pytest.raises(CheckpointError, match="without a gap"):
+        read_labels(str(tmp_path / "labels.json"))
+    assert read_labels(None) is None
