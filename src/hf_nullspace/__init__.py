@@ -7,30 +7,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_nullspace.hub.metric import metric_folder
     from hf_nullspace.linear.patch import PatchNullspace
     from hf_nullspace.models.patch_embedding import patch_embedding_noise
     from hf_nullspace.noise.artifact import NullspaceNoise
+    from hf_nullspace.noise.bank import NoiseBank
     from hf_nullspace.noise.learning import learn_noise
     from hf_nullspace.training.config import NullspaceConfig
     from hf_nullspace.training.trainer import NullspaceTrainer
 
 __version__ = "0.1.0"
 __all__ = [
+    "NoiseBank",
     "NullspaceConfig",
     "NullspaceNoise",
     "NullspaceTrainer",
     "PatchNullspace",
     "__version__",
     "learn_noise",
+    "metric_folder",
     "patch_embedding_noise",
 ]
 
 _ROOMS = {
+    "NoiseBank": "hf_nullspace.noise.bank",
     "NullspaceConfig": "hf_nullspace.training.config",
     "NullspaceNoise": "hf_nullspace.noise.artifact",
     "NullspaceTrainer": "hf_nullspace.training.trainer",
     "PatchNullspace": "hf_nullspace.linear.patch",
     "learn_noise": "hf_nullspace.noise.learning",
+    "metric_folder": "hf_nullspace.hub.metric",
     "patch_embedding_noise": "hf_nullspace.models.patch_embedding",
 }
 
