@@ -51,7 +51,7 @@ def push_folder(
     ignore: Iterable[str] = (),
     replace: Iterable[str] = (),
     space_sdk: str | None = None,
-    repeat: str | None = None,
+    afterwards: str | None = None,
     waits: Iterable[float] = _WAITS,
 ) -> CommitInfo:
     """Create the repository if it is not there, and upload a folder as one commit.
@@ -67,7 +67,7 @@ def push_folder(
         revision: a branch, made if it is not there. Default: main.
         ignore: patterns (fnmatch) of paths below ``folder`` that stay here.
         replace: patterns of paths that are deleted from the repository in the same commit unless the folder has them.
-        repeat: what the error says one can do to repeat the upload.
+        afterwards: how an error ends: what is left here, and how to repeat the upload.
         waits: seconds before the second attempt, the third, ...
 
     Raises:
@@ -78,11 +78,12 @@ def push_folder(
     paths = files_to_push(folder, ignore)
     if not paths:
         raise FileNotFoundError(f"nothing to push: {folder} holds no file")
-    repeat = repeat or f"push_folder({str(folder)!r}, {repo_id!r})"
+    call = f"push_folder({str(folder)!r}, {repo_id!r})"
+    afterwards = afterwards or f"{folder} is whole on this disk; repeat the upload with {call}"
     patterns = list(replace)
 
     def push() -> CommitInfo:
-        with clear_errors(repo_id, f"{folder} is whole on this disk; repeat the upload with {repeat}", token):
+        with clear_errors(repo_id, afterwards, token):
             api = HfApi(token=token or None, library_name="hf-nullspace")
             name = api.create_repo(
                 repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=space_sdk

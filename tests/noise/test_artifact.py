@@ -24,7 +24,7 @@ def make_noise(grid=(4, 4), features=24, seed=0, **provenance):
 @pytest.mark.parametrize("as_file", [True, False])
 def test_round_trip(tmp_path, as_file):
     noise = make_noise(seed=1, influence=0.0299, influence_images=512, settings={"learning_rate": 0.1}, round=3)
-    path = noise.save(tmp_path / "deep" / "v.safetensors") if as_file else noise.save_pretrained(tmp_path).parent
+    path = noise.save(tmp_path / "deep" / "v.safetensors") if as_file else noise.save_beside_model(tmp_path).parent
     again = NullspaceNoise.from_pretrained(path)
     assert torch.equal(again.tensor, noise.tensor)
     assert again.grid == noise.grid
@@ -33,7 +33,7 @@ def test_round_trip(tmp_path, as_file):
 
 def test_json_beside_the_tensor_is_for_people(tmp_path):
     noise = make_noise()
-    noise.save_pretrained(tmp_path)
+    noise.save_beside_model(tmp_path)
     config = json.loads((tmp_path / "nullspace_noise.json").read_text())
     assert config["provenance"]["base_model"] == "org/vit"
     assert config["norm"] == pytest.approx(torch.linalg.vector_norm(noise.tensor).item())

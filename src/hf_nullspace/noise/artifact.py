@@ -4,22 +4,27 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_nullspace.files import write_json, write_whole
 from hf_nullspace.models.patch_embedding import EmbeddingShape, unwrap
+from hf_nullspace.noise.card import write_noise_card
 from hf_nullspace.noise.influence import centred_norm
+from hf_nullspace.uploads import push_folder
 
 WEIGHTS_NAME = "nullspace_noise.safetensors"
 CONFIG_NAME = "nullspace_noise.json"
+"""Beside a model, whose own ``config.json`` is there."""
 _FORMAT = "hf-nullspace noise v1"
 
 
@@ -158,14 +163,78 @@ class NullspaceNoise:
         provenance = {key: value for key, value in config["provenance"].items() if key in known}
         return cls(tensor, (config["grid"][0], config["grid"][1]), NoiseProvenance(**provenance))
 
-    def save_pretrained(self, folder: Path | str) -> Path:
-        """Write ``nullspace_noise.safetensors`` and, to be read by people, ``nullspace_noise.json`` into ``folder``."""
+    def save_beside_model(self, folder: Path | str) -> Path:
+        """Write ``nullspace_noise.safetensors`` and, for people, ``nullspace_noise.json`` into a model's folder."""
         folder = Path(folder)
         write_json(folder / CONFIG_NAME, self.config())
         return self.save(folder / WEIGHTS_NAME)
 
+    def save_pretrained(
+        self,
+        folder: Path | str,
+        *,
+        model: nn.Module | None = None,
+        image_processor: Any = None,
+        repo_id: str | None = None,
+    ) -> Path:
+        """Write a folder of the noise's own: ``nullspace_noise.safetensors``, ``config.json``, and a card.
+
+        Args:
+            model: what the noise was learned on, for the picture of its preimage in the card.
+            image_processor: the model's, to draw that in pixels of [0, 1].
+            repo_id: where the folder will live, for the card.
+
+        Raises:
+            ValueError: if the folder holds a model (:meth:`save_beside_model` is for that), or the noise is not
+                ``model``'s.
+        """
+        folder = Path(folder)
+        own_folder(folder, _FORMAT)
+        write_noise_card(self.config(), self.tensor, folder, repo_id, model, image_processor)
+        write_json(folder / "config.json", self.config())
+        return self.save(folder / WEIGHTS_NAME)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        model: nn.Module | None = None,
+        image_processor: Any = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload nullspace noise",
+        token: str | None = None,
+    ) -> CommitInfo:
+        """Upload what :meth:`save_pretrained` writes as one commit; call it again to repeat it.
+
+        Raises:
+            UploadError: if the Hub does not take it, with what to do.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.without_local_path().save_pretrained(
+                folder, model=model, image_processor=image_processor, repo_id=repo_id
+            )
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                token=token,
+                afterwards=f"The noise is as it was; repeat the upload with noise.push_to_hub({repo_id!r})",
+            )
+
+    def without_local_path(self) -> Self:
+        """The noise as it is published: of a base model that is a folder here, only the folder's name."""
+        base = self.provenance.base_model
+        if base is None or self.provenance.revision is not None:
+            return self
+        return dataclasses.replace(self, provenance=dataclasses.replace(self.provenance, base_model=Path(base).name))
+
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Self:
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> Self:
         """Load from a folder, a file, or a Hub repository (a noise's own, or a model's with the noise beside it).
 
         Raises:
@@ -178,15 +247,30 @@ class NullspaceNoise:
         if path.is_dir():
             return cls.load(path / WEIGHTS_NAME)
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HFValidationError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
 
         try:
-            return cls.load(hf_hub_download(str(name_or_path), WEIGHTS_NAME, revision=revision))
-        except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
-            reason = str(error).strip().splitlines()[0]
+            return cls.load(hf_hub_download(str(name_or_path), WEIGHTS_NAME, revision=revision, token=token))
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+            reason = " ".join(str(error).split())
             raise FileNotFoundError(
                 f"no noise at {name_or_path!r}: neither a folder or file here nor {WEIGHTS_NAME} on the Hub ({reason})"
             ) from error
+
+
+def own_folder(folder: Path, format: str) -> None:
+    """Raise ValueError if the ``config.json`` in ``folder`` is something else's than a noise's or a bank's."""
+    path = folder / "config.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("format") != format:
+        raise ValueError(
+            f"{folder} has a config.json that is not of {format!r}, perhaps a model's: choose a folder of its own; "
+            "noise.save_beside_model(folder) writes a noise beside its model"
+        )
 
 
 def save_noise_bank(noises: Sequence[NullspaceNoise], folder: Path | str) -> list[Path]:

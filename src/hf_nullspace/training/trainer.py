@@ -236,7 +236,7 @@ class NullspaceTrainer(RoundTrainer):
 
     def _save_noise(self, folder: Path) -> None:
         if self.noise is not None:
-            self.noise.save_pretrained(folder)
+            self.noise.save_beside_model(folder)
         write_json(folder / HISTORY_NAME, self.history)
         write_json(folder / COST_NAME, self.cost.summary())
 

@@ -1,0 +1,122 @@
+"""A bank: several noises of one model, in order, as one folder or one repository."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, overload
+
+from huggingface_hub import CommitInfo, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from hf_nullspace.files import write_json
+from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank, own_folder, save_noise_bank
+from hf_nullspace.noise.card import write_bank_card
+from hf_nullspace.uploads import push_folder
+
+FOLDER = "noises"
+_FORMAT = "hf-nullspace noise bank v1"
+_FILES = "round-*.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseBank(Sequence[NullspaceNoise]):
+    """Noises in order, for example of all rounds of a run: ``bank[k]``, ``len(bank)``, ``for noise in bank``.
+
+    Raises:
+        ValueError: if there is none, or their shapes differ.
+    """
+
+    noises: tuple[NullspaceNoise, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "noises", tuple(self.noises))
+        shapes = {(tuple(noise.tensor.shape), noise.grid) for noise in self.noises}
+        if len(shapes) != 1:
+            raise ValueError(f"a bank holds noises of one shape, got {sorted(shapes) or 'no noise'}")
+
+    def __len__(self) -> int:
+        return len(self.noises)
+
+    @overload
+    def __getitem__(self, index: int) -> NullspaceNoise: ...
+    @overload
+    def __getitem__(self, index: slice) -> "NoiseBank": ...
+    def __getitem__(self, index: int | slice) -> "NullspaceNoise | NoiseBank":
+        return NoiseBank(self.noises[index]) if isinstance(index, slice) else self.noises[index]
+
+    def __iter__(self) -> Iterator[NullspaceNoise]:
+        return iter(self.noises)
+
+    def configs(self) -> list[dict[str, Any]]:
+        """Everything but the tensors, noise by noise."""
+        return [noise.config() for noise in self.noises]
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> Self:
+        """Load from a folder or a Hub repository: a bank's own, or a model's that was fine-tuned with these noises.
+
+        Raises:
+            FileNotFoundError: if there is no bank, or the Hub cannot be asked and the cache does not have it.
+            ValueError: if a file is no noise, or the noises do not belong together.
+        """
+        path = Path(name_or_path)
+        if not path.is_dir():
+            try:
+                patterns = [_FILES, f"{FOLDER}/{_FILES}"]
+                path = Path(
+                    snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=patterns)
+                )
+            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+                raise FileNotFoundError(
+                    f"no noises at {str(name_or_path)!r}: neither a folder here nor a repository on the Hub "
+                    f"({' '.join(str(error).split())})"
+                ) from error
+        return cls(tuple(load_noise_bank(path / FOLDER if (path / FOLDER).is_dir() else path)))
+
+    def save_pretrained(self, folder: Path | str, *, repo_id: str | None = None) -> Path:
+        """Write ``noises/round-000.safetensors`` ..., ``config.json``, and a card with a table of all.
+
+        Raises:
+            ValueError: if the folder has a ``config.json`` of something else.
+        """
+        folder = Path(folder)
+        own_folder(folder, _FORMAT)
+        written = save_noise_bank(self.noises, folder / FOLDER)
+        for older in set((folder / FOLDER).glob(_FILES)) - set(written):
+            older.unlink()
+        write_bank_card(self.configs(), folder, repo_id)
+        write_json(folder / "config.json", {"format": _FORMAT, "count": len(self), "noises": self.configs()})
+        return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload nullspace noises",
+        token: str | None = None,
+    ) -> CommitInfo:
+        """Upload what :meth:`save_pretrained` writes as one commit; call it again to repeat it.
+
+        Noises of an earlier, longer bank in the repository are deleted by the same commit.
+
+        Raises:
+            UploadError: if the Hub does not take it, with what to do.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            published = NoiseBank(tuple(noise.without_local_path() for noise in self.noises))
+            return push_folder(
+                published.save_pretrained(folder, repo_id=repo_id),
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                token=token,
+                replace=[f"{FOLDER}/{_FILES}"],
+                afterwards=f"The noises are as they were; repeat the upload with bank.push_to_hub({repo_id!r})",
+            )

@@ -1,0 +1,166 @@
+"""The card of a noise or a bank of noises on the Hub: every number is from the noises' own files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor, nn
+
+from hf_nullspace.files import write_whole
+from hf_nullspace.noise.pictures import plot_bank, plot_noise
+
+CARD_NAME, PICTURE, BANK_PICTURE = "README.md", "noise.png", "noises.png"
+TAGS = ["nullspace-noise", "hf-nullspace", "vision", "robustness"]
+_USE_ONE = """\
+noise = NullspaceNoise.from_pretrained("{repo_id}")
+with patch_embedding_noise(model, noise.tensor):
+    logits = model(pixel_values).logits  # nearly those without the noise"""
+_USE_BANK = """\
+noises = NoiseBank.from_pretrained("{repo_id}")  # {count} of them
+with patch_embedding_noise(model, noises[0].tensor):
+    logits = model(pixel_values).logits  # nearly those without the noise"""
+_LIMITS = """\
+* The influence is a mean over the images named above; on other images, and for single images, it may be larger.
+* It belongs to the weights it was learned on (their SHA-256 above). Of other weights, also of the same model after
+  fine-tuning, it may change every prediction.
+* It lives on the patch embeddings. Which part of it a change of the image can cause is said with the picture, where the
+  model was at hand to compute it."""
+
+
+def write_noise_card(
+    config: Mapping[str, Any],
+    tensor: Tensor,
+    folder: Path,
+    repo_id: str | None = None,
+    model: nn.Module | None = None,
+    image_processor: Any = None,
+) -> None:
+    """Write README.md and its picture for one noise; ``config`` is :meth:`NullspaceNoise.config`.
+
+    With the noise's ``model`` the picture shows its least-squares preimage, in pixels if ``image_processor`` is given.
+    """
+    drawn = plot_noise(tensor, tuple(config["grid"]), folder / PICTURE, model, image_processor)
+    _write(folder, config, repo_id, f"![The noise]({PICTURE})\n\n{_caption(drawn, image_processor)}", _facts(config))
+
+
+def write_bank_card(configs: Sequence[Mapping[str, Any]], folder: Path, repo_id: str | None = None) -> None:
+    """Write README.md and its picture for a bank; ``configs`` are those of its noises, in order."""
+    plot_bank(configs, folder / BANK_PICTURE)
+    lines = [
+        "| noise | round | after training steps | noise steps | stopped by | influence | images | norm | centred |"
+    ]
+    lines += ["| --: " * 9 + "|"]
+    for index, config in enumerate(configs):
+        of = config["provenance"]
+        cells = [index, of["round"], of["training_step"], of["steps"], of["stopped"], of["influence"]]
+        cells += [of["influence_images"], config["norm"], config["centred_norm"]]
+        lines.append(f"| {' | '.join(map(_number, cells))} |")
+    picture = f"![Influence and norm of every noise]({BANK_PICTURE})"
+    _write(folder, configs[0], repo_id, picture, "\n".join(lines), bank=len(configs))
+
+
+def _write(
+    folder: Path, config: Mapping[str, Any], repo_id: str | None, picture: str, facts: str, bank: int | None = None
+) -> None:
+    of, (_, patches, features) = config["provenance"], config["shape"]
+    where = repo_id or "path/to/this/folder"
+    base, on_hub = _base_model(of)
+    data = ModelCardData(library_name="hf-nullspace", base_model=base if on_hub else None, tags=TAGS)
+    named = f"[{base}](https://huggingface.co/{base})" if on_hub else f"{base} (a local folder)" if base else "a model"
+    at = f", commit `{of['revision']}`" if of["revision"] else ""
+    what = "Additive noise" if bank is None else f"A bank of additive noises, {bank} in number,"
+    loading = f'AutoModelForImageClassification.from_pretrained("{base if on_hub else "path/to/the/model"}"'
+    loading += f', revision="{of["revision"]}")' if of["revision"] else ")"
+    kind, use = ("NullspaceNoise", _USE_ONE) if bank is None else ("NoiseBank", _USE_BANK)
+    text = f"""---
+{data.to_yaml()}
+---
+
+# Nullspace noise{"" if bank is None else "s"} of {base or "a vision transformer"}
+
+{what} on the patch embeddings of {named}{at}: {patches} patches ({_grid(config)}) of {features} features. The predicted
+distribution stays nearly the same when it is added; influence is the mean squared distance between the two predicted
+distributions, in [0, 2].
+
+{picture}
+
+{facts}
+
+SHA-256 of the weights that it was learned on: `{of["model_sha256"] or "not recorded"}`.
+
+## Use
+
+```python
+from transformers import AutoModelForImageClassification
+from hf_nullspace import {kind}, patch_embedding_noise
+
+model = {loading}
+{use.format(repo_id=where, count=bank)}
+```
+
+## Settings
+
+{_settings(of)}
+
+## Limits
+
+{_LIMITS}
+
+Method: "Improving Robustness in Vision Transformers with Nullspace Noise Augmented Finetuning", Algorithm 1. Learned
+with {of["library"] or "hf-nullspace"}.
+"""
+    write_whole(folder / CARD_NAME, lambda temporary: _write_text(temporary, str(ModelCard(text))))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _base_model(provenance: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """The model's name, and whether it is one on the Hub: then its commit is known. Of a folder, the last part."""
+    name = provenance["base_model"]
+    if name is None or provenance["revision"] is not None:
+        return name, name is not None
+    return Path(name).name, False
+
+
+def _facts(config: Mapping[str, Any]) -> str:
+    of = config["provenance"]
+    images = f" on {of['influence_images']} held-out images" if of["influence_images"] else ""
+    rows = {
+        "epsilon, the threshold": _number(of["epsilon"]),
+        "influence": _number(of["influence"]) + images,
+        "norm": _number(config["norm"]),
+        "centred norm (without each patch's feature mean)": _number(config["centred_norm"]),
+        "gradient steps": f"{_number(of['steps'])}, stopped by: {of['stopped'] or 'not recorded'}",
+        "round, after training steps": f"{_number(of['round'])}, {_number(of['training_step'])}",
+        "seed": _number(of["seed"]),
+    }
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _caption(drawn: Mapping[str, float], image_processor: Any) -> str:
+    if not drawn:
+        return "Norm of the noise on every patch. The preimage in pixels needs the model, which was not at hand."
+    unit = "in pixels of [0, 1]" if image_processor is not None else "in normalised pixel values"
+    return (
+        f"Left: the change of an image that comes nearest to the noise (least squares), {unit}; its largest entry is "
+        f"{drawn['largest']:.3g}, its range is stretched. What no change of an image can cause is "
+        f"{drawn['residual']:.1%} of the noise's norm. Right: norm of the noise on every patch."
+    )
+
+
+def _settings(provenance: Mapping[str, Any]) -> str:
+    rows = [f"| `{name}` | {_number(value)} |" for name, value in provenance["settings"].items()]
+    return "\n".join(["| setting | value |", "| --- | --- |", *rows]) if rows else "Not recorded."
+
+
+def _grid(config: Mapping[str, Any]) -> str:
+    return " x ".join(map(str, config["grid"]))
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "not recorded"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
