@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from torch import Tensor
 
+from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.trainer import NullspaceTrainer
@@ -56,6 +57,7 @@ class FixedImages(torch.utils.data.Dataset):
 
     def with_stream(self, name: str, part: int) -> "FixedImages":
         stream = FixedImages(self.pixel_values.dtype, self.trouble)
+        stream.pixel_values = self.pixel_values
         stream.reads = 0 if self.trouble is not None and part == self.trouble["round"] else -1
         return stream
 
@@ -103,16 +105,20 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train as the case says; what this rank ended with."""
     dtype = getattr(torch, case.get("dtype", "float64"))
     model = tiny_model(case.get("family", "vit")).to(dtype)
+    pixels = bool(case.get("pixels"))  # images that were pixels in [0, 1], with the processor that normalised them
     output = folder / case.get("output", case["name"]) / "run"
     config = NullspaceConfig(**{**SETTINGS, "output_dir": str(output), **case.get("settings", {})})
     read: list[int] = []
     dataset = stream_of(dtype, read) if case.get("streaming") else FixedImages(dtype, case.get("trouble"))
+    if pixels:
+        dataset.pixel_values = 2 * dataset.pixel_values.sigmoid() - 1
     trainer = NullspaceTrainer(
         model,
         config,
         train_dataset=dataset,
         eval_dataset=FixedImages(dtype) if case.get("evaluate") else None,
         data_collator=collate_as(dtype),
+        processing_class=make_image_processor(16) if pixels else None,
     )
     with counted_messages() as messages:
         trainer.train(resume_from_checkpoint=case.get("resume", False))
@@ -132,6 +138,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "global_step": trainer.state.global_step,
         "metrics": metrics,
         "messages": messages,
+        "cost": trainer.cost.summary(),
     }
 
 

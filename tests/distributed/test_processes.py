@@ -27,7 +27,13 @@ LIMIT_S = 240
 
 N_D = 16 * 24  # patches x features of the tiny model
 
+ADVERSARIAL = {
+    "name": "adversarial",
+    "pixels": True,
+    "settings": {"objective": "random+madry+trades", "epsilon": 0.005, "attack_steps": 2, "held_out_images": 21},
+}
 SEVERAL: list[dict[str, Any]] = [
+    ADVERSARIAL,
     {"name": "every_step_saved", "settings": {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}},
     {"name": "minibatch", "settings": {"noise_stop_on": "minibatch", "epsilon": 0.02}},
     {"name": "stream", "streaming": True, "settings": {"noise_on_limit": "rescale"}},
@@ -45,6 +51,9 @@ SEVERAL: list[dict[str, Any]] = [
     {"name": "few_images", "fails": True, "settings": {"noise_batch_size": 1}},
 ]
 ALONE: list[dict[str, Any]] = [
+    ADVERSARIAL,
+    ADVERSARIAL
+    | {"name": "adversarial_accumulated", "settings": ADVERSARIAL["settings"] | {"gradient_accumulation_steps": 2}},
     {"name": "one_by_eight"},
     {"name": "accumulated", "settings": {"gradient_accumulation_steps": 2}},
     {"name": "minibatch", "settings": {"noise_stop_on": "minibatch", "epsilon": 0.02}},
@@ -199,6 +208,22 @@ def test_the_noise_and_its_batch_do_not_depend_on_processes_or_accumulation(one:
             assert ours["influence"] == pytest.approx(theirs["influence"], rel=1e-6)
             assert ours["trace"]["influence"] == pytest.approx(theirs["trace"]["influence"], rel=1e-5)
         assert other["provenance"]["influence_images"] == by_eight["provenance"]["influence_images"] == 21
+
+
+def test_attacks_and_controls_do_not_depend_on_processes_or_accumulation(one: Launch, two: Launch) -> None:
+    alone, (first, second) = one.result("adversarial"), two.results("adversarial")
+    check_ranks_agree(first, second)
+    for other in (one.result("adversarial_accumulated"), first):
+        assert difference(other["parameters"], alone["parameters"]) < 1e-6
+        for ours, theirs in zip(other["noises"], alone["noises"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+        assert [entry["stopped"] for entry in other["history"]] == ["calibrated"] * 3
+        passes = [{k: v for k, v in stage.items() if k != "seconds"} for stage in other["cost"]["stages"].values()]
+        assert passes == [
+            {k: v for k, v in stage.items() if k != "seconds"} for stage in alone["cost"]["stages"].values()
+        ]
+    assert alone["cost"]["stages"]["training"]["forward"] == 6 * 8 * 4
+    assert alone["cost"]["stages"]["attack"]["backward_to_input"] == 6 * 8 * 2 * 2
 
 
 @pytest.mark.parametrize("name", ["every_step_saved", "minibatch", "stream", "ema", "bf16"])
