@@ -93,7 +93,7 @@ def test_averaged_weights_are_a_column_and_not_the_model(tmp_path, three):
 
 def evaluated(folder, measured, **more):
     """What ``recipes/evaluate_robustness.py`` leaves."""
-    context = {"compare": [f"/home/me/runs/{name}" for name in measured], "dataset_name": "ORG/set", "split": "test"}
+    context = {"compare": [f"/srv/me/runs/{name}" for name in measured], "dataset_name": "ORG/set", "split": "test"}
     write_report(measured, folder, context=context, **more)
     return folder
 
@@ -142,7 +142,7 @@ def test_model_index_and_eval_results_are_what_the_hub_reads(tmp_path, three):
     (entry,) = parse_eval_result_entries(yaml.safe_load(results_file.read_text()))
     assert (entry.dataset_id, entry.dataset_revision) == ("uoft-cs/cifar10", "abc123")
     assert entry.value == pytest.approx(three["nullspace"][0].correct.mean(), abs=1e-6), "clean images alone"
-    local = SETTINGS | {"data": SETTINGS["data"] | {"dataset_name": "/home/me/cifar10"}}
+    local = SETTINGS | {"data": SETTINGS["data"] | {"dataset_name": "/srv/me/cifar10"}}
     kept = folder / ".eval_results" / "mine.yaml"
     kept.write_text("- dataset: {id: a/b, task_id: c}\n  value: 1\n")
     assert write_card(finetuned(folder, three, local)) == [card], "the Hub does not know a local folder"
@@ -151,14 +151,14 @@ def test_model_index_and_eval_results_are_what_the_hub_reads(tmp_path, three):
 
 
 def test_no_path_of_this_machine_is_in_a_card(tmp_path, three):
-    settings = json.loads(json.dumps(SETTINGS).replace("ORG/base", "/home/me/my models/base"))
+    settings = json.loads(json.dumps(SETTINGS).replace("ORG/base", "/srv/me/my models/base"))
     settings["data"]["dataset_name"] = str(tmp_path / "pictures")
     folder = finetuned(tmp_path / "mine", three, settings)
     noise = {"provenance": {"base_model": str(tmp_path / "base"), "epsilon": 0.03, "settings": {}}}
     (folder / "nullspace_noise.json").write_text(json.dumps(noise))
     evaluated(folder / "robustness", results(**{"runs/base": answers(0), "runs/mine": answers(1)}))
     text = "".join(path.read_text() for path in write_card(folder))
-    assert "/home" not in text
+    assert "/srv" not in text
     assert str(tmp_path) not in text
     assert "`base` (a local folder)" in text
     assert "base_model" not in text.split("---")[1]
@@ -168,7 +168,7 @@ def test_no_path_of_this_machine_is_in_a_card(tmp_path, three):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("/home/me/my models/base", "/path/to/base"),
+        ("/srv/me/my models/base", "/path/to/base"),
         ("/data/c10, split test, first 20", "/path/to/c10, split test, first 20"),
         ("no file '/tmp/a/b.bin'; get it", "no file '/path/to/b.bin'; get it"),
         ("~/runs/mine", "/path/to/mine"),
