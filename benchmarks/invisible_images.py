@@ -1,18 +1,17 @@
 """How invisible are watermarked and targeted images? Pairs of images of a data set, judged as 8-bit files.
 
     python benchmarks/invisible_images.py --model M --dataset D            (100 pairs, about 4 minutes on one core)
-    python benchmarks/invisible_images.py --model M --dataset D --pairs 3 --pictures outputs/invisible --name none
+    python benchmarks/invisible_images.py --model M --dataset D --pairs 3 --pictures outputs/invisible
 
 For every pair, two images of different classes: the first is made to look like the second (A.8), and gets a mark that
 this script draws (A.7). Each is solved at full strength, written, read back and judged: does the prediction stay, how
 far does the confidence move, how far the embedding at every stage, and do the explanations agree. Beside it stand the
 wish itself, and equation 13 as it is: projected, clipped, rounded. Where the prediction changes, and for the first
 --search_pairs pairs until the confidence moves by at most 1e-4 (the paper's number), the strength is searched.
-Writes benchmarks/results/NAME.json, with all single values.
+--output FILE keeps the summary and the single values as JSON.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nullspace.explain.agreement import Explanations, explain_change
+from hf_nullspace.files import write_json
 from hf_nullspace.images import (
     Judge,
     closeness,
@@ -57,9 +57,9 @@ def main() -> None:
     for name, default in [("pairs", 100), ("search_pairs", 30), ("iterations", 500), ("seed", 0)]:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--pictures", type=Path, help="folder for the files and pictures of every pair")
-    parser.add_argument("--name", default="invisible_images", help="of the JSON; 'none' writes none")
+    parser.add_argument("--output", type=Path, help="JSON file; benchmarks/results has those of the documents")
     args = parser.parse_args()
-    start = time.perf_counter()
+    start, commit = time.perf_counter(), current_commit()
     model = AutoModelForImageClassification.from_pretrained(args.model).eval()
     judge = Judge.from_model(model, AutoImageProcessor.from_pretrained(args.model, backend="pil"))
     names = [str(name) for _, name in sorted(model.config.id2label.items())]
@@ -74,9 +74,16 @@ def main() -> None:
         print(f"{kind}, {args.pairs} pairs")
         for name, value in numbers.items():
             print(f"  {name:52s} {describe(value)}")
-    if args.name != "none":
-        keep(args, {"summary": summary, "pairs": found, "seconds": time.perf_counter() - start,
+    if args.output:
+        columns = {kind: single_values(rows) for kind, rows in found.items()}
+        keep(args, commit, {"summary": summary, "pairs": columns, "seconds": time.perf_counter() - start,
                     "nullspace_dimension": judge.nullspace.dimension()})  # fmt: skip
+
+
+def current_commit() -> str:
+    """At the start: the code that runs."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def pairs(args: argparse.Namespace, judge: Judge) -> Iterator[tuple[Image.Image, Image.Image]]:
@@ -208,19 +215,27 @@ def describe(value: dict[str, Any]) -> str:
     return f"{value['median']:.3g} [{value['lowest']:.3g}, {value['highest']:.3g}] n={value['n']}"
 
 
-def keep(args: argparse.Namespace, found: dict[str, Any]) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    settings = {name: value for name, value in vars(args).items() if name != "pictures"}
+def single_values(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The most important numbers of every pair, to four digits."""
+    names = ("match", "confidence_source", "confidence_change", "embedding_error", "strength_that_keeps_the_prediction",
+             "strength_at_the_papers_change")  # fmt: skip
+    columns = {name: [row[name] for row in rows] for name in names}
+    columns["way to the wish"] = [row["closeness"]["reached"] for row in rows]
+    for method in rows[0]["explanations"]:
+        columns[f"r, {method}, result"] = [row["explanations"][method]["result"] for row in rows]
+    return {name: [float(f"{each:.4g}") if isinstance(each, float) else each for each in column]
+            for name, column in columns.items()}  # fmt: skip
+
+
+def keep(args: argparse.Namespace, commit: str, found: dict[str, Any]) -> None:
+    settings = {name: value for name, value in vars(args).items() if name not in ("pictures", "output")}
     settings |= {name: Path(getattr(args, name)).name for name in ("model", "dataset")}
     result = {
         "command": f"{COMMAND} --pairs {args.pairs} --search_pairs {args.search_pairs} --seed {args.seed}",
-        "commit": commit.stdout.strip(), "device": f"{platform.machine()} CPU", "threads": torch.get_num_threads(),
+        "commit": commit, "device": f"{platform.machine()} CPU", "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": sys.version.split()[0], "settings": settings, **found,
     }  # fmt: skip
-    path = Path(__file__).parent / "results" / f"{args.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    print(f"{path.name} is in {path.parent.name}")
+    print(f"written: {write_json(args.output, result)}")
 
 
 if __name__ == "__main__":

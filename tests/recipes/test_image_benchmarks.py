@@ -1,0 +1,107 @@
+"""benchmarks/invisible_images.py and benchmarks/ownership.py on tiny models: their counts are those of other code."""
+
+import json
+import runpy
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_nullspace.images import Judge
+from hf_nullspace.models.preprocessing import make_image_processor
+from tiny_models import IMAGE, SIZES, tiny_model
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name):
+    return runpy.run_path(str(BENCHMARKS / f"{name}.py"))
+
+
+def call(name, *words):
+    arguments, sys.argv = sys.argv, [name, *map(str, words)]
+    try:
+        load(name)["main"]()
+    finally:
+        sys.argv = arguments
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit")
+    tiny_model().save_pretrained(folder)
+    make_image_processor(16).save_pretrained(folder)
+    return folder
+
+
+def test_pairs_of_images(saved, tmp_path, capsys):
+    words = ["--model", saved, "--dataset", "digits", "--pairs", 1, "--search_pairs", 1, "--iterations", 100]
+    call("invisible_images", *words, "--pictures", tmp_path, "--output", tmp_path / "found.json")
+    found, said = json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out
+    assert found["settings"]["model"] == saved.name
+    weight = tiny_model().vit.embeddings.patch_embeddings.projection.weight.detach().double().numpy().reshape(24, 48)
+    for kind in ("target", "mark"):
+        summary, single = found["summary"][kind], found["pairs"][kind]
+        assert summary["prediction stays"]["count"] == sum(single["match"])
+        assert summary["change of confidence"]["median"] == pytest.approx(
+            statistics.median(single["confidence_change"]), rel=1e-3
+        )
+        assert summary["strength at a change of 1e-4"]["n"] == 1
+        assert summary["r, rollout, result"]["lowest"] > 0.99
+        errors = [summary[f"embedding error, {stage}"]["highest"] for stage in ("box", "eight_bit", "nearest_levels")]
+        assert errors == sorted(errors)
+        assert f"{kind}, 1 pairs" in said
+        source, wish, result = (
+            np.asarray(Image.open(tmp_path / f"{kind}-0" / f"{name}.png")) / 255
+            for name in ("source", "wish", "result")
+        )
+        way = 1 - np.linalg.norm(result - wish) / np.linalg.norm(source - wish)
+        assert single["way to the wish"][0] == pytest.approx(way, rel=1e-2)
+        seen = []
+        for change in (result - source, wish - source):
+            patches = (change / 0.5).reshape(4, 4, 4, 4, 3).transpose(0, 2, 4, 1, 3).reshape(16, 48)
+            seen.append(np.linalg.norm(patches @ weight.T))
+        assert seen[0] < 0.05 * seen[1]
+        assert (tmp_path / f"{kind}-0" / "explanations.png").exists()
+
+
+def test_the_baseline_is_the_projection_clipped_and_rounded(saved):
+    judge = Judge.from_model(tiny_model(), make_image_processor(16))
+    values = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    source, wish = (Image.fromarray(each) for each in values)
+    image = np.asarray(load("invisible_images")["projected"](judge, source, wish))
+    change = torch.tensor((values[1] / 255 - values[0] / 255).transpose(2, 0, 1)[None] / 0.5)
+    weight = tiny_model().vit.embeddings.patch_embeddings.projection.weight.detach().double().numpy().reshape(24, 48)
+    patches = torch.nn.functional.unfold(change, 4, stride=4).transpose(1, 2).numpy()[0]
+    patches = patches - patches @ weight.T @ np.linalg.inv(weight @ weight.T) @ weight
+    folded = torch.nn.functional.fold(torch.tensor(patches.T[None]), 16, 4, stride=4)[0].numpy().transpose(1, 2, 0)
+    expected = np.clip(values[0] / 255 + folded * 0.5, 0, 1) * 255
+    assert np.abs(image - expected).max() < 0.51
+
+
+def test_copies_and_innocent_models_are_counted(tmp_path, capsys):
+    torch.manual_seed(0)
+    saved = tmp_path / "ten-classes"
+    model = ViTForImageClassification(ViTConfig(**SIZES, **IMAGE, num_labels=10))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(saved)
+    make_image_processor(16).save_pretrained(saved)
+    words = ["--model", saved, "--dataset", "digits", "--others", 2, "--layers", 1, "--steps", 3, "--batch", 8]
+    words += ["--finetune_steps", 1, "--train_images", 40, "--images", 6, "--patterns", 2, "--fingerprints", 2]
+    call("ownership", *words, "--name", "none", "--picture", tmp_path / "scores.png", "--copies", saved)
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if " score " in line]
+    assert sum(" copy " in line for line in lines) == 1 + 1 + 6 + 3 + 1 + 2
+    assert sum(" evasion " in line for line in lines) == 3
+    assert sum(" innocent " in line for line in lines) == 2 + 2 * 2
+    same = next(line for line in lines if "the same file" in line)
+    assert float(same.split("score ")[1].split()[0]) < 0.01
+    assert "innocent: 0 of 6 at most 0.1 [0.0%, 39.0%]" in said
+    with Image.open(tmp_path / "scores.png") as picture:
+        assert picture.width > 500
