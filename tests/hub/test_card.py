@@ -243,11 +243,11 @@ def test_a_run_without_results_or_settings_has_a_card(tmp_path):
 
 def test_the_cost_is_summed_from_the_history(tmp_path, three):
     folder = finetuned(tmp_path / "mine", three)
-    (folder / "cost.json").write_text('{"forward_equivalents": 12345.0, "unit": "images"}')
+    (folder / "cost.json").write_text('{"forward": 3, "forward_equivalents": 12345, "stages": {}}')
     rows = rows_of(model_card(folder))
     assert rows["noise steps"] == ["18 (7 to 11 per noise)"]
     assert rows["images through noise steps"] == [str(18 * 4)]
     assert rows["training images"] == ["80, each in two views"]
     assert rows["noises"] == ["2: 1 reached epsilon, 1 were scaled into epsilon"]
     assert rows["seconds for the noises"] == ["4 (wall clock)"]
-    assert rows["forward equivalents"] == ["12,345"]
+    assert rows["all passes as forward passes"] == ["12,345"]

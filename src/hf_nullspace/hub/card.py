@@ -31,6 +31,13 @@ PLOTS = {
 }
 NOISE_PLOT = "noise.png"
 TAGS = ["image-classification", "vision", "robustness", "nullspace-noise", "hf-nullspace"]
+METHODS = {
+    "plain": "without noise: every batch twice as it is, the control of a fine-tuning with nullspace noise.",
+    "random": "with noise that was drawn and scaled to the influence of a nullspace noise: a control.",
+    "permuted": "with nullspace noise whose entries were permuted, scaled to the same influence: a control.",
+    "madry": "with adversarial images (Madry et al. 2018).",
+    "trades": "with TRADES (Zhang et al. 2019).",
+}
 _MARK = "# Written by hf-nullspace from results.json; accuracies in [0, 1].\n"
 
 
@@ -140,9 +147,8 @@ def method(run: RunFolder) -> str:
             f"with nullspace noise. {every} a noise on the patch embeddings is learned that the model of that moment "
             f"hardly sees{shift}; every training batch then goes through the model as it is and with that noise."
         )
-    if run.objective == "plain":
-        return "without noise: every batch twice as it is, the control of a fine-tuning with nullspace noise."
-    return f"with the objective `{run.objective}` of hf-nullspace." if run.objective else "with hf-nullspace."
+    known = METHODS.get(run.objective or "", f"with the objective `{run.objective}` of hf-nullspace.")
+    return known if run.objective else "with hf-nullspace."
 
 
 def preparation(run: RunFolder) -> str:

@@ -124,9 +124,10 @@ class RunFolder:
         """What was fine-tuned; None for a model that the run trained itself, or that nothing names."""
         if "model" in self.settings:
             name = self.settings["model"].get("model_name_or_path")
-        else:
-            name = self.noise.get("provenance", {}).get("base_model")
-        return source(name) if name else None
+            return source(name) if name else None
+        learned_on = self.noise.get("provenance", {})  # a model of the Hub has its commit there
+        name = learned_on.get("base_model")
+        return Source(name, name if learned_on.get("revision") else None) if name else None
 
     @property
     def base_revision(self) -> str | None:

@@ -1,9 +1,11 @@
 """The sections of a card that are made of numbers: results with intervals, the verdict in words, settings, cost."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import yaml
+from transformers import TrainingArguments
 
 from hf_nullspace.hub.run_folder import Report, RunFolder
 from hf_nullspace.robustness.attacks.base import readable
@@ -14,14 +16,20 @@ from hf_nullspace.robustness.suite import ConditionResult
 
 MOST_ROWS = 40  # longer tables fold their corruption cells away
 _NOT_PROTOCOL = {"fingerprints", "versions", "corruption", "severity", "attack", "settings"}
-# What decides the result of a training; the rest of TrainingArguments belongs to the machine or to logging.
+# Of TrainingArguments, what decides the result; the rest belongs to the machine or to logging.
 _TRAINING = (
-    "preset", "objective", "rounds", "steps_per_round", "global_batch_size", "epsilon", "noise_limit",
-    "noise_learning_rate", "noise_max_steps", "noise_weight_decay", "noise_loss", "noise_stop_on", "noise_on_limit",
-    "noise_batch_size", "held_out_images", "ema_decay", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16",
-    "fp16", "seed", "data_seed",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "seed",
+    "data_seed",
 )  # fmt: skip
+_ANYONES = {item.name for item in fields(TrainingArguments)}
+_PASSES = {
+    "forward": "passes of one image: forward",
+    "backward_to_input": "passes of one image: backward to the input",
+    "backward_to_parameters": "passes of one image: backward to the parameters",
+    "forward_equivalents": "all passes as forward passes",
+    "seconds": "seconds of the fine-tuning",
+}
 
 
 def compared(report: Report) -> list[str]:
@@ -204,7 +212,7 @@ def settings_yaml(run: RunFolder) -> str:
     own_model = run.settings.get("model", {}).get("model_name_or_path") is None
     base = {k: v for k, v in run.settings["recipe"].items() if own_model or not k.startswith("base_")}
     model = {k: v for k, v in run.settings.get("model", {}).items() if own_model or k.startswith("model_")}
-    training = {key: run.settings["training"].get(key) for key in _TRAINING}
+    training = {k: v for k, v in run.settings["training"].items() if k in _TRAINING or k not in _ANYONES}
     chosen = {
         k: v for part in (model, run.settings["data"], base, training) for k, v in part.items() if k != "overwrite"
     }
@@ -212,7 +220,7 @@ def settings_yaml(run: RunFolder) -> str:
 
 
 def cost_table(run: RunFolder) -> str:
-    """What it took: steps, images, noise steps, seconds as recorded, forward passes where they were counted."""
+    """What it took: steps, images, noise steps, seconds as recorded, passes where they were counted (training.cost)."""
     training, rows = run.settings.get("training", {}), []
     if training:
         steps, batch = training["max_steps"], training["global_batch_size"]
@@ -234,8 +242,7 @@ def cost_table(run: RunFolder) -> str:
         norms = [entry["centred_norm"] for entry in run.history]
         rows.append(["centred norm of the noises", f"{min(norms):.2f} to {max(norms):.2f}"])
         rows.append(["seconds for the noises", f"{sum(entry['seconds'] for entry in run.history):.0f} (wall clock)"])
-    rows += [[key.replace("_", " "), f"{value:,.0f}"] for key, value in run.cost.items()
-             if isinstance(value, int | float) and not isinstance(value, bool)]  # fmt: skip
+    rows += [[name, f"{run.cost[key]:,.0f}"] for key, name in _PASSES.items() if key in run.cost]
     for report in run.reports:
         seconds = sum(result.seconds for result in report.results[report.subject])
         rows.append([f"seconds for measuring `{report.subject}` ({report.file})", f"{seconds:.0f} (wall clock)"])
