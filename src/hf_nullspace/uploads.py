@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 _NEVER = (".git/*", "*/.git/*", ".cache/*", "*/.cache/*", ".*.part")
 _WAITS = (2.0, 8.0)
@@ -104,6 +106,39 @@ def push_folder(
     return _trying_again(push, list(waits))
 
 
+def open_repository(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    afterwards: str,
+    waits: Iterable[float] = _WAITS,
+) -> str:
+    """Create a model repository if it is not there; its whole name.
+
+    Raises:
+        UploadError: as :func:`push_folder` does; ``afterwards`` is how it ends.
+    """
+
+    def open_it() -> str:
+        with clear_errors(repo_id, afterwards, token):
+            return HfApi(token=token or None).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+    return _trying_again(open_it, list(waits))
+
+
+def whole_name(repo_id: str, token: str | None = None) -> str:
+    """``ORG/NAME``; of a ``NAME`` alone the Hub is asked whose the token is.
+
+    Raises:
+        UploadError: if it cannot be asked.
+    """
+    if "/" in repo_id:
+        return repo_id
+    with clear_errors(repo_id, f"Or write ORG/NAME instead of {repo_id!r}", token):
+        return f"{HfApi(token=token or None).whoami()['name']}/{repo_id}"
+
+
 def files_to_push(folder: Path, ignore: Iterable[str] = ()) -> list[str]:
     """The files of a folder, relative and sorted, without those that match ``ignore`` (fnmatch)."""
     patterns = [*_NEVER, *ignore]
@@ -136,7 +171,7 @@ def clear_errors(repo_id: str, afterwards: str, token: str | None = None) -> Ite
         raise kind(f"could not push to {repo_id}: {said}. {afterwards}") from error
 
 
-def _trying_again(push: Callable[[], CommitInfo], waits: list[float]) -> CommitInfo:
+def _trying_again(push: Callable[[], Result], waits: list[float]) -> Result:
     for wait in waits:
         try:
             return push()

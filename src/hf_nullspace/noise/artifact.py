@@ -20,7 +20,7 @@ from hf_nullspace.files import write_json, write_whole
 from hf_nullspace.models.patch_embedding import EmbeddingShape, unwrap
 from hf_nullspace.noise.card import write_noise_card
 from hf_nullspace.noise.influence import centred_norm
-from hf_nullspace.uploads import push_folder
+from hf_nullspace.uploads import push_folder, whole_name
 
 WEIGHTS_NAME = "nullspace_noise.safetensors"
 CONFIG_NAME = "nullspace_noise.json"
@@ -210,6 +210,7 @@ class NullspaceNoise:
         Raises:
             UploadError: if the Hub does not take it, with what to do.
         """
+        repo_id = whole_name(repo_id, token)
         with tempfile.TemporaryDirectory() as folder:
             self.without_local_path().save_pretrained(
                 folder, model=model, image_processor=image_processor, repo_id=repo_id

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from hf_nullspace.files import write_json
 from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank, own_folder, save_noise_bank
 from hf_nullspace.noise.card import write_bank_card
-from hf_nullspace.uploads import push_folder
+from hf_nullspace.uploads import push_folder, whole_name
 
 FOLDER = "noises"
 _FORMAT = "hf-nullspace noise bank v1"
@@ -108,6 +108,7 @@ class NoiseBank(Sequence[NullspaceNoise]):
         Raises:
             UploadError: if the Hub does not take it, with what to do.
         """
+        repo_id = whole_name(repo_id, token)
         with tempfile.TemporaryDirectory() as folder:
             published = NoiseBank(tuple(noise.without_local_path() for noise in self.noises))
             return push_folder(

@@ -34,10 +34,11 @@ from hf_nullspace.training.objectives import (
     mean_over_images,
     view_loss,
 )
+from hf_nullspace.training.publishing import PublishingTrainer
 from hf_nullspace.training.round_trainer import RoundTrainer
 
 
-class NullspaceTrainer(RoundTrainer):
+class NullspaceTrainer(PublishingTrainer, RoundTrainer):
     """A drop-in Trainer for image classifiers with a patch embedding; ``args`` is a :class:`NullspaceConfig`.
 
     Everything else is the Trainer's: evaluation and prediction see the clean model; resuming, accumulation, mixed
@@ -244,11 +245,6 @@ class NullspaceTrainer(RoundTrainer):
         super()._save_rng_state(output_dir)
         # Older checkpoints are deleted next: not before every rank's part of this one is on the disk.
         self.accelerator.wait_for_everyone()
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.args.should_save:
-            self._save_noise(Path(str(self.args.output_dir)))  # upstream copies a fixed list of files
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = model if model is not None else self.model

@@ -1,0 +1,226 @@
+"""A run on the Hub: what is pushed of it, when, and what happens when a push fails.
+
+Pushed are the model, its image processor, the noises, the histories, the results and the card. Left here are
+checkpoints (unless the strategy asks for them), the base model and the control, and ``training_args.bin``: a pickle
+that holds the token, and that nothing reads.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
+from transformers.utils.hub import PushInProgress
+
+from hf_nullspace.hub.card import write_card
+from hf_nullspace.training.run_settings import SETTINGS_NAME
+from hf_nullspace.uploads import files_to_push, open_repository, push_folder, whole_name
+
+logger = logging.getLogger(__name__)
+
+_PICKLES = ("training_args.bin", "*/training_args.bin")
+LEFT_HERE = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"*/{PREFIX_CHECKPOINT_DIR}-*", "base/*", "base.part/*", "control/*",
+             "run-*/*", "*/per_sample/*", *_PICKLES)  # fmt: skip
+REPLACED = ("noises/round-*.safetensors", "model*-of-*.safetensors", "model.safetensors.index.json")
+"""What an earlier push may have left and a model of now may not have."""
+_FOR_RESUMING = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "pytorch_model_fsdp*",
+                 "global_step*", "latest", "zero_to_fp32.py", *_PICKLES)  # fmt: skip
+_STAGED = "_push-"
+
+
+def push_run(
+    run: Path | str,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload run",
+    token: str | None = None,
+    license: str | None = None,
+) -> CommitInfo:
+    """Write the card of a finished run into its folder, and upload what is to be published as one commit.
+
+    Raises:
+        UploadError: if the Hub does not take it, with what to do; the folder is whole then.
+        FileNotFoundError: if the folder is empty.
+    """
+    repo_id = whole_name(repo_id, token)
+    write_card(Path(run), repo_id, license=license)
+    return push_folder(
+        run,
+        repo_id,
+        private=private,
+        revision=revision,
+        commit_message=commit_message,
+        token=token,
+        ignore=LEFT_HERE,
+        replace=REPLACED,
+        afterwards=_how_to_repeat(Path(run), repo_id),
+    )
+
+
+def _how_to_repeat(run: Path, repo_id: str) -> str:
+    call = f"from hf_nullspace.training.publishing import push_run; push_run({str(run)!r}, {repo_id!r})"
+    return f'The run in {run} is whole; repeat the upload with: python -c "{call}"'
+
+
+class PublishingTrainer(Trainer):
+    """A Trainer whose uploads are whole: each is one commit of what belongs together, and training survives a failure.
+
+    ``hub_strategy`` means what it means for the Trainer. Only the main process pushes.
+    """
+
+    args: Any
+    hub_model_id: Any
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """The Trainer's: at the start of a run, so that what makes every push fail is known before hours of training.
+
+        Raises:
+            UploadError: in one line, with what to do.
+        """
+        if not self.is_world_process_zero():
+            return
+        output = Path(str(self.args.output_dir))
+        for left in output.glob(f"{_STAGED}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        self.hub_model_id = open_repository(
+            self.args.hub_model_id or output.absolute().name,
+            private=private if private is not None else self.args.hub_private_repo,
+            token=token or self.args.hub_token,
+            afterwards=f"{output} is as it was; without push_to_hub everything stays here",
+        )
+        self.push_in_progress: Any = None
+
+    def create_model_card(self, language: Any = None, license: str | None = None, *more: Any, **named: Any) -> None:
+        """Write README.md from what the run left in the folder; of the Trainer's arguments only the license is used."""
+        if self.is_world_process_zero():
+            write_card(Path(str(self.args.output_dir)), self.hub_model_id, license=license)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model, write the card, and upload the run's folder as one commit; ``kwargs`` go to the card.
+
+        Not ``blocking``: a copy of the folder is uploaded, and a future is returned. Call it on every process; others
+        than the main one return None.
+
+        Raises:
+            UploadError: if the Hub does not take it, with what to do. The run is whole in ``output_dir`` then.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**{name: value for name, value in kwargs.items() if name != "model_name"})
+        self._finish_current_push()
+        run = Path(str(self.args.output_dir))
+        staged = None if blocking else _staged({"": run}, run, linked=False)
+        named: dict[str, Any] = {
+            "revision": revision or self.args.hub_revision,
+            "commit_message": commit_message or "End of training",
+            "token": token,
+            "ignore": LEFT_HERE,
+            "replace": REPLACED,
+            "afterwards": _how_to_repeat(run, str(self.hub_model_id)),
+        }
+        if staged is None:
+            return push_folder(run, str(self.hub_model_id), **named)
+        return HfApi().run_as_future(_push_staged, staged, str(self.hub_model_id), **named)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload the checkpoint's model as it is now, in the background; training goes on, and survives a failure."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if running and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        checkpoint, run = Path(checkpoint_folder), Path(str(self.args.output_dir))
+        parts, kept = {"": checkpoint, "noises": checkpoint.parent / "noises"}, []
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            parts[name := "last-checkpoint" if last else checkpoint.name] = checkpoint
+            kept = [f"{name}/*"]
+        now = f"step {self.state.global_step}"
+        if self.args.save_strategy != SaveStrategy.STEPS:
+            now = f"epoch {int(self.state.epoch or 0)}"
+        try:
+            staged = _staged(parts, run, linked=True)
+            write_card(staged, self.hub_model_id)
+        except (OSError, ValueError) as error:
+            logger.warning("%s was not pushed, it could not be gathered: %s. Training goes on", checkpoint.name, error)
+            return
+        job = HfApi().run_as_future(
+            _push_staged,
+            staged,
+            str(self.hub_model_id),
+            survives=True,
+            revision=self.args.hub_revision,
+            commit_message=f"Training in progress, {now}",
+            token=self.args.hub_token,
+            replace=[*REPLACED, *kept],
+            afterwards=f"Training goes on, {checkpoint} is whole, and the next push brings all of it",
+        )
+        if running:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
+
+
+def _staged(parts: dict[str, Path], run: Path, *, linked: bool) -> Path:
+    """A folder that nobody changes any more: the files of ``parts`` (place -> folder), linked or copied.
+
+    Links are for files that are written once: a checkpoint's. They outlive the checkpoint, which may be deleted.
+    """
+    staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=run))
+    try:
+        for place, folder in parts.items():
+            ignore = (
+                LEFT_HERE if not linked else _PICKLES if place.startswith(("last-", "checkpoint-")) else _FOR_RESUMING
+            )
+            for name in files_to_push(folder, ignore):
+                (target := staged / place / name).parent.mkdir(parents=True, exist_ok=True)
+                _link_or_copy(folder / name, target, linked=linked)
+        if linked and (run / SETTINGS_NAME).is_file():
+            shutil.copy(run / SETTINGS_NAME, staged)  # for the card
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return staged
+
+
+def _link_or_copy(source: Path, target: Path, *, linked: bool) -> None:
+    if linked:
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without links
+            shutil.copy(source, target)
+    else:
+        shutil.copy(source, target)
+
+
+def _push_staged(staged: Path, repo_id: str, *, survives: bool = False, **named: Any) -> CommitInfo | None:
+    try:
+        return push_folder(staged, repo_id, **named)
+    except Exception as error:
+        if not survives:
+            raise
+        logger.warning("%s", error)
+        return None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
