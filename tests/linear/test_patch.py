@@ -39,11 +39,11 @@ def weight(features, patch, channels=3, dtype=torch.float32):
     return torch.randn(features, channels, patch, patch, generator=generator()).to(dtype)
 
 
-def weight_of_rank(rank, features=768, size=768, dtype=torch.float32):
-    """(features, 3, 16, 16) with the given rank before it is stored, and a spectrum that falls by a factor of 100."""
+def weight_of_rank(rank, features=768, size=768, dtype=torch.float32, decades=2):
+    """(features, 3, side, side) with the given rank before it is stored, and a spectrum that falls by 10**decades."""
     left, _ = torch.linalg.qr(torch.randn(features, features, generator=generator(1), dtype=torch.float64))
     right, _ = torch.linalg.qr(torch.randn(size, size, generator=generator(2), dtype=torch.float64))
-    spectrum = torch.logspace(1, -1, rank, dtype=torch.float64)
+    spectrum = torch.logspace(1, 1 - decades, rank, dtype=torch.float64)
     side = int((size // 3) ** 0.5)
     return ((left[:, :rank] * spectrum) @ right[:rank]).reshape(features, 3, side, side).to(dtype)
 
@@ -70,14 +70,22 @@ def test_vit_b_16_of_rank_766_in_float32_has_2_dimensions():
     assert (counts[0], counts[1], counts[-1]) == (0, 2, 768)
 
 
-def test_bfloat16_checkpoints_show_a_spectrum_that_the_tolerance_cannot_judge():
-    exact = weight_of_rank(40, features=48, size=48)
-    stored = PatchNullspace.from_weight(exact.bfloat16())
-    assert PatchNullspace.from_weight(exact).dimension() == 8
-    assert stored.singular_values[40:].max() < stored.tolerance, "the 8 zeros are below it"
-    assert stored.dimension() > 8, "and so are real singular values"
-    loaded_as_float32 = PatchNullspace.from_weight(exact.bfloat16().float(), stored_dtype=torch.bfloat16)
-    assert loaded_as_float32.dimension() == stored.dimension()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("features", "size", "rank"), [(48, 48, 40), (192, 768, 192), (300, 192, 150)])
+def test_half_precision_counts_what_rounding_has_lifted_and_no_more(dtype, features, size, rank):
+    exact = weight_of_rank(rank, features=features, size=size)
+    stored = PatchNullspace.from_weight(exact.to(dtype))
+    assert stored.dimension() == PatchNullspace.from_weight(exact).dimension() == size - rank
+    error = (exact.to(dtype).double() - exact.double()).flatten(1).numpy()
+    assert 1 < stored.tolerance / np.linalg.norm(error, 2) < 4
+    loaded_as_float32 = PatchNullspace.from_weight(exact.to(dtype).float(), stored_dtype=dtype)
+    assert loaded_as_float32.tolerance == stored.tolerance
+
+
+def test_half_precision_hides_real_singular_values_that_are_smaller_than_its_rounding():
+    exact = weight_of_rank(48, features=48, size=48, decades=4)
+    assert PatchNullspace.from_weight(exact).dimension() == 0
+    assert PatchNullspace.from_weight(exact.bfloat16()).dimension() > 0
 
 
 def test_scipy_finds_the_same_nullspace():

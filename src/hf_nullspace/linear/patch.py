@@ -174,13 +174,22 @@ class PatchNullspace:
 
 
 def default_tolerance(singular_values: Tensor, shape: Sequence[int], stored_dtype: torch.dtype) -> float:
-    """Largest singular value that counts as zero: s_max * max(D, P) * eps of the dtype that the weights were stored in.
+    """Largest singular value that counts as zero, for a weight of ``shape`` (D, P) stored in ``stored_dtype``.
 
-    Storing rounds every weight, which lifts exact zeros of the spectrum to about s_max * eps; ViT-B/16 of table 4 has 2
-    such values in float32, and none at float64's own eps. bfloat16's eps is coarser than many real singular
-    values: look at the spectrum.
+    Storing rounds every weight, which lifts exact zeros of the spectrum. For float32 and float64 this is the usual
+    s_max * max(D, P) * eps of that dtype: ViT-B/16 of table 4 has 2 values below it in float32, and none below
+    float64's own. In half precision that product is as large as s_max and would call every patch invisible; there it
+    is what the rounding itself can add: each weight moves by at most eps / 2 of itself, and a matrix of such errors has
+    a norm of about eps / 2 * rms(weight) * (sqrt(D) + sqrt(P)) at most; 0.4 of it was seen. Real singular values may be
+    smaller: look at the spectrum.
     """
-    return float(singular_values[0]) * max(shape) * torch.finfo(stored_dtype).eps if len(singular_values) else 0.0
+    if not len(singular_values):
+        return 0.0
+    eps = torch.finfo(stored_dtype).eps
+    if eps <= torch.finfo(torch.float32).eps:
+        return float(singular_values[0]) * max(shape) * eps
+    root_mean_square = float(torch.linalg.vector_norm(singular_values)) / (shape[0] * shape[1]) ** 0.5
+    return eps / 2 * root_mean_square * (shape[0] ** 0.5 + shape[1] ** 0.5)
 
 
 def patches_in_pixels(patches: Tensor, std: Sequence[float]) -> Tensor:
