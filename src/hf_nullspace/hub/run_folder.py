@@ -194,4 +194,9 @@ def portable(value: Any) -> Any:
         whole = kind(value)
         if whole.is_absolute() and whole.name and not re.search(r"[,;:\n]\s", value):
             return LOCAL + whole.name
-    return _PATH.sub(lambda match: LOCAL + match[1], value)
+    return portable_text(value)
+
+
+def portable_text(text: str) -> str:
+    """``/path/to/NAME`` for every absolute path inside a text."""
+    return _PATH.sub(lambda match: LOCAL + match[1], text)

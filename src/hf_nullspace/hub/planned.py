@@ -1,0 +1,61 @@
+"""The card of a model that a shipped configuration would make: what it will be, and that it is not there yet."""
+
+import re
+from pathlib import Path
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_nullspace.hub.card import TAGS, from_template
+from hf_nullspace.hub.run_folder import source
+
+
+def planned_card(config: Path) -> ModelCard:
+    """From ``recipes/configs/NAME.yaml``: its settings, and the claims of its header, which are quoted.
+
+    Raises:
+        ValueError: if the header lacks a part.
+    """
+    text = config.read_text(encoding="utf-8")
+    about, claims = header(text)
+    if lacking := [part for part in ("command", "hardware", "time", "expected") if part not in claims]:
+        raise ValueError(f"the header of {config} has no {', '.join(lacking)}")
+    settings = yaml.safe_load(text)
+    base, data = source(settings["model_name_or_path"]), source(settings["dataset_name"])
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        base_model=base.hub_id,
+        datasets=[data.hub_id] if data.hub_id else None,
+        tags=TAGS,
+    )
+    return from_template(
+        "planned_card.md",
+        metadata,
+        title=config.stem,
+        about=about,
+        base=base,
+        dataset=data,
+        claims=claims,
+        yaml=yaml.safe_dump(settings, sort_keys=False, width=110).strip(),
+    )
+
+
+def header(text: str) -> tuple[str, dict[str, str]]:
+    """The comment at the top of a configuration: its first sentences, and its parts (command, hardware, ...)."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line[1:])
+    about: list[str] = []
+    claims: dict[str, str] = {}
+    part = None
+    for line in lines:
+        if match := re.fullmatch(r"\s+([a-z]+)\s{2,}(\S.*)", line):
+            part, claims[match[1]] = match[1], match[2]
+        elif part is None:
+            about.append(line.strip())
+        else:
+            claims[part] += f" {line.strip()}"
+    return " ".join(filter(None, about)), claims

@@ -1,0 +1,193 @@
+"""Before a release: is the folder complete, does it load afresh, and is it the model that was measured?"""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from hf_nullspace.hub.run_folder import HISTORY_NAME, REPORTS, SETTINGS_NAME, Report, RunFolder
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.noise.artifact import WEIGHTS_NAME, bank_file_name
+from hf_nullspace.robustness.image_sets import ImageSet, Part
+from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.plots import cell
+from hf_nullspace.robustness.records import model_fingerprint
+from hf_nullspace.robustness.suite import Clean, Condition, ConditionResult, Corrupted, evaluate
+from hf_nullspace.training.columns import class_names
+from hf_nullspace.training.label_maps import align_labels
+from hf_nullspace.training.loading import Classifier, DataArguments, evaluation_images, load_rows
+from hf_nullspace.training.sources import load_image_dataset
+
+IMAGES = 200
+TOLERANCE = 0.01  # share of images whose answer may differ: rounding on another machine tips a few
+
+
+class ReleaseError(ValueError):
+    """A run is not fit to be released; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Recheck:
+    """One recorded condition, measured again on its first ``images`` images."""
+
+    condition: str
+    images: int
+    recorded: int
+    found: int
+    differing: int
+    same_weights: bool | None = None
+    """Whether the hash of the weights is the recorded one; None where none was recorded."""
+
+    @property
+    def allowed(self) -> int:
+        return max(1, int(TOLERANCE * self.images))
+
+    @property
+    def passed(self) -> bool:
+        return self.differing <= self.allowed and self.same_weights is not False
+
+    def __str__(self) -> str:
+        hashed = {True: "; weights of the recorded hash", False: "; NOT the weights that were measured", None: ""}
+        return (
+            f"{self.condition}: {self.found} of the first {self.images} images right, recorded {self.recorded}; "
+            f"{self.differing} answers differ, {self.allowed} may{hashed[self.same_weights]}"
+        )
+
+
+def what_is_missing(run: Path) -> list[str]:
+    """Every file that a release needs and the folder lacks, each with how to make it; [] if it is complete."""
+    run, found = Path(run), []
+    if not run.is_dir():
+        return [f"{run} is no folder; give the --output_dir of recipes/finetune.py"]
+    if not (run / "config.json").is_file():
+        found.append("config.json: the model's; save it with trainer.save_model()")
+    index = run / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index.is_file():
+        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    found += [
+        f"{name}: the weights; save them with trainer.save_model()"
+        for name in sorted(weights)
+        if not (run / name).is_file()
+    ]
+    if not (run / "preprocessor_config.json").is_file():
+        found.append(
+            "preprocessor_config.json: without it nobody knows how images are prepared; save it with "
+            "image_processor.save_pretrained(RUN), or give the trainer processing_class=image_processor"
+        )
+    if not any((run / name).is_file() for name in REPORTS):
+        found.append(
+            f"{' or '.join(REPORTS)}: measure with recipes/finetune.py, or recipes/evaluate_robustness.py with "
+            "--model_name_or_path RUN --output_dir RUN/robustness"
+        )
+    folder = RunFolder(run)
+    if folder.settings.get("training", {}).get("objective") == "nullspace" and not folder.history:
+        found.append(f"{HISTORY_NAME}: {SETTINGS_NAME} speaks of noises; let recipes/finetune.py go on, it writes both")
+    if folder.history:
+        noises = [WEIGHTS_NAME, *(f"noises/{bank_file_name(entry['round'])}" for entry in folder.history)]
+        found += [
+            f"{name}: {HISTORY_NAME} names its round; take it from a copy of the run, or run again"
+            for name in noises
+            if not (run / name).is_file()
+        ]
+    return found
+
+
+def recheck(run: Path, count: int = IMAGES, dataset_name: str | None = None) -> list[Recheck]:
+    """Load the folder with plain transformers and measure again: clean images and the quickest corruption recorded.
+
+    Each on the first ``count`` recorded images, compared image by image. ``dataset_name`` is where the recorded data
+    set is now.
+
+    Raises:
+        ReleaseError: if nothing is recorded that could be measured again, or the data are not there.
+    """
+    report, context = recorded(Path(run))
+    wanted = to_measure(report)
+    try:
+        model = AutoModelForImageClassification.from_pretrained(run).eval()
+        preprocessing = Preprocessing.from_processor(AutoImageProcessor.from_pretrained(run, backend="pil"))
+    except (OSError, ValueError, KeyError) as error:
+        raise ReleaseError(f"{run} cannot be loaded: {error}; save the model and its image processor again") from error
+    try:
+        images = recorded_images(context, run, model, preprocessing, dataset_name, report, count)
+    except (OSError, ValueError) as error:
+        raise ReleaseError(f"the recorded images cannot be read: {error}; say where they are with --dataset_name, or "
+                           "leave the measurement out with --recheck_images 0") from error  # fmt: skip
+    pixel_model = PixelModel(model, preprocessing.mean, preprocessing.std)
+    fingerprint, found = model_fingerprint(pixel_model), []
+    for result, condition in wanted:
+        with torch.autocast("cpu", torch.bfloat16) if context.get("bf16") else contextlib.nullcontext():
+            (again,) = evaluate(pixel_model, images, [condition], batch_size=64, seed=result.seed, progress=False)
+        before = result.correct[: again.n]
+        known = result.protocol.get("fingerprints", {}).get("model")
+        same = None if known is None else known == fingerprint
+        right = (int(before.sum()), int(again.correct.sum()))
+        found.append(Recheck(result.condition, again.n, *right, int((before != again.correct).sum()), same))
+    return found
+
+
+def recorded(run: Path) -> tuple[Report, Mapping[str, Any]]:
+    """The first report with something that can be measured again, and its context with the paths as they are here."""
+    for report in RunFolder(run).reports:
+        if to_measure(report):
+            return report, json.loads((run / report.file).read_text(encoding="utf-8")).get("context", {})
+    raise ReleaseError(f"the results in {run} have neither clean images nor a generated corruption to measure again; "
+                       "add some with recipes/evaluate_robustness.py --output_dir RUN/robustness")  # fmt: skip
+
+
+def to_measure(report: Report) -> list[tuple[ConditionResult, Condition]]:
+    """Clean images, and the generated corruption that took the least time."""
+    results = report.results[report.subject]
+    chosen: list[tuple[ConditionResult, Condition]] = [(r, Clean()) for r in results if r.condition == "clean"]
+    corrupted = [r for r in results if r.condition.startswith("generated ") and cell(r)]
+    if corrupted:
+        quickest = min(corrupted, key=lambda r: r.seconds)
+        _, corruption, severity = cell(quickest) or ("", "", 0)
+        chosen.append((quickest, Corrupted(corruption, severity)))
+    return chosen
+
+
+def recorded_images(
+    context: Mapping[str, Any],
+    run: Path,
+    model: Any,
+    preprocessing: Preprocessing,
+    dataset_name: str | None,
+    report: Report,
+    count: int,
+) -> Any:
+    """The first ``count`` of the images that a report is over, in its order."""
+    n = min(result.n for result in report.results[report.subject])
+    count = min(count, n)
+    if data := context.get("settings", {}).get("data"):  # recipes/finetune.py: the first n of the split
+        known = {field.name for field in fields(DataArguments)}
+        named = {key: value for key, value in data.items() if key in known}
+        args = DataArguments(**named | ({"dataset_name": dataset_name} if dataset_name else {}))
+        rows = load_rows(args, args.eval_split, streaming=args.streaming)
+        labels = align_labels(class_names(rows), model.config)
+        return evaluation_images(rows, Classifier(model, None, preprocessing, labels), count)
+    dataset, split = dataset_name or context.get("dataset_name"), context.get("split", "test")
+    if dataset is None:
+        raise ReleaseError("the report names no data set")
+    rows = load_image_dataset(dataset, split)
+    labels = align_labels(class_names(rows), AutoConfig.from_pretrained(run))
+    whole: Any = ImageSet(f"{dataset}, {split}", rows, preprocessing, labels=labels.remap)
+    return First(Part(whole, n) if n < len(whole) else whole, count)  # evaluate_robustness.py: n evenly spaced
+
+
+class First:
+    """The first ``count`` images of a set, with the random numbers that they have in the whole."""
+
+    def __init__(self, images: Any, count: int):
+        self.images, self.subset = images, getattr(images, "subset", None)
+        self.places = list(getattr(images, "places", range(len(images))))[:count]
+        self.raw_image, self.label, self.pixels_from_image = images.raw_image, images.label, images.pixels_from_image
+
+    def __len__(self) -> int:
+        return len(self.places)

@@ -1,0 +1,149 @@
+"""A finished run becomes a repository: staged without this machine's paths, pushed as one commit, pulled and compared.
+
+Also the records that the project keeps of its own releases, and the cards that are rendered from them.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from hf_nullspace.files import write_json
+from hf_nullspace.hub.card import EVAL_RESULTS, model_card, write_card, write_text
+from hf_nullspace.hub.planned import planned_card
+from hf_nullspace.hub.recheck import ReleaseError
+from hf_nullspace.hub.run_folder import COST_NAME, HISTORY_NAME, REPORTS, SETTINGS_NAME, portable, portable_text
+from hf_nullspace.noise.artifact import CONFIG_NAME, WEIGHTS_NAME, NullspaceNoise
+from hf_nullspace.training.publishing import LEFT_HERE, REPLACED
+from hf_nullspace.uploads import files_to_push, push_folder
+
+RECORDS = ("config.json", "preprocessor_config.json", SETTINGS_NAME, HISTORY_NAME, COST_NAME, CONFIG_NAME, *REPORTS)
+RELEASE_NAME = "release.json"
+_LEFT_HERE = (*LEFT_HERE, "records/*", "*/records/*", "per_sample/*", "*.bin", "*.pt", "*.pth", "*.log")
+
+
+def stage(run: Path, folder: Path, repo_id: str, license: str | None = None) -> list[Path]:
+    """Render the card into ``run`` and copy what is published into ``folder``; returns the copies.
+
+    Weights and pictures are copied as they are; in JSON, Markdown and CSV, and in the noises' provenance, paths of this
+    machine become names. Checkpoints, base model, control, optimizer states and pickles stay here.
+    """
+    write_card(run, repo_id, license=license)
+    copies = []
+    for name in files_to_push(run, _LEFT_HERE):
+        source, target = run / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix == ".json":
+            write_json(target, portable(json.loads(source.read_text(encoding="utf-8"))))
+        elif source.suffix in (".md", ".csv"):
+            write_text(target, portable_text(source.read_text(encoding="utf-8")))
+        elif source.name == WEIGHTS_NAME or source.parent.name == "noises":
+            NullspaceNoise.load(source).without_local_path().save(target)
+        else:
+            shutil.copyfile(source, target)
+        copies.append(target)
+    if (folder / WEIGHTS_NAME).is_file():
+        write_json(folder / CONFIG_NAME, NullspaceNoise.load(folder / WEIGHTS_NAME).config())
+    return copies
+
+
+def push_and_verify(
+    folder: Path, repo_id: str, *, private: bool | None, repeat: str, repo_type: str = "model", token: str | None = None
+) -> str:
+    """Push a staged folder as one commit, pull that commit into a fresh cache, compare every file; returns its address.
+
+    Raises:
+        UploadError: if the Hub does not take it.
+        ReleaseError: if what comes back is not what was sent; the message names the files.
+    """
+    pushed = push_folder(
+        folder,
+        repo_id,
+        repo_type=repo_type,
+        space_sdk="gradio" if repo_type == "space" else None,
+        private=private,
+        commit_message="Release",
+        replace=(*REPLACED, f"{EVAL_RESULTS}/*") if repo_type == "model" else (),
+        token=token,
+        afterwards=f"Nothing was changed; repeat the release with {repeat}",
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            pulled = snapshot_download(
+                repo_id, repo_type=repo_type, revision=pushed.oid, cache_dir=cache, token=token or None
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ReleaseError(
+                f"{repo_id} was pushed (commit {pushed.oid}), but cannot be pulled back: {error}. Repeat with {repeat}"
+            ) from error
+        wrong = differing_files(folder, Path(pulled))
+    if wrong:
+        raise ReleaseError(
+            f"{repo_id} at commit {pushed.oid} is not what was sent: {', '.join(wrong)}. Repeat with {repeat}"
+        )
+    return str(pushed.commit_url)
+
+
+def differing_files(sent: Path, pulled: Path) -> list[str]:
+    """Files of ``sent`` that are missing in ``pulled`` or have another SHA-256 there."""
+    wrong = []
+    for path in sorted(path for path in sent.rglob("*") if path.is_file()):
+        name = path.relative_to(sent)
+        if not (pulled / name).is_file():
+            wrong.append(f"{name} (missing)")
+        elif sha256(path) != sha256(pulled / name):
+            wrong.append(f"{name} (changed)")
+    return wrong
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def listing(folder: Path) -> list[str]:
+    """A line with size and name for every file of a folder, and their sum."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = [path.stat().st_size for path in paths]
+    lines = [f"{size:>12,}  {path.relative_to(folder)}" for size, path in zip(sizes, paths, strict=True)]
+    return [*lines, f"{sum(sizes):>12,}  bytes in {len(paths)} files"]
+
+
+# ---- what the project keeps of its own
+
+
+def keep_records(
+    run: Path, name: str, records: Path, *, repo_id: str | None = None, license: str | None = None
+) -> Path:
+    """Copy the JSON files that a card is made of into ``records/NAME``, without this machine's paths."""
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ReleaseError(f"{name!r} is no name for a folder of records; letters, digits, '-', '_' and '.' only")
+    folder = records / name
+    for file in RECORDS:
+        if (run / file).is_file():
+            write_json(folder / file, portable(json.loads((run / file).read_text(encoding="utf-8"))))
+        else:
+            (folder / file).unlink(missing_ok=True)
+    released = {key: value for key, value in (("repo_id", repo_id), ("license", license)) if value is not None}
+    if released:
+        write_json(folder / RELEASE_NAME, released)
+    return folder
+
+
+def render_cards(records: Path, configs: Iterable[Path], cards: Path) -> list[Path]:
+    """Write ``cards/NAME.md`` for every run of ``records``, and for every configuration that was not run yet."""
+    texts: dict[str, str] = {}
+    for config in sorted(configs):
+        texts[config.stem] = str(planned_card(config))
+    for folder in sorted(path.parent for path in records.glob("*/config.json")):
+        released = {}
+        if (folder / RELEASE_NAME).is_file():
+            released = json.loads((folder / RELEASE_NAME).read_text(encoding="utf-8"))
+        texts[folder.name] = str(model_card(folder, released.get("repo_id"), license=released.get("license")))
+    return [write_text(cards / f"{name}.md", text) for name, text in texts.items()]

@@ -1,0 +1,277 @@
+"""recipes/release.py on a run that recipes/finetune.py made: refused, measured again, pushed, pulled, kept."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+
+from hf_nullspace import NullspaceNoise
+from hf_nullspace.hub.card import model_card
+from hf_nullspace.hub.planned import header, planned_card
+from hf_nullspace.hub.recheck import recheck, what_is_missing
+from hf_nullspace.hub.release import differing_files
+from recipe_calls import call_recipe
+
+ROOT = Path(__file__).parents[2]
+SMALL = """
+dataset_name: digits
+horizontal_flip: false
+crop_scale: 1.0
+image_size: 16
+hidden_size: 16
+num_hidden_layers: 1
+num_attention_heads: 2
+intermediate_size: 16
+base_epochs: 3
+max_train_images: 400
+rounds: 2
+steps_per_round: 2
+global_batch_size: 16
+noise_batch_size: 16
+noise_max_steps: 5
+held_out_images: 32
+learning_rate: 1.0e-2
+fgsm: [8/255]
+corruptions: [fog, contrast]
+severities: [3]
+max_eval_images: 150
+disable_tqdm: true
+dataloader_pin_memory: false
+use_cpu: true
+report_to: none
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "small.yaml").write_text(SMALL)
+    call_recipe("finetune", "--config", folder / "small.yaml", "--output_dir", folder / "mine")
+    return folder / "mine"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the run, to be spoilt."""
+    return Path(shutil.copytree(finished, tmp_path / "mine"))
+
+
+@pytest.fixture
+def release(tmp_path):
+    def call(*words):
+        call_recipe("release", *words, "--cards", tmp_path / "cards", "--records", tmp_path / "records")
+
+    return call
+
+
+def test_a_dry_run_shows_what_would_be_pushed(run, release, tmp_path, capsys, hub_here):
+    release("--run", run, "--repo", "lab/mine", "--dry-run")
+    out = capsys.readouterr().out
+    assert "as recorded  clean: " in out
+    assert "150 images right" in out
+    assert "0 answers differ" in out
+    assert f"{(run / 'model.safetensors').stat().st_size:,}  model.safetensors" in out
+    assert "Nothing was pushed" in out
+    assert "checkpoint" not in out
+    assert "training_args" not in out
+    assert hub_here.asked == []
+    assert (run / "README.md").is_file()
+    kept = tmp_path / "cards" / "mine.md"
+    assert ModelCard.load(kept).data.model_name == "mine"
+    assert 'model="lab/mine"' in kept.read_text()
+
+
+def test_a_release_arrives_as_it_was_sent(run, release, tmp_path, capsys, hub_here):
+    release("--run", run, "--repo", "lab/mine", "--private", "--license", "apache-2.0")
+    assert "Pushed, pulled back and compared: " in capsys.readouterr().out
+    there = hub_here.files("models", "lab/mine")
+    assert hub_here.repository("models", "lab/mine").private
+    assert hub_here.history("models", "lab/mine")[0] == "Release"
+    assert there["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    wanted = """config.json preprocessor_config.json README.md results.json noises/round-001.safetensors run.json
+        nullspace_noise.safetensors nullspace_history.json results.png"""
+    assert set(wanted.split()) <= set(there)
+    assert not [name for name in there if name.startswith(("checkpoint", "base", "control")) or name.endswith(".bin")]
+    here = [name for name, content in there.items() if str(run.parent).encode() in content]
+    assert here == [], "paths of this machine"
+    pulled = AutoModelForImageClassification.from_pretrained("lab/mine").state_dict()
+    ours = AutoModelForImageClassification.from_pretrained(run).state_dict()
+    assert all((value == pulled[name]).all() for name, value in ours.items())
+    noise = NullspaceNoise.from_pretrained("lab/mine")
+    assert (noise.tensor == NullspaceNoise.from_pretrained(run).tensor).all()
+    assert ModelCard(there["README.md"].decode()).data.license == "apache-2.0"
+    (tmp_path / "mine" / "noises" / "round-001.safetensors").unlink()
+    history = json.loads((run / "nullspace_history.json").read_text())
+    (run / "nullspace_history.json").write_text(json.dumps(history[:1]))
+    release("--run", run, "--repo", "lab/mine", "--recheck_images", "0")
+    assert "noises/round-001.safetensors" not in hub_here.files("models", "lab/mine")
+
+
+def test_what_arrives_changed_is_named(run, release, capsys, hub_here, monkeypatch):
+    original = hub_here.repository
+    sent = {}
+
+    def repository(kind, name):
+        found = original(kind, name)
+        if found is not None and (file := found.at("main").files.get("config.json")) and not sent:
+            sent["config"] = file
+            found.at("main").files["config.json"] = type(file)(file.content[:-2] + b" }", file.large)
+        return found
+
+    monkeypatch.setattr(hub_here, "repository", repository)
+    with pytest.raises(SystemExit) as stopped:
+        release("--run", run, "--repo", "lab/mine", "--recheck_images", "0")
+    assert stopped.value.code == 2
+    assert (
+        "is not what was sent: config.json (changed). Repeat with python recipes/release.py" in capsys.readouterr().err
+    )
+
+
+def test_an_incomplete_folder_is_refused_with_what_to_do(run, release, capsys):
+    for name in ("preprocessor_config.json", "results.json", "noises/round-001.safetensors"):
+        (run / name).unlink()
+    with pytest.raises(SystemExit) as stopped:
+        release("--run", run, "--repo", "lab/mine", "--dry-run")
+    assert stopped.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.strip().partition(":")[0] for line in lines[1:]] == [
+        "preprocessor_config.json", "results.json or robustness/results.json", "noises/round-001.safetensors"
+    ]  # fmt: skip
+    assert "image_processor.save_pretrained(RUN)" in lines[1]
+    (run / "model.safetensors").unlink()
+    assert any(line.startswith("model.safetensors: the weights") for line in what_is_missing(run))
+    assert "is no folder" in what_is_missing(run / "nothing")[0]
+
+
+def test_weights_that_were_not_measured_are_refused(run, release, capsys, hub_here):
+    weights = load_file(run / "model.safetensors")
+    weights["classifier.weight"] = weights["classifier.weight"].flip(0).contiguous()
+    save_file(weights, run / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as stopped:
+        release("--run", run, "--repo", "lab/mine")
+    assert stopped.value.code == 1
+    caught = capsys.readouterr()
+    assert "NOT AS RECORDED  clean: " in caught.out
+    assert "not those that were measured" in caught.err
+    assert not [line for line in hub_here.asked if line.startswith("POST")]
+
+
+def test_the_base_model_in_place_of_the_fine_tuned_one_is_noticed(run):
+    answers = recheck(run)
+    assert [answer.differing for answer in answers] == [0, 0]
+    assert answers[0].condition == "clean"
+    assert answers[1].condition.startswith("generated ")
+    shutil.copy(run / "base" / "model.safetensors", run / "model.safetensors")
+    assert not all(answer.passed for answer in recheck(run))
+
+
+def test_data_that_are_not_there_are_asked_for(run, release, capsys):
+    results = json.loads((run / "results.json").read_text())
+    results["context"]["settings"]["data"]["dataset_name"] = str(run / "pictures")
+    (run / "results.json").write_text(json.dumps(results))
+    with pytest.raises(SystemExit) as stopped:
+        release("--run", run, "--repo", "lab/mine", "--dry-run")
+    assert stopped.value.code == 2
+    assert "say where they are with --dataset_name" in capsys.readouterr().err
+    release("--run", run, "--repo", "lab/mine", "--dry-run", "--dataset_name", "digits")
+
+
+def test_an_evaluation_beside_the_run_is_measured_again(run):
+    """Evenly spaced images, and the random numbers of their places in the whole."""
+    (run / "results.json").unlink()
+    plan = run.parent / "plan.yaml"
+    plan.write_text("conditions: [clean, {corruption: gaussian_noise, severity: 5}, {attack: FGSM, eps: 8/255}]")
+    text = "--dataset_name digits --limit 90 --use_cpu true --disable_tqdm true --checks false"
+    words = text.split()
+    words += ["--model_name_or_path", run, "--suite", plan, "--output_dir", run / "robustness"]
+    call_recipe("evaluate_robustness", *words)
+    answers = recheck(run, 40)
+    assert [(answer.condition, answer.images, answer.differing) for answer in answers] == [
+        ("clean", 40, 0),
+        ("generated gaussian_noise 5", 40, 0),
+    ]
+    card = model_card(run)
+    assert "| generated gaussian_noise 5 | 90 |" in str(card)
+    assert {entry.metric_args["images"] for entry in card.data.eval_results} == {90}
+    weights = load_file(run / "model.safetensors")
+    weights["classifier.bias"][0] += 1e-6
+    save_file(weights, run / "model.safetensors", metadata={"format": "pt"})
+    (answer, *_) = recheck(run, 40)
+    assert (answer.differing, answer.same_weights, answer.passed) == (0, False, False), "the recorded hash is another"
+
+
+def test_the_metric_goes_to_a_space(release, capsys, hub_here):
+    release("--metric", "lab/robustness", "--dry-run")
+    assert hub_here.asked == []
+    release("--metric", "lab/robustness")
+    assert "Use it: evaluate.load('lab/robustness')" in capsys.readouterr().out
+    assert {"app.py", "robustness.py", "scores.py"} <= set(hub_here.files("spaces", "lab/robustness"))
+    with pytest.raises(SystemExit):
+        release("--metric", "lab/robust-ness")
+    assert "NAME has to be lower-case" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give one of --run DIR --repo"),
+        (["--repo", "lab/mine"], "--repo needs --run DIR"),
+        (["--run", "x", "--render", "true"], "--render takes no --run"),
+        (["--run", "x", "--repo", "mine"], "expected ORG/NAME"),
+        (["--run", "x", "--repo", "a/b", "--metric", "a/b"], "give one of "),
+    ],
+)
+def test_words_that_make_no_release(words, message, release, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        release(*words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_token_nothing_is_begun(run, release, capsys, hub_here, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(SystemExit):
+        release("--run", run, "--repo", "lab/mine")
+    caught = capsys.readouterr()
+    assert "run `hf auth login`, or set HF_TOKEN" in caught.err
+    assert caught.out == ""
+
+
+def test_differing_files_are_named(tmp_path):
+    for folder, texts in (("sent", {"a": "1", "b/c": "2", "d": "3"}), ("pulled", {"a": "1", "b/c": "x", "e": "4"})):
+        for name, text in texts.items():
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text(text)
+    assert differing_files(tmp_path / "sent", tmp_path / "pulled") == ["b/c (changed)", "d (missing)"]
+
+
+def test_kept_records_give_the_same_numbers(run, release, tmp_path):
+    release("--run", run, "--keep", "small")
+    kept = (tmp_path / "cards" / "small.md").read_text()
+    table = [line for line in str(model_card(run)).splitlines() if line.startswith("| clean")]
+    assert table[0] in kept
+    assert {path.suffix for path in (tmp_path / "records" / "small").iterdir()} == {".json"}
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "records").rglob("*.json"))
+    with pytest.raises(SystemExit):
+        release("--run", run, "--keep", "../small")
+
+
+def test_a_planned_card_has_the_configuration_and_no_result(tmp_path):
+    config = ROOT / "recipes" / "configs" / "vit-small-imagenet.yaml"
+    card = planned_card(config)
+    assert "**Not trained here.**" in card.text
+    assert card.data.eval_results is None
+    (block,) = [part for part in card.text.split("```") if part.startswith("yaml")]
+    assert yaml.safe_load(block.removeprefix("yaml")) == yaml.safe_load(config.read_text())
+    about, claims = header(
+        "# What it is.\n#\n#   command    do this\n#                --and that\n#   time       long\nx: 1\n# no"
+    )
+    assert (about, claims) == ("What it is.", {"command": "do this --and that", "time": "long"})
+    (tmp_path / "odd.yaml").write_text("# What.\n#   command    do\nmodel_name_or_path: a/b\n")
+    with pytest.raises(ValueError, match="has no hardware, time, expected"):
+        planned_card(tmp_path / "odd.yaml")
