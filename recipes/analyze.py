@@ -146,10 +146,13 @@ def patch_report(nullspace: PatchNullspace, model: nn.Module, pixel_values: Tens
         pattern = (pattern * (norm / torch.linalg.vector_norm(pattern))).to(pixel_values.dtype)
         changes[name] = float((model(pixel_values=pixel_values + pattern).logits - clean).abs().max())
     residual = nullspace.residual(nullspace.sample(generator, 100))
+    apart = (pixel_values - pixel_values.roll(1, 0)).double()  # two images
+    hidden = float(nullspace.project(apart).square().sum() / apart.square().sum()) if len(pixel_values) > 1 else None
     return report | {
         "check": {
             "images": len(pixel_values),
             "residual": residual,
+            "invisible_share_of_differences": hidden,
             "logit_change_by_null_pattern": changes["null"],
             "logit_change_by_random_pattern": changes["random"],
             "largest_logit": float(clean.abs().max()),
@@ -231,6 +234,9 @@ def describe_patch(report: dict[str, Any]) -> str:
             f"{check['logit_change_by_null_pattern']:.2g}, a random one by "
             f"{check['logit_change_by_random_pattern']:.3g}; residual of null patches {check['residual']:.1e}"
         )
+        if (hidden := check["invisible_share_of_differences"]) is not None:
+            text += f"\n  of the squared difference between two of the images {hidden:.1%} is invisible"
+            text += f" ({report['dimension'] / numbers:.1%} of the dimensions are)"
     return text
 
 

@@ -5,11 +5,13 @@ from functools import partial
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 from transformers import Swinv2Config, Swinv2ForImageClassification
 
 from hf_nullspace.models.preprocessing import make_image_processor
+from hf_nullspace.training.sources import load_image_dataset
 from recipe_calls import call_recipe
 from tiny_models import tiny_model, tiny_resnet
 
@@ -74,7 +76,18 @@ def test_real_images_and_another_precision(saved, tmp_path, capsys):
         "--stored_dtype", "bfloat16",
     )  # fmt: skip
     found = json.loads((tmp_path / "analysis.json").read_text())
-    assert found["patch_embedding"]["check"]["images"] == 3
+    check = found["patch_embedding"]["check"]
+    assert check["images"] == 3
+    digits = load_image_dataset("digits", "test")
+    pixels = (
+        np.stack([np.asarray(digits[row]["image"].convert("RGB").resize((16, 16), 2)) for row in (0, 1, 2)]) / 127.5
+    )
+    apart = pixels - pixels[[2, 0, 1]]
+    patches = apart.reshape(3, 4, 4, 4, 4, 3).transpose(0, 1, 3, 5, 2, 4).reshape(48, 48)
+    projection = tiny_model("deit").deit.embeddings.patch_embeddings.projection.weight.detach().double().numpy()
+    rows = scipy.linalg.orth(projection.reshape(24, 48).T)
+    hidden = 1 - np.sum((patches @ rows) ** 2) / np.sum(patches**2)
+    assert check["invisible_share_of_differences"] == pytest.approx(hidden, rel=1e-3)
     weight = tiny_model("deit").deit.embeddings.patch_embeddings.projection.weight
     flat = weight.detach().double().flatten(1).numpy()
     rounding = 2**-8 * np.sqrt(np.mean(flat**2)) * (np.sqrt(24) + np.sqrt(48))
