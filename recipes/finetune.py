@@ -3,6 +3,7 @@
     accelerate launch recipes/finetune.py                                   (built-in digits, a minute or two)
     accelerate launch recipes/finetune.py --config recipes/configs/cifar10.yaml --dataset_name FOLDER
     accelerate launch recipes/finetune.py --model_name_or_path M --dataset_name D --preset paper
+    accelerate launch recipes/finetune.py ... --push_to_hub true --hub_model_id ORG/NAME
 
 Writes to --output_dir: the model and its image processor, the noises, nullspace_history.json, and the measurements
 before and after (results.json, .md, .csv, .png). A run that was killed goes on where it was when started again.
@@ -36,6 +37,7 @@ from hf_nullspace.training.loading import (
     training_images,
 )
 from hf_nullspace.training.run_settings import claim_folder
+from hf_nullspace.uploads import check_ready
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
 
@@ -85,6 +87,8 @@ def main() -> None:
         str(__doc__),
         default_config=lambda words: None if any("_name" in word.partition("=")[0] for word in words) else DIGITS,
     )
+    if config.push_to_hub:
+        check_ready(config.hub_token)
     state = PartialState()
 
     def say(text: str) -> None:
@@ -132,6 +136,7 @@ def main() -> None:
             f"{config.global_batch_size} images")  # fmt: skip
         args = copy.copy(config)
         args.objective, args.output_dir = objective, str(folder)
+        args.push_to_hub = config.push_to_hub and folder == output  # the control stays here
         trainer = NullspaceTrainer(
             copy.deepcopy(classifier.model),
             args,
@@ -144,7 +149,7 @@ def main() -> None:
         if checkpoint is not None:
             say(f"Going on from {checkpoint}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # not pushed: that comes when it has been measured
         trainer.accelerator.wait_for_everyone()
         return trainer
 
@@ -176,6 +181,11 @@ def main() -> None:
         say("\n" + terminal_table(results) + "\n")
         say(f"Model, image processor and noises: {output}. Numbers: {paths['json']}. Picture: {paths['png']}")
         say(f"Use it: pipeline('image-classification', model={str(output)!r})")
+
+    # Publish
+    if config.push_to_hub:
+        trainer.push_to_hub()
+        say(f"Pushed to {trainer.hub_model_id}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
     accelerate launch recipes/learn_noise.py --model_name_or_path M --dataset_name D --output_dir noises/M
     accelerate launch recipes/learn_noise.py --model_name_or_path M --dataset_name D --count 10 --epsilon 0.03
     accelerate launch recipes/learn_noise.py --model_name_or_path M --dataset_name D --epsilon none --norm_weight 1.0
+    accelerate launch recipes/learn_noise.py --model_name_or_path M --dataset_name D --count 10 --push_to_hub ORG/NAME
 
-Writes to --output_dir: nullspace_noise.safetensors and .json (one noise) or round-000.safetensors ... (a bank),
-history.json and history.png. The last form is the exploratory one of equation 6. A bank that was interrupted goes on.
+Writes to --output_dir: nullspace_noise.safetensors with config.json and a card (one noise) or round-000.safetensors ...
+(a bank), history.json and history.png. The third form is the exploratory one of equation 6. A bank that was interrupted
+goes on, and so does a push that failed: start it again.
 """
 
 import json
@@ -19,13 +21,15 @@ from tqdm.auto import tqdm
 
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.files import write_json
-from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name, provenance_of
+from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name, check_own_folder, provenance_of
+from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.learning import NoiseSettings, derive_seed, learn_noise
 from hf_nullspace.noise.plots import plot_history
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import DataArguments, ModelArguments, load_classifier, load_rows, training_images
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
 from hf_nullspace.training.run_settings import claim_folder
+from hf_nullspace.uploads import check_ready
 
 
 @dataclass
@@ -53,6 +57,8 @@ class NoiseArguments:
     seed: int = field(default=42, metadata={"help": "Seed; noise k is learned from (seed, k)."})
     bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast; the noise stays float32."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Upload the noises to ORG/NAME, with their card."})
+    private: bool = field(default=False, metadata={"help": "Of a new repository of --push_to_hub."})
 
     def settings(self) -> NoiseSettings:
         """The settings of one noise."""
@@ -71,8 +77,11 @@ def main() -> None:
     settings = args.settings()
     if model_args.model_name_or_path is None:
         raise UsageError("no model: pass --model_name_or_path (a Hub id or a folder)")
+    if args.push_to_hub:
+        check_ready()
     state = PartialState(cpu=args.use_cpu)
     output = Path(args.output_dir)
+    check_own_folder(output)
 
     # Load
     with state.main_process_first():
@@ -84,6 +93,7 @@ def main() -> None:
     model = classifier.model.to(state.device).eval()
     images = training_images(data_args, rows, classifier, args.seed)
     known = provenance_of(model)
+    pictured = {"model": model, "image_processor": classifier.image_processor}  # a card shows the noise in pixels
 
     # Learn
     history_path = output / "history.json"
@@ -126,15 +136,25 @@ def main() -> None:
             )
         histories.append({"round": index} | history.summary(noise))
         if state.is_main_process:
-            keep(noise, histories, settings, output, args.count)
+            keep(noise, histories, settings, output, args.count, pictured)
         state.print(describe(noise, histories[-1]), flush=True)
     state.print(f"Noises are in {output}; load one with NullspaceNoise.from_pretrained({str(output)!r})")
+    if args.push_to_hub and state.is_main_process:
+        if args.count == 1:
+            NullspaceNoise.from_pretrained(output).push_to_hub(
+                args.push_to_hub, private=args.private or None, **pictured
+            )
+        else:
+            NoiseBank.from_pretrained(output).push_to_hub(args.push_to_hub, private=args.private or None)
+        print(f"Pushed to {args.push_to_hub}", flush=True)
 
 
-def keep(noise: NullspaceNoise, histories: list[dict], settings: NoiseSettings, output: Path, count: int) -> None:
+def keep(
+    noise: NullspaceNoise, histories: list[dict], settings: NoiseSettings, output: Path, count: int, pictured: dict
+) -> None:
     """Write the noise, then the history that says that it is there."""
     if count == 1:
-        noise.save_pretrained(output)
+        noise.save_pretrained(output, **pictured)
     else:
         noise.save(output / bank_file_name(len(histories) - 1))
     plot_history(histories, settings.epsilon, output / "history.png")

@@ -14,8 +14,9 @@ def hub_here(tmp_path, monkeypatch):
 
     They read their settings from the environment when they are imported: these are the same, set afterwards.
     """
+    import datasets.config
     import transformers.utils.hub
-    from huggingface_hub import constants, hf_api
+    from huggingface_hub import HfFileSystem, constants, hf_api
 
     with LoopbackHub(tmp_path / "hub") as hub:
         for name, value in hub.environment(tmp_path / "cache", TOKEN).items():
@@ -30,4 +31,7 @@ def hub_here(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache" / "datasets")
+        HfFileSystem.clear_instance_cache()
         yield hub

@@ -189,7 +189,7 @@ class NullspaceNoise:
                 ``model``'s.
         """
         folder = Path(folder)
-        own_folder(folder, _FORMAT)
+        check_own_folder(folder)
         write_noise_card(self.config(), self.tensor, folder, repo_id, model, image_processor)
         write_json(folder / "config.json", self.config())
         return self.save(folder / WEIGHTS_NAME)
@@ -264,7 +264,7 @@ class NullspaceNoise:
             ) from error
 
 
-def own_folder(folder: Path, format: str) -> None:
+def check_own_folder(folder: Path, format: str = _FORMAT) -> None:
     """Raise ValueError if the ``config.json`` in ``folder`` is something else's than a noise's or a bank's."""
     path = folder / "config.json"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("format") != format:

@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from hf_nullspace.files import write_json
-from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank, own_folder, save_noise_bank
+from hf_nullspace.noise.artifact import NullspaceNoise, check_own_folder, load_noise_bank, save_noise_bank
 from hf_nullspace.noise.card import write_bank_card
 from hf_nullspace.uploads import push_folder, whole_name
 
@@ -84,7 +84,7 @@ class NoiseBank(Sequence[NullspaceNoise]):
             ValueError: if the folder has a ``config.json`` of something else.
         """
         folder = Path(folder)
-        own_folder(folder, _FORMAT)
+        check_own_folder(folder, _FORMAT)
         written = save_noise_bank(self.noises, folder / FOLDER)
         for older in set((folder / FOLDER).glob(_FILES)) - set(written):
             older.unlink()

@@ -15,6 +15,7 @@ _IRRELEVANT = {
     "disable_tqdm",
     "logging_dir",
     "output_dir",
+    "private",
     "push_to_hub",
     "hub_always_push",
     "hub_model_id",

@@ -1,0 +1,122 @@
+"""What the recipes push: images pushed as a data set are fine-tuned on, and the run with its results goes back."""
+
+import json
+import re
+
+import datasets
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard, constants
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from hf_nullspace import NoiseBank, NullspaceNoise
+from hf_nullspace.models.preprocessing import make_image_processor
+from recipe_calls import call_recipe
+from tiny_models import tiny_model
+
+NAMES = [f"class {index}" for index in range(5)]
+SHORT = ["--rounds=2", "--steps_per_round=1", "--global_batch_size=8", "--noise_batch_size=8", "--noise_max_steps=2",
+         "--held_out_images=8", "--disable_tqdm=true", "--dataloader_pin_memory=false", "--use_cpu=true",
+         "--save_strategy=steps", "--save_steps=1", "--corruptions", "contrast", "--severities", "3"]  # fmt: skip
+
+
+@pytest.fixture
+def published(hub_here):
+    """someone/pictures, as `Dataset.push_to_hub` publishes it, and someone/vit; and nothing in the cache."""
+    datasets.disable_progress_bars()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    random = np.random.default_rng(0)
+
+    def split(count):
+        images = [Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(count)]
+        rows = {"image": images, "label": [index % 5 for index in range(count)]}
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    datasets.DatasetDict({"train": split(40), "test": split(10)}).push_to_hub("someone/pictures", private=True)
+    tiny_model().push_to_hub("someone/vit")
+    make_image_processor(16).push_to_hub("someone/vit")
+    return ["--model_name_or_path=someone/vit", "--dataset_name=someone/pictures"]
+
+
+def test_finetune_pushes_the_run_with_its_results(hub_here, published, tmp_path, capsys):
+    """The first push of the end fails; the same command again brings everything."""
+    words = [*published, *SHORT, f"--output_dir={tmp_path / 'run'}", "--push_to_hub=true", "--hub_model_id=lab/robust"]
+    refused = hub_here.fail("POST /api/models/lab/robust/commit/main", status=400, times=1)
+    with pytest.raises(SystemExit) as stopped:
+        call_recipe("finetune", *words, "--hub_strategy=end")
+    assert stopped.value.code == 2
+    assert refused.times == 0
+    said = capsys.readouterr()
+    (error,) = [line for line in said.err.splitlines() if line.startswith("error:")]
+    assert f"The run in {tmp_path / 'run'} is whole; repeat the upload with" in error
+    assert "Numbers:" in said.out, "it was measured and written before"
+    assert hub_here.files("models", "lab/robust") == {}
+    call_recipe("finetune", *words, "--hub_strategy=end")
+    assert "Pushed to lab/robust" in capsys.readouterr().out
+    assert hub_here.history("models", "lab/robust") == ["End of training", "initial commit"]
+    files = hub_here.files("models", "lab/robust")
+    results = {"results.json", "results.md", "results.csv", "results.png", "noise.png", "run.json", "cost.json"}
+    assert results <= set(files)
+    assert {name.partition("/")[0] for name in files if "/" in name} == {"noises", ".eval_results"}
+    for name in results | {"model.safetensors", "nullspace_history.json", "noises/round-001.safetensors"}:
+        assert files[name] == (tmp_path / "run" / name).read_bytes(), name
+    card = ModelCard.load("lab/robust")
+    assert card.data.base_model == "someone/vit"
+    assert {entry["checkpoint"] for entry in json.loads(files["results.json"])["results"]} >= {"before", "plain"}
+    assert str(tmp_path) not in card.content
+    AutoModelForImageClassification.from_pretrained("lab/robust")
+    assert len(NoiseBank.from_pretrained("lab/robust")) == 2
+    assert NullspaceNoise.from_pretrained("lab/robust").provenance.revision == hub_here.at("models", "someone/vit").sha
+
+
+def test_without_a_token_nothing_begins(hub_here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "")
+    for recipe, words in (("finetune", ["--push_to_hub=true"]), ("learn_noise", ["--push_to_hub=lab/noise"])):
+        with pytest.raises(SystemExit):
+            call_recipe(
+                recipe, "--model_name_or_path=m", "--dataset_name=d", f"--output_dir={tmp_path / 'run'}", *words
+            )
+        assert re.fullmatch(r"error: no token for the Hub: run `hf auth login`, .*\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    assert hub_here.asked == []
+
+
+def test_offline_with_everything_local(hub_here, published, tmp_path, monkeypatch, capsys):
+    """The model from a folder; the images from a folder, too."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    make_image_processor(16).save_pretrained(tmp_path / "model")
+    random = np.random.default_rng(1)
+    for split, count in (("train", 40), ("test", 10)):
+        for index in range(count):
+            (folder := tmp_path / "images" / split / NAMES[index % 5]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    asked = len(hub_here.asked)
+    local = [f"--model_name_or_path={tmp_path / 'model'}", f"--dataset_name={tmp_path / 'images'}"]
+    call_recipe("finetune", *local, *SHORT, f"--output_dir={tmp_path / 'run'}", "--control=false")
+    AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    assert len(NoiseBank.from_pretrained(tmp_path / "run")) == 2
+    with pytest.raises(SystemExit):
+        call_recipe("finetune", *local, *SHORT, f"--output_dir={tmp_path / 'run'}", "--push_to_hub=true")
+    assert "offline mode is on (HF_HUB_OFFLINE=1), nothing can be pushed: unset it" in capsys.readouterr().err
+    assert len(hub_here.asked) == asked
+
+
+def test_learn_noise_pushes_one_and_a_bank(hub_here, published, tmp_path, capsys):
+    words = [*published, "--batch_size=8", "--held_out_images=8", "--max_steps=3", "--use_cpu=true"]
+    one = [*words, f"--output_dir={tmp_path / 'one'}", "--push_to_hub=lab/noise", "--private=true"]
+    call_recipe("learn_noise", *one)
+    assert hub_here.repository("models", "lab/noise").private
+    card = ModelCard.load("lab/noise")
+    assert card.data.base_model == "someone/vit"
+    assert "in pixels of [0, 1]" in card.text
+    bank = [*words, f"--output_dir={tmp_path / 'bank'}", "--count=2", "--push_to_hub=lab/noises"]
+    hub_here.fail("POST /api/models/lab/noises/commit/main", status=400)
+    with pytest.raises(SystemExit):
+        call_recipe("learn_noise", *bank)
+    assert "repeat the upload" in capsys.readouterr().err
+    call_recipe("learn_noise", *bank)
+    assert [noise.provenance.round for noise in NoiseBank.from_pretrained("lab/noises")] == [0, 1]
+    assert NullspaceNoise.from_pretrained("lab/noise").provenance.influence_images == 8
