@@ -1,0 +1,207 @@
+"""Compare objectives from one checkpoint: does it help, against what, and at what price.
+
+    accelerate launch recipes/compare.py --config recipes/configs/study-digits.yaml
+    accelerate launch recipes/compare.py --config recipes/configs/study-cifar10.yaml --max_minutes 30
+    accelerate launch recipes/compare.py --config recipes/configs/study-cifar10.yaml --dry_run
+
+Every arm is an objective with its settings. First the learning rate of each is chosen on the selection images with one
+seed; then the smallest difference that can be seen is written down (selection.json); then every arm is trained with
+every seed and measured on the report images, once. A study that was stopped or killed goes on where it was. Two
+processes may share one, each with --only ARM .... Writes results.json (with every image's outcome), .md and pictures.
+"""
+
+import copy
+import json
+import platform
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from hf_nullspace import NullspaceConfig, NullspaceTrainer
+from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.noise.artifact import model_hash
+from hf_nullspace.study.design import Run, make_study
+from hf_nullspace.study.estimate import seconds_left, work
+from hf_nullspace.study.flow import content_of, standing, work_through
+from hf_nullspace.study.images import ImageStore
+from hf_nullspace.study.pieces import Workshop
+from hf_nullspace.study.report import complete, write_study
+from hf_nullspace.training.base_model import train_base_model
+from hf_nullspace.training.data import collate
+from hf_nullspace.training.loading import (
+    DataArguments,
+    ModelArguments,
+    evaluation_images,
+    load_classifier,
+    load_rows,
+    training_images,
+)
+
+
+def option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class CompareArguments:
+    """The design of the study, and how much of it to do now."""
+
+    _group_title: ClassVar[str] = "Study"
+
+    output_dir: str = option("outputs/study", "Folder of the study; started again it goes on there.")
+    arms: str = option("{}", "Name -> fields of NullspaceConfig, and 'seeds' or 'learning_rate_of' (mapping, or JSON).")
+    control: str = option("plain", "The arm that the others are compared with.")
+    training: str = option("{}", "Fields of NullspaceConfig for all arms (mapping, or JSON).")
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2],
+        metadata={"help": "Seeds of every arm; the first also chooses the learning rate."},
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [1e-4], metadata={"help": "The grid that the learning rate of each arm is chosen from."}
+    )
+    conditions: list[str] = field(
+        default_factory=lambda: ["clean"], metadata={"help": "What is measured: entries as in a suite's YAML."}
+    )
+    average: list[str] = field(
+        default_factory=lambda: ["clean", "FGSM(eps=1/255", "PGD(eps=1/255", "cells"],
+        metadata={
+            "help": "Conditions (or how they begin) in the average, and 'cells': the mean of the generated corruptions."
+        },
+    )
+    report: str = option("0:8000", "Test images that are reported, FIRST:STOP.")
+    selection: str | None = option(None, "Test images that learning rates are chosen on, FIRST:STOP.")
+    selection_limit: int | None = option(None, "At most so many images of the selection per condition.")
+    limit: int | None = option(None, "At most so many report images of a condition that has no limit of its own.")
+    eval_seed: int = option(0, "Seed of corruptions and random starts.")
+    eval_batch_size: int = option(256, "Images per forward pass of a measurement.")
+    bf16: bool = option(False, "Train in bfloat16 (autocast).")
+    eval_bf16: bool = option(False, "Measure in bfloat16 (autocast).")
+    use_cpu: bool = option(False, "Do not use a GPU.")
+    base_epochs: float = option(30, "Small ViT, where no model is named: epochs of its training.")
+    base_learning_rate: float = option(2e-3, "Small ViT: learning rate of its training.")
+    base_batch_size: int = option(64, "Small ViT: images per step of its training.")
+    resamples: int = option(2000, "Bootstrap samples of the intervals.")
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "Do only these arms now ('before' is the checkpoint itself)."}
+    )
+    max_minutes: float | None = option(None, "Begin nothing after so many minutes; a training ends at a checkpoint.")
+    dry_run: bool = option(False, "Print what is finished, what is left and an estimate of the time; do nothing.")
+    overwrite: bool = option(False, "Train runs anew whose settings have changed.")
+
+
+def main() -> None:
+    args, model_args, data_args = parse((CompareArguments, ModelArguments, DataArguments), str(__doc__))
+    deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
+    study = make_study(
+        args.arms,
+        control=args.control,
+        seeds=args.seeds,
+        learning_rates=args.learning_rates,
+        conditions=args.conditions,
+        average=args.average,
+        report=args.report,
+        selection=args.selection,
+        selection_limit=args.selection_limit,
+        limit=args.limit,
+        seed=args.eval_seed,
+    )
+    if unknown := set(args.only) - {*study.arms, "before"}:
+        raise UsageError(f"--only {', '.join(sorted(unknown))}: no such arm; arms: before, {', '.join(study.arms)}")
+    output = Path(args.output_dir)
+
+    # Load
+    train_rows = load_rows(data_args, data_args.train_split)
+    torch.manual_seed(args.seeds[0])
+    classifier = load_classifier(model_args, train_rows, say)
+    test_set = evaluation_images(load_rows(data_args, data_args.eval_split), classifier, None)
+
+    def config_of(one: Run, folder: Path) -> NullspaceConfig:
+        rate = {"learning_rate": one.learning_rate, "seed": one.seed, "output_dir": str(folder)}
+        machine = {"bf16": args.bf16, "use_cpu": args.use_cpu, "report_to": "none", "disable_tqdm": True}
+        try:
+            shared = {"logging_steps": 40, "save_total_limit": 2, **json.loads(args.training)}
+            return NullspaceConfig(**machine, **(shared | dict(study.arms[one.arm].settings) | rate))
+        except TypeError as error:
+            raise UsageError(f"arm {one.arm!r}: {error}") from error
+
+    def trainer_of(one: Run, folder: Path) -> NullspaceTrainer:
+        config = config_of(one, folder)
+        config.save_strategy, config.save_steps = "steps", config.steps_per_round
+        return NullspaceTrainer(
+            copy.deepcopy(classifier.model),
+            config,
+            train_dataset=training_images(data_args, train_rows, classifier, config.seed),
+            data_collator=collate,
+            processing_class=classifier.image_processor,
+        )
+
+    first = config_of(study.report_runs(dict.fromkeys(study.arms, args.learning_rates[0]))[1], output / "base")
+    if model_args.model_name_or_path is None:
+        images = training_images(data_args, train_rows, classifier, args.seeds[0])
+        train_base_model(
+            classifier, images, output / "base", first, epochs=args.base_epochs,
+            learning_rate=args.base_learning_rate, batch_size=args.base_batch_size, say=say,
+        )  # fmt: skip
+    shop = Workshop(
+        output,
+        ImageStore(output / "images", test_set, args.eval_seed),
+        trainer_of,
+        lambda: copy.deepcopy(classifier.model),
+        (classifier.preprocessing.mean, classifier.preprocessing.std),
+        shared_settings={"base": model_hash(classifier.model), "data": asdict(data_args)},
+        device=first.device,
+        dtype="bf16" if args.eval_bf16 else "float32",
+        batch_size=args.eval_batch_size,
+        seed=args.eval_seed,
+        overwrite=args.overwrite,
+    )
+
+    # Work
+    if args.dry_run:
+        show_what_is_left(study, shop, lambda one: None if one.seed is None else config_of(one, output / one.folder))
+        return
+    if not work_through(study, shop, only=args.only, deadline=deadline, say=say):
+        return
+
+    # Report
+    described = {
+        "settings": asdict(args) | asdict(model_args) | asdict(data_args),
+        "base": model_hash(classifier.model),
+    }
+    content = content_of(study, shop, described | where_it_ran(first))
+    paths = write_study(complete(content, resamples=args.resamples), output)
+    say("\n" + paths["md"].read_text(encoding="utf-8"))
+    say(f"Numbers: {paths['json']}. Pictures: {paths['cost']}, {paths['conditions']}")
+
+
+def show_what_is_left(study: Any, shop: Workshop, config_of: Any) -> None:
+    """The pieces in their order, and the time that those take which are not finished."""
+    progress = standing(study, shop)
+    if progress.chosen is None:
+        say("The learning rates are not chosen yet; the report's are shown with the middle one")
+    pieces = list(dict.fromkeys(progress.selection + progress.report))
+    loads = [(piece, work(piece, config_of(piece.run))) for piece in pieces]
+    for piece, load in loads:
+        say(f"{'finished' if shop.finished(piece) else 'to do   '} {load:>12,.0f} passes  {piece}")
+    seconds, timed = seconds_left(loads, shop)
+    left = sum(shop.finished(piece) is None for piece in pieces)
+    basis = "by the speed of the finished pieces" if timed else "nothing was timed yet"
+    say(f"{left} of {len(pieces)} pieces left, about {seconds / 60:.0f} minutes ({basis})")
+
+
+def where_it_ran(config: NullspaceConfig) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    device = torch.cuda.get_device_name() if config.device.type == "cuda" else f"{platform.machine()} CPU"
+    return {"commit": commit.stdout.strip(), "device": device, "threads": torch.get_num_threads()}
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

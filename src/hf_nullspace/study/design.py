@@ -1,0 +1,230 @@
+"""What a study compares: arms, seeds, learning rates, conditions, and which images may be looked at when.
+
+An arm is an objective with its settings. The learning rate of each arm is chosen on a selection slice of the test
+images with one seed; then every arm is trained with every seed and measured on the report slice, once.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import yaml
+
+from hf_nullspace.robustness.plans import BASE, Planned, parse_entry
+from hf_nullspace.robustness.suite import Corrupted
+
+CELLS = "cells"
+"""In an average: the mean over all generated corruption cells of the study."""
+BEFORE = "before"
+"""The checkpoint that every run starts from, measured like an arm."""
+_OWN_KEYS = ("seeds", "learning_rate_of")
+
+
+class StudyError(ValueError):
+    """A study that contradicts itself; the message names the entry."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of the test images, ``first`` <= place < ``stop``; "selection" or "report"."""
+
+    name: str
+    first: int
+    stop: int
+
+    def places(self, limit: int | None) -> tuple[int, ...]:
+        """At most ``limit`` evenly spaced places."""
+        size = self.stop - self.first
+        count = size if limit is None else min(limit, size)
+        return tuple(sorted({self.first + round(place) for place in np.linspace(0, size - 1, count)}))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An objective with its settings (fields of NullspaceConfig), and the seeds it is trained with."""
+
+    name: str
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    learning_rate_of: str | None = None
+    """Takes the learning rate that was chosen for another arm instead of one of its own."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: an arm, a learning rate, a seed. Or, without a rate, the checkpoint before."""
+
+    arm: str
+    learning_rate: float | None = None
+    seed: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where it lies, below the study's folder."""
+        if self.learning_rate is None:
+            return f"runs/{slug(self.arm)}"
+        return f"runs/{slug(self.arm)}/lr-{self.learning_rate:g}/seed-{self.seed}"
+
+    def __str__(self) -> str:
+        return self.arm if self.learning_rate is None else f"{self.arm}, lr {self.learning_rate:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The whole design; :func:`make_study` checks it."""
+
+    arms: Mapping[str, Arm]
+    control: str
+    learning_rates: tuple[float, ...]
+    plan: tuple[Planned, ...]
+    average: Mapping[str, float]
+    """Condition -> weight, of the number that learning rates are chosen by and the study is judged by."""
+    report: Slice
+    selection: Slice | None = None
+    selection_limit: int | None = None
+    seed: int = 0
+    """Of corruptions and random starts."""
+    groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What the table shows: name -> condition -> weight; the average, every attack, the mean of the cells."""
+
+    def selecting(self) -> list[Arm]:
+        """The arms that get a learning rate of their own."""
+        return [arm for arm in self.arms.values() if arm.learning_rate_of is None]
+
+    def selection_runs(self) -> list[Run]:
+        """Every rate of every arm that chooses, with the arm's first seed; none if there is nothing to choose."""
+        if self.selection is None:
+            return []
+        return [Run(arm.name, rate, arm.seeds[0]) for arm in self.selecting() for rate in self.learning_rates]
+
+    def selection_plan(self) -> list[Planned]:
+        """The conditions of the average, all on the same images: ``selection_limit`` of them, or the whole slice."""
+        return [
+            Planned(BASE, planned.condition, self.selection_limit)
+            for planned in self.plan
+            if planned.title in self.average
+        ]
+
+    def report_runs(self, chosen: Mapping[str, float]) -> list[Run]:
+        """The checkpoint before, and every arm with every seed, with the learning rates that were chosen."""
+        return [Run(BEFORE)] + [
+            Run(arm.name, chosen[arm.learning_rate_of or arm.name], seed)
+            for arm in self.arms.values()
+            for seed in arm.seeds
+        ]
+
+    def chosen(self, averages: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
+        """The best learning rate of each arm that chooses, by its average; of equals the first."""
+        if self.selection is None:
+            return {arm.name: self.learning_rates[0] for arm in self.selecting()}
+        return {arm.name: max(self.learning_rates, key=averages[arm.name].__getitem__) for arm in self.selecting()}
+
+
+def make_study(
+    arms: str | Mapping[str, Any],
+    *,
+    control: str,
+    seeds: Sequence[int],
+    learning_rates: Sequence[float],
+    conditions: Iterable[str],
+    average: Sequence[str],
+    report: str,
+    selection: str | None,
+    selection_limit: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Study:
+    """A study from what a YAML file and options say.
+
+    Args:
+        arms: name -> fields of NullspaceConfig, ``seeds`` (instead of the study's), ``learning_rate_of``; or JSON.
+        conditions: entries as a suite's plan has them (``robustness.plans``), as YAML.
+        average: titles of conditions, or beginnings that only one has, and "cells"; equal weights.
+        report, selection: "first:stop" among the test images; no selection: the one learning rate is taken.
+        limit: the most images of every condition that sets no limit of its own.
+
+    Raises:
+        StudyError: if something is unknown or contradicts something else.
+    """
+    content = json.loads(arms) if isinstance(arms, str) else dict(arms)
+    if not isinstance(content, dict) or not content or not seeds or not learning_rates:
+        raise StudyError("a study needs arms, seeds and learning_rates: at least one of each")
+    made = {name: _arm(name, entry or {}, tuple(seeds)) for name, entry in content.items()}
+    if control not in made or made[control].learning_rate_of is not None:
+        raise StudyError(f"control={control!r}: expected an arm with a learning rate of its own; arms: {list(made)}")
+    for arm in made.values():
+        if arm.learning_rate_of is not None and (
+            arm.learning_rate_of not in made or made[arm.learning_rate_of].learning_rate_of is not None
+        ):
+            raise StudyError(f"arm {arm.name!r}: learning_rate_of={arm.learning_rate_of!r} is no arm that chooses one")
+        if not set(arm.seeds) <= set(made[control].seeds):
+            raise StudyError(f"arm {arm.name!r}: seeds {arm.seeds}; differences need the seeds of the control as well")
+    if BEFORE in made or len({slug(name) for name in made}) < len(made):
+        raise StudyError(f"arms {list(made)}: two share a folder's name, or one is called {BEFORE!r}")
+    plan = tuple(planned for entry in conditions for planned in parse_entry(yaml.safe_load(entry), limit, "conditions"))
+    titles = [planned.title for planned in plan]
+    if not titles or len(set(titles)) < len(titles) or any(planned.images != BASE for planned in plan):
+        raise StudyError(f"conditions {titles}: expected some, each once, all on the test images of the study")
+    if selection is None and len(learning_rates) > 1:
+        raise StudyError(f"learning_rates {list(learning_rates)}: choosing one needs a selection slice")
+    slices = [_slice("report", report)] + ([_slice("selection", selection)] if selection is not None else [])
+    if len(slices) == 2 and slices[0].first < slices[1].stop and slices[1].first < slices[0].stop:
+        raise StudyError(f"report {report} and selection {selection} share images; a choice may not be made on them")
+    weights = _weights(average, plan)
+    cells = [planned.title for planned in plan if isinstance(planned.condition, Corrupted)]
+    groups = {"average": weights} | {title: {title: 1.0} for title in titles if title not in cells}
+    if cells:
+        groups["mean of the cells"] = dict.fromkeys(cells, 1 / len(cells))
+    return Study(
+        made,
+        control,
+        tuple(learning_rates),
+        plan,
+        weights,
+        slices[0],
+        slices[1] if len(slices) == 2 else None,
+        selection_limit,
+        seed,
+        groups,
+    )
+
+
+def _arm(name: str, entry: Mapping[str, Any], seeds: tuple[int, ...]) -> Arm:
+    settings = {key: value for key, value in entry.items() if key not in _OWN_KEYS}
+    if "objective" not in settings or "learning_rate" in settings or "seed" in settings:
+        raise StudyError(f"arm {name!r}: {dict(entry)}: expected an objective, and neither learning_rate nor seed")
+    return Arm(name, settings, tuple(entry.get("seeds", seeds)), entry.get("learning_rate_of"))
+
+
+def _weights(average: Sequence[str], plan: Sequence[Planned]) -> dict[str, float]:
+    titles = [planned.title for planned in plan]
+    cells = [planned.title for planned in plan if isinstance(planned.condition, Corrupted)]
+    weights: dict[str, float] = {}
+    for entry in average:
+        found = cells if entry == CELLS else [t for t in titles if t == entry] or [
+            title for title in titles if title.startswith(entry)
+        ]  # fmt: skip
+        if not found or (entry != CELLS and len(found) > 1):
+            raise StudyError(
+                f"average: {entry!r} is {len(found)} of the conditions {titles}; expected one, or {CELLS!r}"
+            )
+        for title in found:
+            weights[title] = weights.get(title, 0.0) + 1 / len(average) / len(found)
+    if not weights:
+        raise StudyError("average: expected conditions of the study; learning rates are chosen by it")
+    return weights
+
+
+def _slice(name: str, text: str) -> Slice:
+    match = re.fullmatch(r"(\d+):(\d+)", str(text))
+    if match is None or int(match[1]) >= int(match[2]):
+        raise StudyError(f"{name}: {text!r}; expected places among the test images, such as 0:8000")
+    return Slice(name, int(match[1]), int(match[2]))
+
+
+def slug(name: str) -> str:
+    """A name as a folder's: letters, digits, dots, dashes."""
+    return re.sub(r"[^\w.+=-]+", "-", name).strip("-")

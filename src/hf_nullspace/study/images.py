@@ -1,0 +1,90 @@
+"""The images of a study on disk: as they are, and under each generated corruption, made once for all runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hf_nullspace.files import write_whole
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.robustness.corruptions import SMALL, corrupt
+from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet
+from hf_nullspace.robustness.records import images_fingerprint
+from hf_nullspace.robustness.suite import Clean, Condition, Corrupted
+
+
+class MixedSizesError(ValueError):
+    """The images of the set have different sizes, so they do not fit into one array."""
+
+
+class KeptImages(ImageSet):
+    """Some images of a set, from an array on disk, at their own size; ``places`` are their places in the set."""
+
+    def __init__(self, rows: ArrayRows, preprocessing: Preprocessing, places: tuple[int, ...], condition: Condition):
+        super().__init__("test images", rows, preprocessing)
+        self.places, self.condition = places, condition
+
+    def protocol(self) -> dict[str, Any]:
+        """With the corruption that is in the pixels already."""
+        described = super().protocol() | {"places": [self.places[0], self.places[-1], len(self.places)]}
+        if isinstance(self.condition, Corrupted):
+            described |= {"corruption": self.condition.corruption, "severity": self.condition.severity}
+            described["generated"] = f"at the image's own size; up to {SMALL} px CIFAR-10-C's table, else ImageNet-C's"
+        return described
+
+
+class ImageStore:
+    """The test images of a study; arrays of 8-bit RGB images lie below ``folder`` and are memory maps.
+
+    ``images`` offers ``raw_image``, ``label``, ``preprocessing`` and a length. A corrupted image depends on ``seed``
+    and on its place in the whole set, so a limit changes no image.
+    """
+
+    def __init__(self, folder: Path | str, images: Any, seed: int):
+        self.images, self.seed = images, seed
+        self.fingerprint = images_fingerprint(images)
+        self.folder = Path(folder) / self.fingerprint
+
+    def get(self, places: tuple[int, ...], condition: Condition) -> KeptImages:
+        """The images at ``places`` for a condition: corrupted already, if it is a corruption.
+
+        Raises:
+            ValueError: if the set has no such place.
+            MixedSizesError: if the images differ in size.
+        """
+        if not 0 <= places[0] <= places[-1] < len(self.images):
+            raise ValueError(f"places {places[0]} to {places[-1]}, but the test split has {len(self.images)} images")
+        corrupted = condition if isinstance(condition, Corrupted) else None
+        name = "clean" if corrupted is None else f"{corrupted.corruption}-{corrupted.severity}-seed-{self.seed}"
+        path = self.folder / f"{places[0]}-{places[-1]}-{len(places)}" / f"{name}.npy"
+        if not path.exists():
+            array = self._made(places, corrupted)
+            write_whole(path, lambda temporary: _save(temporary, array))
+        labels = [self.images.label(place) for place in places]
+        rows = ArrayRows(np.load(path, mmap_mode="r"), labels)
+        return KeptImages(rows, self.images.preprocessing, places, corrupted or Clean())
+
+    def _made(self, places: tuple[int, ...], corrupted: Corrupted | None) -> NDArray[np.uint8]:
+        made: NDArray[np.uint8] | None = None
+        for row, place in enumerate(places):
+            image: Image.Image = self.images.raw_image(place)
+            if corrupted is not None:
+                image = corrupt(image, corrupted.corruption, corrupted.severity, seed=self.seed, index=place)
+            pixels = np.asarray(image)
+            if made is None:
+                made = np.empty((len(places), *pixels.shape), dtype=np.uint8)
+            if pixels.shape != made.shape[1:]:
+                raise MixedSizesError(
+                    f"image {place} is {pixels.shape[1]}x{pixels.shape[0]}, the first {made.shape[2]}x{made.shape[1]}: "
+                    "a study keeps its images in one array. Resize the set to one size first"
+                )
+            made[row] = pixels
+        assert made is not None
+        return made
+
+
+def _save(path: Path, array: NDArray[np.uint8]) -> None:
+    with path.open("wb") as file:
+        np.save(file, array)

@@ -1,0 +1,161 @@
+"""A finished study as JSON, Markdown and pictures. The JSON holds everything, the rest is computed from it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.study.analysis import Results, differences, table
+from hf_nullspace.study.design import BEFORE
+
+
+def complete(content: dict[str, Any], *, resamples: int = 2000) -> dict[str, Any]:
+    """``content`` (study, selection, power, runs) with its table, its paired differences and its costs."""
+    results, study = Results(content), content["study"]
+    each = {title: {title: 1.0} for title in study["conditions"]}
+    groups = study["groups"]
+    return content | {
+        "table": table(results, groups),
+        "differences": differences(results, groups | each, study["control"], resamples=resamples),
+        "against_before": differences(results, groups, BEFORE, resamples=resamples),
+        "cost": costs(content["runs"]),
+        "resamples": resamples,
+    }
+
+
+def costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Arm -> passes in forward-equivalents per run, those of its noises and attacks, seconds; means over the seeds."""
+    found: dict[str, dict[str, float]] = {}
+    for arm in dict.fromkeys(run["arm"] for run in runs if run["cost"] is not None):
+        mine = [run["cost"] for run in runs if run["arm"] == arm]
+        found[arm] = {
+            "forward_equivalents": float(np.mean([cost["forward_equivalents"] for cost in mine])),
+            **{
+                stage: float(np.mean([cost["stages"][stage]["forward_equivalents"] for cost in mine]))
+                for stage in ("training", "attack", "noise")
+            },
+            "seconds": round(float(np.mean([cost["seconds"] for cost in mine])), 1),
+        }
+    return found
+
+
+def write_study(content: Mapping[str, Any], folder: Path | str) -> dict[str, Path]:
+    """Write ``results.json``, ``results.md``, ``cost.png`` and ``conditions.png`` into ``folder``."""
+    folder = Path(folder)
+    text = markdown(content)
+    return {
+        "json": write_json(folder / "results.json", dict(content)),
+        "md": write_whole(folder / "results.md", lambda temporary: _write(temporary, text)),
+        "cost": plot_cost(content, folder / "cost.png"),
+        "conditions": plot_conditions(content, folder / "conditions.png"),
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The tables of a study, to be read."""
+    groups, control = list(content["study"]["groups"]), content["study"]["control"]
+    seeds = {arm: len(entry["average"]["seeds"]) for arm, entry in content["table"].items()}
+    lines = ["Accuracy in %, mean over the seeds ± their standard deviation.", ""]
+    lines += _table(
+        ["arm", "seeds", *map(short, groups)],
+        [[arm, str(seeds[arm]), *(spread(entry[g]) for g in groups)] for arm, entry in content["table"].items()],
+    )
+    lines += ["", f"Paired differences to {control} in points, with 95% intervals over images.", ""]
+    lines += _table(
+        ["arm", *map(short, groups)],
+        [[arm, *(signed(entry[g]) for g in groups)] for arm, entry in content["differences"].items()],
+    )
+    lines += ["", "Cost of one run, in forward passes of one image (a backward pass to the parameters is two).", ""]
+    lines += _table(
+        ["arm", "learning rate", "all", "training steps", "attacks", "noises", "seconds"],
+        [
+            [
+                arm,
+                f"{rate_of(content, arm):g}",
+                *(f"{cost[key]:,.0f}" for key in ("forward_equivalents", "training", "attack", "noise", "seconds")),
+            ]
+            for arm, cost in content["cost"].items()
+        ],
+    )
+    if content["power"] is not None:
+        average = content["power"]["average"]
+        lines += [
+            "",
+            f"Written down before: one seed on {content['power']['report_images']} images sees a difference of the "
+            f"average from {average['smallest']:.2f} points on ({average['smallest_with_80_percent_power']:.2f} in "
+            "four studies of five).",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def rate_of(content: Mapping[str, Any], arm: str) -> float:
+    """The learning rate of an arm's runs."""
+    return next(run["learning_rate"] for run in content["runs"] if run["arm"] == arm)
+
+
+def spread(entry: Mapping[str, Any]) -> str:
+    return f"{entry['mean']:.2f}" + ("" if entry["spread"] is None else f" ± {entry['spread']:.2f}")
+
+
+def signed(interval: Sequence[float]) -> str:
+    value, low, high = interval
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def short(title: str) -> str:
+    """A condition's title without the settings that are the rule."""
+    name, _, settings = title.partition("(")
+    first = settings.split(",")[0].rstrip(")")
+    return f"{name} {first}".strip() if settings else title
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
+
+
+def plot_cost(content: Mapping[str, Any], path: Path) -> Path:
+    """Difference of the average to the control, with its interval, against the cost of a run."""
+    figure, axes = _figure(7.0)
+    for place, (arm, cost) in enumerate(content["cost"].items()):
+        value, low, high = content["differences"].get(arm, {}).get("average", (0.0, 0.0, 0.0))
+        error = [[value - low], [high - value]]
+        axes.errorbar(cost["forward_equivalents"], value, yerr=error, fmt="o", capsize=3, color=f"C{place % 10}")
+        axes.annotate(arm, (cost["forward_equivalents"], value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
+    axes.set(xscale="log", xlabel="cost of a run (forward passes of one image)")
+    axes.set_ylabel(f"average - {content['study']['control']} (points)")
+    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def plot_conditions(content: Mapping[str, Any], path: Path) -> Path:
+    """Accuracy per group of conditions, a bar for each arm with the spread over its seeds."""
+    groups, arms = list(content["study"]["groups"]), list(content["table"])
+    figure, axes = _figure(max(7.0, 1 + len(groups) * (0.6 + 0.14 * len(arms))))
+    width = 0.85 / len(arms)
+    for place, arm in enumerate(arms):
+        entries = [content["table"][arm][group] for group in groups]
+        where = np.arange(len(groups)) + (place - (len(arms) - 1) / 2) * width
+        errors = [entry["spread"] or 0.0 for entry in entries]
+        axes.bar(
+            where, [entry["mean"] for entry in entries], width, yerr=errors, label=arm, error_kw={"linewidth": 0.7}
+        )
+    axes.set_xticks(range(len(groups)), [short(group) for group in groups], rotation=25, ha="right", fontsize=8)
+    axes.set(ylabel="accuracy (%)")
+    axes.legend(fontsize="x-small", ncols=3)
+    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def _figure(width: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
