@@ -40,9 +40,11 @@ class EmaCallback(TrainerCallback):
         self._average.to(next(self._model.parameters()).device)
         self._average.update_parameters(self._model)
 
-    def save(self, folder: Path | str) -> None:
-        """Write the averaged model into ``folder``/ema."""
+    def save(self, folder: Path | str, processor: Any = None) -> None:
+        """Write the averaged model into ``folder``/ema, with its image processor: it is used as any other folder."""
         self.model.save_pretrained(Path(folder) / FOLDER)
+        if processor is not None:
+            processor.save_pretrained(Path(folder) / FOLDER)
 
     def load(self, folder: Path | str) -> None:
         """Read the averaged model of a checkpoint.

@@ -225,7 +225,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
             if self.args.should_save:
                 self._save_noise(folder)
                 if self.ema is not None:
-                    self.ema.save(folder)
+                    self.ema.save(folder, self.processing_class)
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
