@@ -1,0 +1,258 @@
+"""What the figures are made from: options, model, images, and where the results go."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar
+
+from accelerate import PartialState
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+
+from hf_nullspace.command_line import UsageError
+from hf_nullspace.figures.bench import Bench
+from hf_nullspace.figures.report import envelope
+from hf_nullspace.files import write_json
+from hf_nullspace.models.patch_embedding import find_patch_embedding
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.noise.artifact import hub_commit
+from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
+from hf_nullspace.robustness.progress import Progress
+from hf_nullspace.robustness.records import Records
+from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted
+from hf_nullspace.training.base_model import train_base_model
+from hf_nullspace.training.columns import class_names
+from hf_nullspace.training.config import NullspaceConfig
+from hf_nullspace.training.data import collate
+from hf_nullspace.training.label_maps import LabelAlignment
+from hf_nullspace.training.loading import (
+    Classifier,
+    DataArguments,
+    ModelArguments,
+    evaluation_images,
+    load_classifier,
+    load_rows,
+    training_images,
+)
+from hf_nullspace.training.run_settings import OtherRunError, claim_folder
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class FigureArguments:
+    """What the figures need besides a model, images, and the settings of the method."""
+
+    _group_title: ClassVar[str] = "Figures and tables"
+
+    first_eval_image: int = _option(0, "Measure from this image of the evaluation split on.")
+    max_eval_images: int | None = _option(1000, "Measure on so many images.")
+    base_epochs: float = _option(20, "Small ViT: epochs of its training.")
+    base_learning_rate: float = _option(2e-3, "Small ViT: learning rate of its training.")
+    base_batch_size: int = _option(64, "Small ViT: images per step of its training.")
+    lambdas: list[float] = field(
+        default_factory=lambda: [0.0, 0.1, 0.3, 1.0, 3.0, 10.0], metadata={"help": "Figure 2: lambda of equation 6."}
+    )
+    seeds: int = _option(3, "Figure 2: noises per lambda.")
+    sweep_steps: int = _option(300, "Figure 2: gradient steps of one noise.")
+    sweep_limit: float = _option(0.1, "Figure 2: A, the noise starts as U(-A, A).")
+    sweep_norm: str = _option("centred", "Figure 2: the norm in equation 6, 'centred' or 'raw' (the paper).")
+    raw_permutation: bool = _option(False, "Figure 2: permute the elements as they are, as the paper does.")
+    runs: int = _option(1, "Figure 3, table 5: fine-tunings per arm, with seeds --seed, --seed + 1, ...")
+    noises_per_round: int = _option(1, "Figure 3: noises whose norm is measured at every checkpoint.")
+    fgsm: list[str] = field(
+        default_factory=lambda: ["1/255", "2/255"],
+        metadata={"help": "Figure 3: strengths of FGSM, in pixels of [0, 1]."},
+    )
+    pgd: list[str] = field(
+        default_factory=list, metadata={"help": "Figure 3: strengths of PGD, 10 steps of a quarter of that."}
+    )
+    corruptions: list[str] = field(
+        default_factory=lambda: ["gaussian_noise", "contrast", "jpeg_compression"],
+        metadata={"help": "Figure 3: corruptions."},
+    )
+    severities: list[int] = field(
+        default_factory=lambda: [3, 5], metadata={"help": "Figure 3: severities of the corruptions, 1 to 5."}
+    )
+    noises: str | None = _option(None, "Figure 4: folder of a bank or a run, or Hub id; unset: noises are learned.")
+    noise_count: int = _option(8, "Figure 4: how many noises (the paper: 98).")
+    pairs: int = _option(4, "Figure 4: how many pairs of them are combined (the paper: 10).")
+    grid: int = _option(10, "Figure 4: steps from 0 to 1 of every factor.")
+    contour: float | None = _option(None, "Figure 4: influence of the contour; unset: the smallest of the noises.")
+    table4: list[str] = field(
+        default_factory=lambda: ["paper"],
+        metadata={"help": "Table 4: models, D:patch for random weights, 'paper' for the paper's rows."},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "sweep_steps", "runs", "noise_count", "pairs"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.grid < 2:
+            raise UsageError(f"grid={self.grid}: expected at least 2 steps from 0 to 1")
+        if not any(weight > 0 for weight in self.lambdas) or min(self.lambdas) < 0:
+            raise UsageError(f"lambdas={self.lambdas}: expected numbers >= 0, one of them positive")
+
+    def conditions(self) -> list[Condition]:
+        """What figure 3 measures at every checkpoint.
+
+        Raises:
+            UsageError: if a strength is no number, or a group would be empty.
+        """
+        try:
+            attacks = [Attacked(FGSM(float(Fraction(eps)))) for eps in self.fgsm]
+            attacks += [Attacked(PGD(float(Fraction(eps)))) for eps in self.pgd]
+        except (ValueError, ZeroDivisionError) as error:
+            raise UsageError(f"fgsm={self.fgsm}, pgd={self.pgd}: expected numbers like 1/255 ({error})") from error
+        corrupted = [Corrupted(name, severity) for name in self.corruptions for severity in self.severities]
+        if not attacks or not corrupted:
+            raise UsageError("figure 3 has three groups: name an attack (--fgsm, --pgd) and one of --corruptions")
+        return [Clean(), *attacks, *corrupted]
+
+
+@dataclass
+class Setting:
+    """Options, model and images of a figure. :meth:`load` fills what is not given."""
+
+    args: FigureArguments
+    model_args: ModelArguments
+    data_args: DataArguments
+    config: NullspaceConfig
+    state: PartialState
+    bar: Progress
+    classifier: Any = None
+    eval_set: Any = None
+    batches: list[Tensor] = field(default_factory=list)
+    """The evaluation images as ``pixel_values`` (b, C, H, W): this process's share."""
+    _train_rows: Any = None
+
+    @property
+    def output(self) -> Path:
+        """The folder of all results; it belongs to one model and one data set."""
+        return Path(str(self.config.output_dir))
+
+    def say(self, text: str) -> None:
+        """A line, once, that does not break the bar."""
+        if self.state.is_main_process:
+            self.bar.say(text)
+
+    def load(self, *, aligned: bool) -> None:
+        """Model and images; the small ViT is trained if no model is named.
+
+        ``aligned``: the model has to know the images' classes. Figures 2 and 4 compare the model with itself only.
+
+        Raises:
+            UsageError: if there is no such image, or the model's head is for other classes.
+        """
+        args, data, config = self.args, self.data_args, self.config
+        small = self.model_args.model_name_or_path is None
+        with self.state.main_process_first():
+            base = {name: getattr(args, name) for name in ("base_epochs", "base_learning_rate", "base_batch_size")}
+            claim(self.output, {"model": asdict(self.model_args) | (base if small else {}), "data": asdict(data)})
+            self._train_rows = load_rows(data, data.train_split, streaming=data.streaming)
+            rows: Any = load_rows(data, data.eval_split)
+        if not 0 <= args.first_eval_image < len(rows):
+            raise UsageError(f"first_eval_image={args.first_eval_image}: the split has {len(rows)} images")
+        rows = rows.select(range(args.first_eval_image, len(rows)))
+        set_seed(config.seed)
+        if small or aligned:
+            self.classifier = load_classifier(self.model_args, self._train_rows, self.say)
+        else:
+            self.classifier = load_as_it_is(self.model_args, len(class_names(self._train_rows) or ()))
+        if small:
+            train_base_model(
+                self.classifier,
+                self.images(config.seed),
+                self.output / "base",
+                config,
+                epochs=args.base_epochs,
+                learning_rate=args.base_learning_rate,
+                batch_size=args.base_batch_size,
+                say=self.say,
+            )
+        elif self.classifier.labels.new_head:
+            raise UsageError("the model's head is not for these classes; name a model that was trained on them")
+        self.classifier.model.to(config.device).eval()
+        self.eval_set = evaluation_images(rows, self.classifier, args.max_eval_images)
+        mine = range(config.process_index, len(self.eval_set), config.world_size)
+        size = config.per_device_eval_batch_size
+        starts = range(0, len(mine), size)
+        self.batches = [collate([self.eval_set[i] for i in mine[at : at + size]])["pixel_values"] for at in starts]
+
+    def images(self, seed: int) -> Any:
+        """The training images, augmented from ``seed``."""
+        return training_images(self.data_args, self._train_rows, self.classifier, seed)
+
+    @contextlib.contextmanager
+    def bench(self, model: Any, steps_taken: list[int] | None = None) -> Iterator[Bench]:
+        """What noises of ``model`` are learned and measured with; finished points are kept in ``points/``."""
+        identity = {
+            "data": asdict(self.data_args),
+            "measured on": [float(batch.double().sum()) for batch in self.batches],
+        }
+        records, images = Records(self.output / "points"), self.images(self.config.seed)
+        known = [] if steps_taken is None else steps_taken
+        bench = Bench(model, images, self.batches, self.config, records, self.bar, identity, known)
+        try:
+            yield bench
+        finally:
+            bench.close()
+
+    def keep(self, figure: str, found: dict[str, Any], quoted: Any, plot: Callable[[Path], Path]) -> None:
+        """FIGURE.json with command, versions, settings and protocol, and FIGURE.png."""
+        if not self.state.is_main_process:
+            return
+        protocol: dict[str, Any] = {}
+        if self.eval_set is not None:
+            first, data = self.args.first_eval_image, self.data_args
+            protocol = {
+                "images": f"{data.dataset_name}, split {data.eval_split}, {first} to {first + len(self.eval_set) - 1}",
+                "seed": self.config.seed,
+                "noises learned in": "bfloat16 autocast" if self.config.bf16 else "float32",
+                "measured in": "float32",
+            }
+        every = self.config.to_dict()
+        method = {name: every[name] for name in (*NullspaceConfig.__annotations__, "bf16") if name in every}
+        written = {"figure": asdict(self.args), "model": asdict(self.model_args), "data": asdict(self.data_args)}
+        written["method"] = method
+        head = envelope(figure, settings=written, protocol=protocol, quoted=quoted)
+        path = write_json(self.output / f"{figure}.json", head | found)
+        self.say(f"Numbers: {path}. Picture: {plot(self.output / f'{figure}.png')}")
+
+
+def claim(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
+    """``claim_folder`` for a folder whose run is never deleted by these recipes.
+
+    Raises:
+        UsageError: if it holds a run with other settings; the message names them.
+    """
+    try:
+        claim_folder(folder, settings)
+    except OtherRunError as error:
+        raise UsageError(f"{str(error).partition(' Choose')[0]} Choose another --output_dir") from error
+
+
+def load_as_it_is(args: ModelArguments, classes: int = 0) -> Classifier:
+    """The model with its own head, whatever the ``classes`` of the images, whose labels are left as they are.
+
+    Raises:
+        NotAViTError: if the model has no patch embedding.
+        OSError: if there is no such model.
+    """
+    name, revision = str(args.model_name_or_path), args.model_revision
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
+        processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+    except OSError as error:
+        raise OSError(f"cannot load the model {name!r}: {error}") from error
+    find_patch_embedding(model)
+    model.config._commit_hash = hub_commit(model, revision)
+    preprocessing = Preprocessing.from_processor(processor)
+    preprocessing.check_fits(model.config)
+    names = {index: str(index) for index in range(max(model.config.num_labels, classes))}
+    labels = LabelAlignment(names, {name: index for index, name in names.items()}, None, False, "")
+    return Classifier(model, processor, preprocessing, labels)
