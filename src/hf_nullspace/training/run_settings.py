@@ -34,6 +34,7 @@ _LEFT_BY_A_RUN = (
     "control",
     "ema",
     "nullspace_history.json",
+    "cost.json",
     "results.*",
 )
 
