@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="PNG of all scores")
     parser.add_argument("--name", default="ownership", help="of the JSON; 'none' writes none")
     args = parser.parse_args()
-    start = time.perf_counter()
+    start, commit = time.perf_counter(), current_commit()
 
     # Load
     owner = AutoModelForImageClassification.from_pretrained(args.model).eval()
@@ -105,7 +105,11 @@ def main() -> None:
     if args.picture:
         plot(rows, args.picture)
     if args.name != "none":
-        keep(args, {"threshold": THRESHOLD, "summary": summary, "rows": rows, "seconds": time.perf_counter() - start})
+        keep(
+            args,
+            commit,
+            {"threshold": THRESHOLD, "summary": summary, "rows": rows, "seconds": time.perf_counter() - start},
+        )
 
 
 def load(name: str, split: str, count: int, preprocessing: Preprocessing, seed: int) -> tuple[Tensor, Tensor]:
@@ -224,17 +228,22 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.axvline(THRESHOLD, color="black", linestyle="--", linewidth=1)
     axes.set_yticks(range(len(lines)), [f"{name} ({kind})" for name, kind, *_ in lines], fontsize="small")
     axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="score: 0 is invariant to the fingerprint, 1 as sensitive as to its permutation")
+    axes.set(xscale="log", xlabel="score (0: invariant, 1: as sensitive as to the permuted pattern)")
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
-def keep(args: argparse.Namespace, found: dict[str, Any]) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+def current_commit() -> str:
+    """At the start: the code that runs."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def keep(args: argparse.Namespace, commit: str, found: dict[str, Any]) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("picture", "copies")}
     settings |= {name: Path(getattr(args, name)).name for name in ("model", "dataset")}
     result = {
         "command": "python benchmarks/ownership.py --model M --dataset D" + " --copies ..." * bool(args.copies),
-        "commit": commit.stdout.strip(), "device": f"{platform.machine()} CPU", "threads": torch.get_num_threads(),
+        "commit": commit, "device": f"{platform.machine()} CPU", "threads": torch.get_num_threads(),
         "torch": torch.__version__, "python": sys.version.split()[0], "settings": settings, **found,
     }  # fmt: skip
     path = write_json(Path(__file__).parent / "results" / f"{args.name}.json", json.loads(json.dumps(result)))

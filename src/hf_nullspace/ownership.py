@@ -3,8 +3,9 @@
 Training does nothing for it: the owner draws patterns from the nullspace of the own model and shows images with and
 without them to a suspect, which need not open its weights. A model with these weights answers the same. Others react,
 but less than to the same values in another order, since all trained patch embeddings prefer smooth patches: five ViTs
-trained on CIFAR-10 score 0.24 to 0.60 on each other's fingerprint (20 pairs), below 0.001 on their own. So how often an
-innocent model passes is measured, not assumed, on models that are given as innocent.
+trained on CIFAR-10 score 0.27 to 0.61 on each other's fingerprint (20 pairs), below 0.001 on their own. So how often an
+innocent model passes is measured, not assumed, on models that are given as innocent. It is no proof against a thief who
+knows the method: noise in the null directions of the weights hides a copy at no cost (docs/ownership.md).
 """
 
 from collections.abc import Callable, Sequence
