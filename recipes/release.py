@@ -43,6 +43,7 @@ class ReleaseArguments:
     dry_run: bool = option(False, "Everything but the push: prints the files that it would send.")
     private: bool = option(False, "A new repository is private; without it, what the organisation's default says.")
     license: str | None = option(None, "Licence of the weights, as the Hub names it, for example apache-2.0.")
+    note: str | None = option(None, "A sentence on the run for its card: its commit, machine, how often it was run.")
     dataset_name: str | None = option(None, "Where the recorded evaluation's images are now, if not where they were.")
     recheck_images: int = option(IMAGES, "Measure again on the first so many images; 0: leave that out.")
     cards: str = option(str(HERE.parent / "model_cards"), "Folder of the rendered cards.")
@@ -70,7 +71,8 @@ def main() -> None:
         release_run(args, Path(args.run))
     elif args.keep:
         check_complete(Path(args.run))
-        print(f"Records: {keep_records(Path(args.run), args.keep, Path(args.records))}")
+        about = {"license": args.license, "note": args.note}
+        print(f"Records: {keep_records(Path(args.run), args.keep, Path(args.records), **about)}")
     if not args.metric:
         cards = render_cards(Path(args.records), (HERE / "configs").glob(PLANNED), Path(args.cards))
         print(f"Cards in {args.cards}: {', '.join(card.name for card in cards)}")
@@ -88,7 +90,7 @@ def release_run(args: ReleaseArguments, folder: Path) -> None:
             fail("the weights in this folder are not those that were measured; measure them, then release")
 
     with tempfile.TemporaryDirectory() as staged:
-        stage(folder, Path(staged), args.repo, args.license)
+        stage(folder, Path(staged), args.repo, license=args.license, note=args.note)
         print(*listing(Path(staged)), sep="\n")
         if args.dry_run:
             print(f"Nothing was pushed. Without --dry-run these files go to {args.repo} as one commit")
@@ -96,7 +98,7 @@ def release_run(args: ReleaseArguments, folder: Path) -> None:
             place = push_and_verify(Path(staged), args.repo, private=args.private or None, repeat=said_again())
             print(f"Pushed, pulled back and compared: {place}")
     name = args.repo.rpartition("/")[2]
-    keep_records(folder, name, Path(args.records), repo_id=args.repo, license=args.license)
+    keep_records(folder, name, Path(args.records), repo_id=args.repo, license=args.license, note=args.note)
 
 
 def release_metric(args: ReleaseArguments) -> None:

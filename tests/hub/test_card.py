@@ -247,7 +247,7 @@ def test_the_cost_is_summed_from_the_history(tmp_path, three):
     rows = rows_of(model_card(folder))
     assert rows["noise steps"] == ["18 (7 to 11 per noise)"]
     assert rows["images through noise steps"] == [str(18 * 4)]
-    assert rows["training images"] == ["80, each in two views"]
+    assert rows["training images"] == ["at most 80, each in two views"]
     assert rows["noises"] == ["2: 1 reached epsilon, 1 were scaled into epsilon"]
     assert rows["seconds for the noises"] == ["4 (wall clock)"]
     assert rows["all passes as forward passes"] == ["12,345"]

@@ -41,11 +41,13 @@ METHODS = {
 _MARK = "# Written by hf-nullspace from results.json; accuracies in [0, 1].\n"
 
 
-def model_card(run: Path, repo_id: str | None = None, *, license: str | None = None, image_root: str = "") -> ModelCard:
+def model_card(
+    run: Path, repo_id: str | None = None, *, license: str | None = None, note: str | None = None
+) -> ModelCard:
     """The card of the model in the folder ``run``, from the JSON files that are there.
 
-    ``repo_id`` is where it will live (else the card says ``path/to/NAME``), ``image_root`` stands before the names of
-    pictures. What the evaluation's checks doubt is marked and in no metadata.
+    ``repo_id`` is where it will live (else the card says ``path/to/NAME``), ``note`` a sentence on the run, such as its
+    commit and its machine. What the evaluation's checks doubt is marked and in no metadata.
 
     Raises:
         RunFolderError: if a file of the run is damaged.
@@ -80,17 +82,19 @@ def model_card(run: Path, repo_id: str | None = None, *, license: str | None = N
         yaml=settings_yaml(found).strip(),
         placeholders=f" (put your own folders where it says `{LOCAL}`)" if LOCAL in settings_yaml(found) else "",
         version=next((r.versions["hf-nullspace"] for r in found.reports if "hf-nullspace" in r.versions), __version__),
-        image_root=image_root,
+        note=note,
     )
 
 
-def write_card(run: Path, repo_id: str | None = None, *, license: str | None = None) -> list[Path]:
+def write_card(
+    run: Path, repo_id: str | None = None, *, license: str | None = None, note: str | None = None
+) -> list[Path]:
     """Write README.md and, for images that are on the Hub, ``.eval_results/*.yaml`` into ``run``; returns their paths.
 
     Of ``.eval_results`` it deletes what it wrote before and would not write now. Call it on the main process only.
     """
     run = Path(run)
-    card = str(model_card(run, repo_id, license=license))
+    card = str(model_card(run, repo_id, license=license, note=note))
     wanted = {
         run / EVAL_RESULTS / name: _MARK + yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
         for name, entries in eval_result_entries(RunFolder(run)).items()

@@ -28,13 +28,13 @@ RELEASE_NAME = "release.json"
 _LEFT_HERE = (*LEFT_HERE, "records/*", "*/records/*", "per_sample/*", "*.bin", "*.pt", "*.pth", "*.log")
 
 
-def stage(run: Path, folder: Path, repo_id: str, license: str | None = None) -> list[Path]:
+def stage(run: Path, folder: Path, repo_id: str, *, license: str | None = None, note: str | None = None) -> list[Path]:
     """Render the card into ``run`` and copy what is published into ``folder``; returns the copies.
 
     Weights and pictures are copied as they are; in JSON, Markdown and CSV, and in the noises' provenance, paths of this
     machine become names. Checkpoints, base model, control, optimizer states and pickles stay here.
     """
-    write_card(run, repo_id, license=license)
+    write_card(run, repo_id, license=license, note=note)
     copies = []
     for name in files_to_push(run, _LEFT_HERE):
         source, target = run / name, folder / name
@@ -118,10 +118,11 @@ def listing(folder: Path) -> list[str]:
 # ---- what the project keeps of its own
 
 
-def keep_records(
-    run: Path, name: str, records: Path, *, repo_id: str | None = None, license: str | None = None
-) -> Path:
-    """Copy the JSON files that a card is made of into ``records/NAME``, without this machine's paths."""
+def keep_records(run: Path, name: str, records: Path, **released: str | None) -> Path:
+    """Copy the JSON files that a card is made of into ``records/NAME``, without this machine's paths.
+
+    ``released`` (repo_id, license, note) goes to the card with them.
+    """
     if not re.fullmatch(r"[\w.-]+", name):
         raise ReleaseError(f"{name!r} is no name for a folder of records; letters, digits, '-', '_' and '.' only")
     folder = records / name
@@ -130,9 +131,7 @@ def keep_records(
             write_json(folder / file, portable(json.loads((run / file).read_text(encoding="utf-8"))))
         else:
             (folder / file).unlink(missing_ok=True)
-    released = {key: value for key, value in (("repo_id", repo_id), ("license", license)) if value is not None}
-    if released:
-        write_json(folder / RELEASE_NAME, released)
+    write_json(folder / RELEASE_NAME, {key: value for key, value in released.items() if value is not None})
     return folder
 
 
@@ -141,9 +140,7 @@ def render_cards(records: Path, configs: Iterable[Path], cards: Path) -> list[Pa
     texts: dict[str, str] = {}
     for config in sorted(configs):
         texts[config.stem] = str(planned_card(config))
-    for folder in sorted(path.parent for path in records.glob("*/config.json")):
-        released = {}
-        if (folder / RELEASE_NAME).is_file():
-            released = json.loads((folder / RELEASE_NAME).read_text(encoding="utf-8"))
-        texts[folder.name] = str(model_card(folder, released.get("repo_id"), license=released.get("license")))
+    for folder in sorted(path.parent for path in records.glob(f"*/{RELEASE_NAME}")):
+        released = json.loads((folder / RELEASE_NAME).read_text(encoding="utf-8"))
+        texts[folder.name] = str(model_card(folder, **released))
     return [write_text(cards / f"{name}.md", text) for name, text in texts.items()]

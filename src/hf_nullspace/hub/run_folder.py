@@ -14,6 +14,8 @@ from typing import Any
 from hf_nullspace.noise.artifact import CONFIG_NAME as NOISE_NAME
 from hf_nullspace.robustness.checks import Check, unreliable
 from hf_nullspace.robustness.records import result_from_record
+from hf_nullspace.robustness.report import difference
+from hf_nullspace.robustness.scores import Interval
 from hf_nullspace.robustness.suite import ConditionResult
 
 REPORTS = ("results.json", "robustness/results.json")  # of a fine-tuning, and of a longer evaluation put beside it
@@ -61,6 +63,8 @@ class Report:
     results: Mapping[str, Sequence[ConditionResult]]
     subject: str
     averages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    differences: Mapping[tuple[str, str, str], Interval] = field(default_factory=dict)
+    """(before, after, condition) -> the paired difference that was recorded."""
     missing: Mapping[str, str] = field(default_factory=dict)
     checks: Mapping[str, Sequence[Check]] = field(default_factory=dict)
 
@@ -68,6 +72,11 @@ class Report:
     def control(self) -> str | None:
         """The fine-tuning without noise among the checkpoints."""
         return next((name for name in CONTROLS if name in self.results and name != self.subject), None)
+
+    def change(self, other: str, index: int) -> Interval:
+        """The subject's accuracy minus that of another checkpoint under one condition, paired over images."""
+        recorded = self.differences.get((other, self.subject, self.results[other][index].condition))
+        return recorded or difference(self.results, other, self.subject, index)
 
     def doubts(self, checkpoint: str, result: ConditionResult) -> list[str]:
         """Names of the failed checks that concern a result: it is no number to be repeated without them."""
@@ -157,6 +166,12 @@ class RunFolder:
         try:
             for entry in content["results"]:
                 results.setdefault(entry["checkpoint"], []).append(result_from_record(entry))
+            differences = {
+                (entry["before"], entry["after"], entry["condition"]): Interval(
+                    entry["value"], entry["low"], entry["high"]
+                )
+                for entry in content.get("differences", [])
+            }
             checks = {who: [Check(**answer) for answer in found] for who, found in content.get("checks", {}).items()}
         except (KeyError, TypeError, ValueError) as error:
             raise RunFolderError(f"{self.path / name} is no report of results ({error!r}); measure again") from error
@@ -169,6 +184,7 @@ class RunFolder:
             results=results,
             subject=self.subject(content.get("context", {}), list(results)),
             averages=content.get("averages", {}),
+            differences=differences,
             missing=content.get("missing", {}),
             checks=checks,
         )

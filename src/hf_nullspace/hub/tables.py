@@ -11,7 +11,7 @@ from hf_nullspace.hub.run_folder import Report, RunFolder
 from hf_nullspace.robustness.attacks.base import readable
 from hf_nullspace.robustness.plans import ATTACKS
 from hf_nullspace.robustness.plots import cell
-from hf_nullspace.robustness.report import UNRELIABLE, difference, grouped, markdown_table, signed
+from hf_nullspace.robustness.report import UNRELIABLE, grouped, markdown_table, signed
 from hf_nullspace.robustness.suite import ConditionResult
 
 MOST_ROWS = 40  # longer tables fold their corruption cells away
@@ -28,7 +28,7 @@ _PASSES = {
     "backward_to_input": "passes of one image: backward to the input",
     "backward_to_parameters": "passes of one image: backward to the parameters",
     "forward_equivalents": "all passes as forward passes",
-    "seconds": "seconds of the fine-tuning",
+    "seconds": "seconds of the fine-tuning (wall clock)",
 }
 
 
@@ -62,7 +62,7 @@ def condition_row(report: Report, index: int, against: list[str]) -> list[str]:
     row = {name: results[index] for name, results in report.results.items()}
     first = next(iter(row.values()))
     scores = [f"{result.score}{_sign(report.doubts(name, result))}" for name, result in row.items()]
-    changes = [signed(difference(report.results, other, report.subject, index)) for other in against]
+    changes = [signed(report.change(other, index)) for other in against]
     doubt = any(report.doubts(name, row[name]) for name in (*against, report.subject))
     return [first.condition, str(first.n), *scores, *(change + _sign(doubt) for change in changes)]
 
@@ -95,7 +95,7 @@ def comparison(report: Report, other: str, what: str) -> str:
     for index, result in enumerate(report.results[report.subject]):
         if report.doubts(report.subject, result) or report.doubts(other, report.results[other][index]):
             continue
-        change = difference(report.results, other, report.subject, index)
+        change = report.change(other, index)
         named = f"{result.condition} ({100 * change.value:+.2f})"
         if change.low > 0:
             better.append(named)
@@ -225,7 +225,7 @@ def cost_table(run: RunFolder) -> str:
     if training:
         steps, batch = training["max_steps"], training["global_batch_size"]
         rows.append(["optimizer steps", f"{steps:,}"])
-        rows.append(["training images", f"{steps * batch:,}, each in two views"])
+        rows.append(["training images", f"at most {steps * batch:,}, each in two views"])
     if run.history:
         taken = [entry["noise_steps"] for entry in run.history]
         ends = [entry["stopped"] for entry in run.history]

@@ -1,0 +1,56 @@
+"""The cards in model_cards/ are what their records and configurations give: not edited by hand, not out of date."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_nullspace.robustness.records import from_bits
+from recipe_calls import call_recipe
+
+ROOT = Path(__file__).parents[2]
+CARDS, RECORDS = ROOT / "model_cards", ROOT / "benchmarks" / "results"
+RUNS = sorted(path.parent.name for path in RECORDS.glob("*/release.json"))
+PLANNED = ["vit-base-dat-imagenet", "vit-base-imagenet", "vit-small-imagenet"]
+
+
+def test_rendered_again_they_are_the_same(tmp_path):
+    call_recipe("release", "--render", "true", "--cards", tmp_path)
+    again = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert {path.name for path in CARDS.glob("*.md")} == set(again) == {f"{name}.md" for name in [*RUNS, *PLANNED]}
+    stale = [name for name, text in again.items() if (CARDS / name).read_text() != text]
+    assert stale == [], "make cards"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_their_metadata_has_the_recorded_accuracies(name):
+    results = json.loads((RECORDS / name / "results.json").read_text())["results"]
+    ours = {entry["condition"]: entry for entry in results if entry["checkpoint"] == "nullspace"}
+    found = {
+        entry.metric_args["condition"]: entry.metric_value
+        for entry in ModelCard.load(CARDS / f"{name}.md").data.eval_results
+    }
+    assert set(found) == set(ours)
+    for condition, entry in ours.items():
+        assert found[condition] == pytest.approx(np.mean(from_bits(entry["correct_bits"], entry["n"])), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_what_was_not_trained_has_no_number_of_ours(name):
+    card = ModelCard.load(CARDS / f"{name}.md")
+    assert "**Not trained here.**" in card.text
+    assert card.data.eval_results is None
+
+
+def test_the_digits_say_what_the_documents_say():
+    """docs/digits.md has the mean over three seeds, and the differences to the control per seed, seed 42 first."""
+
+    def column(path, number):
+        rows = [line.split("|") for line in path.read_text().splitlines() if line.startswith("| ")]
+        return {row[1].strip(): row[number].split(",")[0].split("[")[0].strip() for row in rows if len(row) > number}
+
+    said, shown = column(ROOT / "docs" / "digits.md", 5), column(CARDS / "digits.md", 7)
+    for condition in ("clean", "FGSM(eps=8/255)", "generated pixelate 3"):
+        assert float(said[condition]) == pytest.approx(float(shown[condition]), abs=0.051)
