@@ -55,7 +55,7 @@ class NoiseProvenance:
     steps: int | None = None
     """Gradient steps t that were taken."""
     stopped: str | None = None
-    """Why learning ended: "epsilon", "steps", or "rescaled"."""
+    """Why it ended: "epsilon", "steps", "rescaled"; "calibrated" where a noise was scaled to epsilon."""
     settings: dict[str, Any] = field(default_factory=dict)
     library: str | None = None
 
