@@ -101,6 +101,10 @@ def test_a_bank_is_one_repository(hub_here, tmp_path):
     assert [row.split(" | ")[1:3] for row in rows] == [["0", "0"], ["1", "40"]]
     assert all("0.02877 | 512" in row and f"{noise.norm:.4g}" in row for row, noise in zip(rows, bank, strict=False))
     assert "![Influence and norm of every noise](noises.png)" in card.text
+    assert "Learned in the course of a fine-tuning" in card.text
+    assert "5" * 64 in card.text
+    NoiseBank((make_noise(0), make_noise(1, model_sha256="6" * 64))).save_pretrained(tmp_path)
+    assert "Every noise was learned on weights of its own" in (tmp_path / "README.md").read_text()
 
 
 def test_an_interrupted_push_is_said_and_can_be_repeated(hub_here):

@@ -15,14 +15,14 @@ TAGS = ["nullspace-noise", "hf-nullspace", "vision", "robustness"]
 _USE_ONE = """\
 noise = NullspaceNoise.from_pretrained("{repo_id}")
 with patch_embedding_noise(model, noise.tensor):
-    logits = model(pixel_values).logits  # nearly those without the noise"""
+    logits = model(pixel_values).logits"""
 _USE_BANK = """\
 noises = NoiseBank.from_pretrained("{repo_id}")  # {count} of them
 with patch_embedding_noise(model, noises[0].tensor):
-    logits = model(pixel_values).logits  # nearly those without the noise"""
+    logits = model(pixel_values).logits"""
 _LIMITS = """\
 * The influence is a mean over the images named above; on other images, and for single images, it may be larger.
-* It belongs to the weights it was learned on (their SHA-256 above). Of other weights, also of the same model after
+* It belongs to the weights it was learned on. Of other weights, also of the same model after
   fine-tuning, it may change every prediction.
 * It lives on the patch embeddings. Which part of it a change of the image can cause is said with the picture, where the
   model was at hand to compute it."""
@@ -41,7 +41,7 @@ def write_noise_card(
     With the noise's ``model`` the picture shows its least-squares preimage, in pixels if ``image_processor`` is given.
     """
     drawn = plot_noise(tensor, tuple(config["grid"]), folder / PICTURE, model, image_processor)
-    _write(folder, config, repo_id, f"![The noise]({PICTURE})\n\n{_caption(drawn, image_processor)}", _facts(config))
+    _write(folder, [config], repo_id, f"![The noise]({PICTURE})\n\n{_caption(drawn, image_processor)}", _facts(config))
 
 
 def write_bank_card(configs: Sequence[Mapping[str, Any]], folder: Path, repo_id: str | None = None) -> None:
@@ -57,37 +57,43 @@ def write_bank_card(configs: Sequence[Mapping[str, Any]], folder: Path, repo_id:
         cells += [of["influence_images"], config["norm"], config["centred_norm"]]
         lines.append(f"| {' | '.join(map(_number, cells))} |")
     picture = f"![Influence and norm of every noise]({BANK_PICTURE})"
-    _write(folder, configs[0], repo_id, picture, "\n".join(lines), bank=len(configs))
+    _write(folder, configs, repo_id, picture, "\n".join(lines), bank=True)
 
 
 def _write(
-    folder: Path, config: Mapping[str, Any], repo_id: str | None, picture: str, facts: str, bank: int | None = None
+    folder: Path,
+    configs: Sequence[Mapping[str, Any]],
+    repo_id: str | None,
+    picture: str,
+    facts: str,
+    bank: bool = False,
 ) -> None:
+    config = configs[0]
     of, (_, patches, features) = config["provenance"], config["shape"]
     where = repo_id or "path/to/this/folder"
     base, on_hub = _base_model(of)
     data = ModelCardData(library_name="hf-nullspace", base_model=base if on_hub else None, tags=TAGS)
     named = f"[{base}](https://huggingface.co/{base})" if on_hub else f"{base} (a local folder)" if base else "a model"
     at = f", commit `{of['revision']}`" if of["revision"] else ""
-    what = "Additive noise" if bank is None else f"A bank of additive noises, {bank} in number,"
+    what = f"A bank of {len(configs)} additive noises" if bank else "Additive noise"
     loading = f'AutoModelForImageClassification.from_pretrained("{base if on_hub else "path/to/the/model"}"'
     loading += f', revision="{of["revision"]}")' if of["revision"] else ")"
-    kind, use = ("NullspaceNoise", _USE_ONE) if bank is None else ("NoiseBank", _USE_BANK)
+    kind, use = ("NoiseBank", _USE_BANK) if bank else ("NullspaceNoise", _USE_ONE)
     text = f"""---
 {data.to_yaml()}
 ---
 
-# Nullspace noise{"" if bank is None else "s"} of {base or "a vision transformer"}
+# Nullspace noise{"s" if bank else ""} of {base or "a vision transformer"}
 
-{what} on the patch embeddings of {named}{at}: {patches} patches ({_grid(config)}) of {features} features. The predicted
-distribution stays nearly the same when it is added; influence is the mean squared distance between the two predicted
+{what} on the patch embeddings of {named}{at}: {patches} patches ({_grid(config)}) of {features} features.
+Influence is how far the prediction moves when it is added: the mean squared distance between the two predicted
 distributions, in [0, 2].
 
 {picture}
 
 {facts}
 
-SHA-256 of the weights that it was learned on: `{of["model_sha256"] or "not recorded"}`.
+{_weights(configs)}
 
 ## Use
 
@@ -96,7 +102,7 @@ from transformers import AutoModelForImageClassification
 from hf_nullspace import {kind}, patch_embedding_noise
 
 model = {loading}
-{use.format(repo_id=where, count=bank)}
+{use.format(repo_id=where, count=len(configs))}
 ```
 
 ## Settings
@@ -123,6 +129,16 @@ def _base_model(provenance: Mapping[str, Any]) -> tuple[str | None, bool]:
     if name is None or provenance["revision"] is not None:
         return name, name is not None
     return Path(name).name, False
+
+
+def _weights(configs: Sequence[Mapping[str, Any]]) -> str:
+    """Which weights the noises were learned on: after steps of a fine-tuning they are not the base model's."""
+    hashes = {config["provenance"]["model_sha256"] for config in configs}
+    tuned = any(config["provenance"]["training_step"] for config in configs)
+    text = "Learned in the course of a fine-tuning: not on the base model's weights as they are published. " * tuned
+    if len(hashes) > 1:
+        return f"{text}Every noise was learned on weights of its own; their SHA-256 are in `config.json`."
+    return f"{text}SHA-256 of the weights that it was learned on: `{hashes.pop() or 'not recorded'}`."
 
 
 def _facts(config: Mapping[str, Any]) -> str:
