@@ -27,6 +27,7 @@ from torch import nn
 
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.figures import closure_pictures, influence_against_norm, progress, table_4
+from hf_nullspace.figures.bench import embedding_norm
 from hf_nullspace.figures.setting import FigureArguments, Setting, claim, load_as_it_is
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.robustness.pixel_model import PixelModel
@@ -78,10 +79,13 @@ def figure_2(setting: Setting) -> None:
         for point in influence_against_norm.sweep(bench, settings, args.seeds, raw_permutation=args.raw_permutation):
             points.append(point)
             setting.say(influence_against_norm.line_of(point))
+        scale = embedding_norm(bench)
     rows = influence_against_norm.curves(points)
-    setting.say(f"\n{influence_against_norm.table(rows)}\n\nQuoted from the paper: {influence_against_norm.QUOTED}\n")
-    found = {"images": len(setting.eval_set), "points": points, "curves": rows}
-    setting.keep("figure2", found, influence_against_norm.QUOTED, partial(influence_against_norm.plot_sweep, points))
+    setting.say(f"\n{influence_against_norm.table(rows)}\n\nCentred norm of an image's own embeddings: {scale:.1f}")
+    setting.say(f"Quoted from the paper: {influence_against_norm.QUOTED}\n")
+    found = {"images": len(setting.eval_set), "points": points, "curves": rows, "embedding_norm": scale}
+    picture = partial(influence_against_norm.plot_sweep, points, scale)
+    setting.keep("figure2", found, influence_against_norm.QUOTED, picture)
 
 
 # ---- figure 3 and table 5

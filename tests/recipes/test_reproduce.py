@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import ViTForImageClassification
 
+from hf_nullspace.figures.closure_pictures import pairs_of
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank
 from hf_nullspace.training.sources import load_image_dataset
@@ -172,6 +173,11 @@ def test_figure_2_is_equation_6_in_a_loop_of_its_own(figure_2, saved):
     assert point["norm"] == pytest.approx(float(noise.detach().norm()), rel=1e-3)
     assert point["influence"] == pytest.approx(influence(clean, noisy), rel=1e-2)
     assert point["match"] == pytest.approx((clean.argmax(1) == noisy.argmax(1)).mean())
+    projection = model.vit.embeddings.patch_embeddings.projection
+    with torch.no_grad():
+        tokens = torch.nn.functional.conv2d(pixel_values, projection.weight, projection.bias, stride=4).flatten(2)
+    own = (tokens - tokens.mean(1, keepdim=True)).flatten(1).norm(dim=1).mean()
+    assert read(figure_2 / "figure2.json")["embedding_norm"] == pytest.approx(float(own), rel=1e-4)
 
 
 def test_a_killed_figure_goes_on_to_the_same_numbers(figure_2, saved, tiny, tmp_path):
@@ -191,6 +197,17 @@ def test_a_killed_figure_goes_on_to_the_same_numbers(figure_2, saved, tiny, tmp_
     ours, whole = read(tmp_path / "figure2.json"), read(figure_2 / "figure2.json")
     assert ours["points"] == whole["points"]
     assert ours["curves"] == whole["curves"]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_figure_of_one(figure_2, saved, tiny, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(RECIPES / "reproduce.py")]
+    words = ["figure2", "--config", str(tiny), "--model_name_or_path", str(saved), "--output_dir", str(tmp_path)]
+    subprocess.run([*command, *words], check=True, capture_output=True, timeout=300)
+    ours, whole = read(tmp_path / "figure2.json"), read(figure_2 / "figure2.json")
+    for point, other in zip(ours["points"], whole["points"], strict=True):
+        for kind in ("learned", "permuted"):
+            assert point[kind] == pytest.approx(other[kind], rel=1e-4)
 
 
 def test_the_raw_permutation_keeps_the_raw_norm(saved, tiny, tmp_path):
@@ -223,7 +240,8 @@ def test_figure_4_is_the_influence_of_scaled_and_added_noises(figure_4, saved):
     np.testing.assert_allclose(found["scaling"]["influence"], expected, rtol=1e-3, atol=1e-9)
     assert found["influence"]["high"] > 1e-3
     surfaces = found["combinations"]["influence"]
-    one, two = pair_of(surfaces[0], expected)
+    one, two = pairs_of(3, 2, seed=42)[0]
+    assert pair_of(surfaces[0], expected) == (one, two)
     both = influence(clean, probabilities(model, pixel_values, 0.5 * noises[one] + 1.0 * noises[two]))
     assert surfaces[0][1][2] == pytest.approx(both, rel=1e-3)
     assert found["contour"] == found["influence"]["low"]
@@ -284,6 +302,7 @@ def test_figure_3_starts_at_one_and_is_what_the_checkpoints_say(figure_3):
         assert found["arms"][arm][2]["relative"]["clean"] == pytest.approx(correct.mean() / start)
     assert start > 0.2
     folder = figure_3 / "runs" / "nullspace-42" / "noises"
+    assert not (figure_3 / "runs" / "plain-42" / "noises").exists()
     own = [NullspaceNoise.load(path).centred_norm for path in sorted(folder.iterdir())]
     assert [entry["centred_norm"] for entry in found["rounds"][0]] == pytest.approx(own)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.noise.artifact import NullspaceNoise, model_hash, provenance_of
-from hf_nullspace.noise.influence import match_rate, noise_influence
+from hf_nullspace.noise.influence import centred_norm, match_rate, noise_influence
 from hf_nullspace.noise.learning import NoiseHistory, NoiseSettings, derive_seed, learn_noise
 from hf_nullspace.noise.probe import Probe, frozen, over_processes
 from hf_nullspace.robustness.progress import Progress
@@ -148,3 +148,23 @@ def influence_and_match(probe: Probe, noise: Tensor) -> dict[str, float]:
         sums += count * torch.stack([noise_influence(clean, noisy).double(), match_rate(clean, noisy)])
     influence, match = (over_processes(sums) / probe.held_out_images).tolist()
     return {"influence": influence, "match": match}
+
+
+@torch.no_grad()
+def embedding_norm(bench: Bench) -> float:
+    """Mean over the images of the centred norm of their own patch embeddings: the scale of a noise's norm."""
+    sums = torch.zeros(2, dtype=torch.float64)
+
+    def add(module: nn.Module, args: Any, output: Any) -> None:
+        embeddings = output[0] if isinstance(output, tuple) else output
+        tokens = embeddings.flatten(2).transpose(1, 2) if embeddings.dim() == 4 else embeddings
+        sums.add_(torch.tensor([sum(float(centred_norm(i)) for i in tokens), len(tokens)], dtype=sums.dtype))
+
+    handle = bench.hook.module.register_forward_hook(add)
+    try:
+        with bench.probe():  # asks for the clean logits of all images once
+            pass
+    finally:
+        handle.remove()
+    total, count = over_processes(sums.to(next(bench.model.parameters()).device)).tolist()
+    return total / count

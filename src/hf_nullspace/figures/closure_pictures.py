@@ -16,14 +16,10 @@ from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name, load_noi
 from hf_nullspace.noise.closure import Combinations, Scaling, combinations, scaling
 from hf_nullspace.noise.learning import NoiseSettings
 
-QUOTED = {
-    "noises": 98,
-    "pairs": 10,
-    "epsilon": 0.03,
-    "influence on the validation set": [0.035, 0.042],
-    "contour": 0.035,
-    "says": "scaled noises stay below alpha * epsilon, and alpha_1 + alpha_2 = 1 lies well within the contour",
-}
+QUOTED = (
+    "98 noises of epsilon 0.03, influence 0.035 to 0.042 on the validation set: the influence of alpha v is less than "
+    "alpha epsilon, and alpha_1 + alpha_2 = 1 lies well within the contour 0.035 (mean of 10 pairs)"
+)
 
 
 def learned_bank(bench: Bench, settings: NoiseSettings, count: int, folder: Path) -> list[NullspaceNoise]:

@@ -104,8 +104,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot_sweep(points: Sequence[dict[str, Any]], path: Path) -> Path:
-    """(a) matching predictions and (b) influence against the centred norm, (c) the norm against lambda."""
+def plot_sweep(points: Sequence[dict[str, Any]], embeddings: float, path: Path) -> Path:
+    """(a) matching predictions and (b) influence against the centred norm, (c) the norm against lambda.
+
+    ``embeddings`` is the norm of the images' own patch embeddings, drawn as the scale.
+    """
     figure, (match, influence, norm) = canvas(3)
     rows = curves(points)
     for kind, style, colour in (("learned", "-", "C0"), ("permuted", "--", "C3")):
@@ -119,6 +122,8 @@ def plot_sweep(points: Sequence[dict[str, Any]], path: Path) -> Path:
                 color=colour,
                 alpha=0.5,
             )
+    for axes in (match, influence):
+        axes.axvline(embeddings, color="grey", linestyle=":", linewidth=1, label="an image's own embeddings")
     match.set(xlabel="centred norm of the noise", ylabel="equal predictions in %", ylim=(0, 102), title="(a)")
     influence.set(xlabel="centred norm of the noise", ylabel="influence (MSE probability)", title="(b)")
     influence.set_ylim(bottom=0)
