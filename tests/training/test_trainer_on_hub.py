@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import threading
+import time
 
 import pytest
 import torch
@@ -124,6 +126,27 @@ def test_training_goes_on_from_what_was_pushed(hub_here, tmp_path):
     again.train(resume_from_checkpoint=f"{pulled}/checkpoint-3")
     for name, parameter in parameters_of(whole.model).items():
         assert torch.equal(parameter, parameters_of(again.model)[name])
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_training_does_not_wait_for_a_slow_push(hub_here, tmp_path, always):
+    """Those that come meanwhile are pushed after it, in their order; or left out, which is the Trainer's default."""
+    trainer = make_trainer(tmp_path / "run", hub_strategy="every_save", **every_step(hub_always_push=always))
+    held, seen = hub_here.hold(COMMIT), []
+
+    def let_go():
+        assert held.came.wait(60)
+        while trainer.state.global_step < 4:
+            time.sleep(0.01)
+        seen.append(len(commits(hub_here)))
+        held.go.set()
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    trainer.train()
+    thread.join()
+    assert seen == [0]
+    assert [title[-1] for title, _ in commits(hub_here)] == (["1", "2", "3", "4"] if always else ["1"])
 
 
 def test_a_failed_push_of_a_checkpoint_costs_nothing(hub_here, tmp_path, caplog):

@@ -31,6 +31,7 @@ REPLACED = ("noises/round-*.safetensors", "model*-of-*.safetensors", "model.safe
 _FOR_RESUMING = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "pytorch_model_fsdp*",
                  "global_step*", "latest", "zero_to_fp32.py", *_PICKLES)  # fmt: skip
 _STAGED = "_push-"
+_BACKGROUND = HfApi()  # its one thread: pushes come in the order of their checkpoints
 
 
 def push_run(
@@ -140,7 +141,7 @@ class PublishingTrainer(Trainer):
         }
         if staged is None:
             return push_folder(run, str(self.hub_model_id), **named)
-        return HfApi().run_as_future(_push_staged, staged, str(self.hub_model_id), **named)
+        return _BACKGROUND.run_as_future(_push_staged, staged, str(self.hub_model_id), **named)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload the checkpoint's model as it is now, in the background; training goes on, and survives a failure."""
@@ -165,7 +166,7 @@ class PublishingTrainer(Trainer):
         except (OSError, ValueError) as error:
             logger.warning("%s was not pushed, it could not be gathered: %s. Training goes on", checkpoint.name, error)
             return
-        job = HfApi().run_as_future(
+        job = _BACKGROUND.run_as_future(
             _push_staged,
             staged,
             str(self.hub_model_id),
