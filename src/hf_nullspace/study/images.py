@@ -46,6 +46,7 @@ class ImageStore:
         self.images, self.seed = images, seed
         self.fingerprint = images_fingerprint(images)
         self.folder = Path(folder) / self.fingerprint
+        self._labels: dict[int, int] = {}
 
     def get(self, places: tuple[int, ...], condition: Condition) -> KeptImages:
         """The images at ``places`` for a condition: corrupted already, if it is a corruption.
@@ -62,7 +63,10 @@ class ImageStore:
         if not path.exists():
             array = self._made(places, corrupted)
             write_whole(path, lambda temporary: _save(temporary, array))
-        labels = [self.images.label(place) for place in places]
+        for place in places:
+            if place not in self._labels:  # a row of a data set takes a while
+                self._labels[place] = int(self.images.label(place))
+        labels = [self._labels[place] for place in places]
         rows = ArrayRows(np.load(path, mmap_mode="r"), labels)
         return KeptImages(rows, self.images.preprocessing, places, corrupted or Clean())
 

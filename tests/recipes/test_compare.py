@@ -1,0 +1,176 @@
+"""recipes/compare.py end to end: a tiny study on digits, killed, stopped and resumed, ends with the same JSON."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_nullspace.robustness.records import from_bits
+from hf_nullspace.study.report import complete
+from recipe_calls import call_recipe
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as this process has: sums in another order differ in the last digit
+TINY = """
+dataset_name: digits
+horizontal_flip: false
+crop_scale: 1.0
+hidden_size: 16
+num_hidden_layers: 1
+num_attention_heads: 2
+intermediate_size: 16
+base_epochs: 4
+base_learning_rate: 0.01
+arms:
+  plain: {objective: plain}
+  nullspace: {objective: nullspace, noise_limit: 0.5}
+training: {rounds: 2, steps_per_round: 2, global_batch_size: 16, noise_batch_size: 16, noise_max_steps: 5,
+           held_out_images: 32, dataloader_pin_memory: false}
+seeds: [0, 1]
+learning_rates: [0.001, 0.003]
+conditions:
+  - clean
+  - {attack: FGSM, eps: 8/255, limit: 30}
+  - {corruption: contrast, severity: 3}
+average: [clean, FGSM, cells]
+limit: 60
+report: "0:200"
+selection: "200:300"
+selection_limit: 40
+resamples: 200
+use_cpu: true
+"""
+
+
+def settings(folder, **changed):
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(TINY) | changed, sort_keys=False))
+    return "--config", path, "--output_dir", folder / "study"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A study that was never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    call_recipe("compare", *settings(folder))
+    return folder / "study"
+
+
+def content(folder):
+    """Results without what the clock and the place decide."""
+
+    def timeless(value):
+        if isinstance(value, dict):
+            return {key: timeless(v) for key, v in value.items() if key not in ("seconds", "output_dir", "commit")}
+        return [timeless(entry) for entry in value] if isinstance(value, list) else value
+
+    return timeless(json.loads((folder / "results.json").read_text()))
+
+
+def test_the_json_holds_everything(whole):
+    found = json.loads((whole / "results.json").read_text())
+    assert [(run["arm"], run["seed"]) for run in found["runs"]] == [
+        ("before", None),
+        ("plain", 0),
+        ("plain", 1),
+        ("nullspace", 0),
+        ("nullspace", 1),
+    ]
+    for run in found["runs"]:
+        assert set(run["correct_bits"]) == {"clean", "FGSM(eps=8/255)", "generated contrast 3"}
+        clean = from_bits(run["correct_bits"]["clean"], 60)
+        seeds = found["table"][run["arm"]]["clean"]["seeds"]
+        assert 100 * clean.mean() == pytest.approx(seeds[run["seed"] or 0], abs=1e-3)
+    assert complete({k: v for k, v in found.items() if k not in ("table", "differences", "against_before", "cost")}
+                    | {"resamples": 200}, resamples=200) == found  # fmt: skip
+    chosen = found["selection"]["chosen"]
+    for arm, averages in found["selection"]["averages"].items():
+        assert averages[f"{chosen[arm]:g}"] == max(averages.values())
+    assert found["cost"]["plain"]["forward_equivalents"] == 4 * 16 * 2 * 3
+    assert found["cost"]["nullspace"]["forward_equivalents"] > found["cost"]["plain"]["forward_equivalents"]
+    assert found["power"]["average"]["smallest"] > 0
+    assert len(found["versions"]) > 3
+
+
+def test_power_was_written_before_the_report_images_were_looked_at(whole):
+    written = (whole / "selection.json").stat().st_mtime_ns
+    looked_at = [path.stat().st_mtime_ns for path in whole.glob("runs/**/report/*.json")]
+    selected = [path.stat().st_mtime_ns for path in whole.glob("runs/**/selection/*.json")]
+    assert len(looked_at) == 5 * 3
+    assert len(selected) == 4 * 3
+    assert max(selected) <= written <= min(looked_at)
+    assert json.loads((whole / "selection.json").read_text())["power"] == content(whole)["power"]
+
+
+def test_tables_and_pictures(whole):
+    text = (whole / "results.md").read_text()
+    assert "Paired differences to plain in points" in text
+    assert "| nullspace | 2 |" in text
+    for name in ("cost.png", "conditions.png"):
+        assert (whole / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_killed_and_resumed_it_ends_with_the_same_json(whole, tmp_path):
+    """SIGKILL once a few pieces are there; then stopped by the clock; then to the end."""
+    words = [str(word) for word in settings(tmp_path)]
+    shutil.copytree(whole / "base", tmp_path / "study" / "base")
+    command = [sys.executable, str(RECIPE), *words]
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD)
+        begin = time.monotonic()
+        while process.poll() is None and time.monotonic() < begin + 240:
+            if len(list((tmp_path / "study").glob("runs/**/selection/*.json"))) >= 4:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+    left = len(list((tmp_path / "study").glob("runs/**/selection/*.json")))
+    assert 4 <= left < 12
+    call_recipe("compare", *words, "--max_minutes", "0")
+    assert len(list((tmp_path / "study").glob("runs/**/selection/*.json"))) == left
+    call_recipe("compare", *words)
+    assert content(tmp_path / "study") == content(whole)
+
+
+def test_a_dry_run_tells_and_does_nothing(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "study")
+    shutil.rmtree(tmp_path / "study" / "runs" / "plain")
+    before = sorted(tmp_path.rglob("*"))
+    call_recipe("compare", *settings(tmp_path), "--dry_run")
+    out = capsys.readouterr().out
+    assert "to do" in out
+    assert "finished" in out
+    assert re.search(r"\n\d+ of \d+ pieces left, about \d+ minutes \(by the speed of the finished pieces\)", out)
+    assert out.count("to do") == int(re.search(r"(\d+) of", out)[1])
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != "study.yaml") == [
+        path for path in before if path.name != "study.yaml"
+    ]
+
+
+def test_changed_settings_are_noticed(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "study")
+    changed = yaml.safe_load(TINY)["arms"] | {"nullspace": {"objective": "nullspace", "noise_limit": 0.4}}
+    words = settings(tmp_path, arms=changed)
+    with pytest.raises(SystemExit):
+        call_recipe("compare", *words)
+    error = capsys.readouterr().err
+    assert "noise_limit: 0.5 there, 0.4 now" in error
+    assert "--overwrite" in error
+
+
+def test_an_unknown_arm_or_setting_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call_recipe("compare", *settings(tmp_path), "--only", "vanilla")
+    assert "no such arm; arms: before, plain, nullspace" in capsys.readouterr().err
+    arms = {"plain": {"objective": "plain", "epsilonn": 1}}
+    with pytest.raises(SystemExit):
+        call_recipe("compare", *settings(tmp_path, arms=arms))
+    assert "epsilonn" in capsys.readouterr().err
