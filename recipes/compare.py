@@ -25,7 +25,7 @@ from hf_nullspace import NullspaceConfig, NullspaceTrainer
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.study.design import Run, make_study
-from hf_nullspace.study.estimate import seconds_left, work
+from hf_nullspace.study.estimate import overview, seconds_left, work
 from hf_nullspace.study.flow import content_of, standing, work_through
 from hf_nullspace.study.images import ImageStore
 from hf_nullspace.study.pieces import Workshop
@@ -185,8 +185,8 @@ def show_what_is_left(study: Any, shop: Workshop, config_of: Any) -> None:
         say("The learning rates are not chosen yet; the report's are shown with the middle one")
     pieces = list(dict.fromkeys(progress.selection + progress.report))
     loads = [(piece, work(piece, config_of(piece.run))) for piece in pieces]
-    for piece, load in loads:
-        say(f"{'finished' if shop.finished(piece) else 'to do   '} {load:>12,.0f} passes  {piece}")
+    for line in overview(loads, shop):
+        say(line)
     seconds, timed = seconds_left(loads, shop)
     left = sum(shop.finished(piece) is None for piece in pieces)
     basis = "by the speed of the finished pieces" if timed else "nothing was timed yet"

@@ -45,5 +45,19 @@ def seconds_left(pieces: Sequence[tuple[Piece, float]], shop: Workshop) -> tuple
     return total, measured
 
 
+def overview(pieces: Sequence[tuple[Piece, float]], shop: Workshop) -> list[str]:
+    """A line for each training, and one for the measurements of a run on a slice, of (piece, work), in their order."""
+    groups: dict[str, list[tuple[Piece, float]]] = {}
+    for piece, load in pieces:
+        name = f"train {piece.run}" if piece.slice is None else f"measure {piece.run} ({piece.slice.name})"
+        groups.setdefault(name, []).append((piece, load))
+    lines = []
+    for name, mine in groups.items():
+        left = [load for piece, load in mine if shop.finished(piece) is None]
+        state = f"{len(mine) - len(left)} of {len(mine)} done, {sum(left):,.0f} passes left" if left else "finished"
+        lines.append(f"{name}: {state}")
+    return lines
+
+
 def _seconds(found: dict[str, Any]) -> float:
     return float(found["seconds"] if "seconds" in found else (found["cost"] or {"seconds": 0.0})["seconds"])
