@@ -1,9 +1,11 @@
 """recipes/release.py on a run that recipes/finetune.py made: refused, measured again, pushed, pulled, kept."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -13,8 +15,11 @@ from transformers import AutoModelForImageClassification
 from hf_nullspace import NullspaceNoise
 from hf_nullspace.hub.card import model_card
 from hf_nullspace.hub.planned import header, planned_card
-from hf_nullspace.hub.recheck import recheck, what_is_missing
+from hf_nullspace.hub.recheck import First, recheck, what_is_missing
 from hf_nullspace.hub.release import differing_files
+from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
+from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, Part
+from hf_nullspace.robustness.suite import seed_index
 from recipe_calls import call_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +91,7 @@ def test_a_dry_run_shows_what_would_be_pushed(run, release, tmp_path, capsys, hu
     assert 'model="lab/mine"' in kept.read_text()
 
 
-def test_a_release_arrives_as_it_was_sent(run, release, tmp_path, capsys, hub_here):
+def test_a_release_arrives_as_it_was_sent(finished, run, release, tmp_path, capsys, hub_here):
     release("--run", run, "--repo", "lab/mine", "--private", "--license", "apache-2.0")
     assert "Pushed, pulled back and compared: " in capsys.readouterr().out
     there = hub_here.files("models", "lab/mine")
@@ -97,7 +102,7 @@ def test_a_release_arrives_as_it_was_sent(run, release, tmp_path, capsys, hub_he
         nullspace_noise.safetensors nullspace_history.json results.png"""
     assert set(wanted.split()) <= set(there)
     assert not [name for name in there if name.startswith(("checkpoint", "base", "control")) or name.endswith(".bin")]
-    here = [name for name, content in there.items() if str(run.parent).encode() in content]
+    here = [name for name, content in there.items() if re.search(rf"{finished.parent}|{run.parent}".encode(), content)]
     assert here == [], "paths of this machine"
     pulled = AutoModelForImageClassification.from_pretrained("lab/mine").state_dict()
     ours = AutoModelForImageClassification.from_pretrained(run).state_dict()
@@ -203,6 +208,13 @@ def test_an_evaluation_beside_the_run_is_measured_again(run):
     save_file(weights, run / "model.safetensors", metadata={"format": "pt"})
     (answer, *_) = recheck(run, 40)
     assert (answer.differing, answer.same_weights, answer.passed) == (0, False, False), "the recorded hash is another"
+
+
+def test_a_part_of_a_part_keeps_the_seeds_of_the_whole():
+    rows = ArrayRows(np.zeros((30, 8, 8, 3), dtype=np.uint8), np.zeros(30, dtype=int))
+    part = Part(ImageSet("zeros", rows, Preprocessing.from_processor(make_image_processor(8))), 7)
+    few = First(part, 3)
+    assert [seed_index(few, index) for index in range(len(few))] == [0, 5, 10] == part.places[:3]
 
 
 def test_the_metric_goes_to_a_space(release, capsys, hub_here):
