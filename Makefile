@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow check format cards clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
@@ -32,6 +32,9 @@ check: $(STAMP)  ## linter, formatter, types
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+cards: $(STAMP)  ## every card of model_cards/ again, from benchmarks/results/ and recipes/configs/
+	$(BIN)/python recipes/release.py --render
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
