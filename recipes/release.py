@@ -9,6 +9,7 @@
 The exit code is 1 where a run is not fit to be released; what is wrong stands above it.
 """
 
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ def fail(*lines: str) -> None:
 
 
 def said_again() -> str:
-    return " ".join(["python recipes/release.py", *sys.argv[1:]])
+    return shlex.join(["python", "recipes/release.py", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

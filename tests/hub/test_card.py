@@ -18,6 +18,7 @@ from hf_nullspace.hub.run_folder import RunFolder, RunFolderError, portable, sou
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.robustness.checks import Check
 from hf_nullspace.robustness.report import write_report
+from hf_nullspace.robustness.suite import ConditionResult
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.loading import DataArguments, ModelArguments
 from tiny_models import tiny_model
@@ -148,6 +149,36 @@ def test_model_index_and_eval_results_are_what_the_hub_reads(tmp_path, three):
     assert write_card(finetuned(folder, three, local)) == [card], "the Hub does not know a local folder"
     assert not results_file.exists()
     assert kept.exists(), "somebody else's file"
+
+
+def test_every_set_of_an_evaluation_is_named_as_what_it_is(tmp_path):
+    """The user's own images, a published set from the Hub with its commit, one from a folder, an attack on a set."""
+    protocols = {
+        "clean": {"set": "ORG/set, test", "note": "400 of 1000 images, evenly spaced"},
+        "imagenet-a": {"set": "imagenet-a", "from": "axiong/imagenet-a, split test, commit 0123abc"},
+        "imagenet-a: FGSM(eps=1/255)": {"set": "imagenet-a", "from": "axiong/imagenet-a, split test, commit 0123abc",
+                                        "attack": "FGSM", "settings": {"eps": 1 / 255}},
+        "imagenet-r": {"set": "imagenet-r", "from": "axiong/imagenet-r, split test, commit not known (offline)"},
+        "imagenet-sketch": {"set": "imagenet-sketch"},
+    }  # fmt: skip
+    measured = [ConditionResult(title, answers(1), 1.0, 0, how) for title, how in protocols.items()]
+    folder = evaluated(tmp_path / "mine", {"mine": measured})
+    found = {entry.metric_args["condition"]: entry for entry in model_card(folder).data.eval_results}
+    places = {title: (e.dataset_type, e.dataset_split, e.dataset_revision) for title, e in found.items()}
+    assert places == {
+        "clean": ("ORG/set", "test", None),
+        "imagenet-a": ("axiong/imagenet-a", "test", "0123abc"),
+        "imagenet-a: FGSM(eps=1/255)": ("axiong/imagenet-a", "test", "0123abc"),
+        "imagenet-r": ("axiong/imagenet-r", "test", None),
+        "imagenet-sketch": ("imagenet-sketch", None, None),
+    }
+    assert "400 of 1000 images, evenly spaced" in found["clean"].dataset_name
+    files = {path.name: yaml.safe_load(path.read_text()) for path in write_card(folder)[1:]}
+    assert {name: len(entries) for name, entries in files.items()} == {
+        "ORG--set.yaml": 1, "axiong--imagenet-a.yaml": 1, "axiong--imagenet-r.yaml": 1
+    }  # fmt: skip
+    assert "400 of 1000 images, evenly spaced" in files["ORG--set.yaml"][0]["notes"]
+    assert "* clean: the images as they are; set ORG/set, test; note 400 of 1000" in str(model_card(folder))
 
 
 def test_no_path_of_this_machine_is_in_a_card(tmp_path, three):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hf_nullspace.hub.release import differing_files
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, Part
 from hf_nullspace.robustness.suite import seed_index
+from loopback_hub import READ_ONLY, TOKEN
 from recipe_calls import call_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -252,6 +254,24 @@ def test_without_a_token_nothing_is_begun(run, release, capsys, hub_here, monkey
     caught = capsys.readouterr()
     assert "run `hf auth login`, or set HF_TOKEN" in caught.err
     assert caught.out == ""
+
+
+def test_a_push_that_is_refused_can_be_repeated(run, release, tmp_path, capsys, hub_here, monkeypatch):
+    words = ("--run", run, "--repo", "lab/mine", "--recheck_images", "0", "--note", "Two words.")
+    monkeypatch.setenv("HF_TOKEN", READ_ONLY)
+    with pytest.raises(SystemExit) as stopped:
+        release(*words)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "may not write there (403)" in said
+    again = shlex.split(said.partition("repeat the release with ")[2])
+    assert again[:8] == ["python", "recipes/release.py", *map(str, words[:6])]
+    assert "Two words." in again
+    assert not (tmp_path / "records").exists(), "kept is what was released"
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    call_recipe("release", *again[2:])
+    assert b"Two words." in hub_here.files("models", "lab/mine")["README.md"]
+    assert "Two words." in (tmp_path / "cards" / "mine.md").read_text()
 
 
 def test_differing_files_are_named(tmp_path):
