@@ -84,7 +84,7 @@ def test_offline_the_cache_and_folders_go_on_working(hub_here, tmp_path, monkeyp
 
 def test_a_bank_is_one_repository(hub_here, tmp_path):
     bank = NoiseBank(tuple(make_noise(round, training_step=40 * round) for round in range(3)))
-    bank.push_to_hub("lab/noises")
+    first = bank.push_to_hub("lab/noises")
     assert len(hub_here.history("models", "lab/noises")) == 2
     again = NoiseBank.from_pretrained("lab/noises")
     assert len(again) == 3
@@ -96,6 +96,8 @@ def test_a_bank_is_one_repository(hub_here, tmp_path):
     rounds = ["noises/round-000.safetensors", "noises/round-001.safetensors"]
     assert sorted(files) == ["README.md", "config.json", "noises.png", *rounds], "the third is gone"
     assert json.loads(files["config.json"])["count"] == 2
+    assert len(NoiseBank.from_pretrained("lab/noises")) == 2
+    assert len(NoiseBank.from_pretrained("lab/noises", revision=first.oid)) == 3
     card = ModelCard(files["README.md"].decode())
     rows = [line for line in card.text.splitlines() if re.match(r"\| \d", line)]
     assert [row.split(" | ")[1:3] for row in rows] == [["0", "0"], ["1", "40"]]

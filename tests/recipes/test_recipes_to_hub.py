@@ -40,13 +40,14 @@ def published(hub_here):
 
 
 def test_finetune_pushes_the_run_with_its_results(hub_here, published, tmp_path, capsys):
-    """The first push of the end fails; the same command again brings everything."""
+    """Every push of the first run fails; the same command again brings everything."""
     words = [*published, *SHORT, f"--output_dir={tmp_path / 'run'}", "--push_to_hub=true", "--hub_model_id=lab/robust"]
-    refused = hub_here.fail("POST /api/models/lab/robust/commit/main", status=400, times=1)
+    refused = hub_here.fail("POST /api/models/lab/robust/commit/main", status=400, times=100)
     with pytest.raises(SystemExit) as stopped:
-        call_recipe("finetune", *words, "--hub_strategy=end")
+        call_recipe("finetune", *words, "--hub_strategy=every_save", "--hub_always_push=true")
     assert stopped.value.code == 2
-    assert refused.times == 0
+    assert 100 - refused.times == 3, "two checkpoints and the end, and nothing of the control"
+    refused.times = 0
     said = capsys.readouterr()
     (error,) = [line for line in said.err.splitlines() if line.startswith("error:")]
     assert f"The run in {tmp_path / 'run'} is whole; repeat the upload with" in error

@@ -117,10 +117,8 @@ def test_every_checkpoint_is_whole(hub_here, tmp_path, strategy):
 
 
 def test_training_goes_on_from_what_was_pushed(hub_here, tmp_path):
-    whole = make_trainer(tmp_path / "whole", push_to_hub=False)
+    whole = make_trainer(tmp_path / "run", hub_strategy="all_checkpoints", **every_step())
     whole.train()
-    first = make_trainer(tmp_path / "run", hub_strategy="all_checkpoints", **every_step())
-    first.train()
     pulled = snapshot_download(REPO, cache_dir=tmp_path / "fresh", allow_patterns=["checkpoint-3/*"])
     again = make_trainer(tmp_path / "again", push_to_hub=False)
     again.train(resume_from_checkpoint=f"{pulled}/checkpoint-3")
