@@ -281,6 +281,8 @@ def _decoded(value: Any, where: str) -> Image.Image:
     try:
         if isinstance(value, np.ndarray):
             return rgb_image(Image.fromarray(value))
+        if isinstance(value, Image.Image):  # decode_example of datasets 4 does not take it
+            return rgb_image(value)
         if path and value.get("bytes") is None and "://" not in path:
             # Read here: decode_example leaves a local file open when it cannot be decoded.
             value = {"bytes": Path(path).read_bytes(), "path": path}
