@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow check format cards clean
+.PHONY: demo test test-slow oldest check format cards clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
@@ -24,6 +24,25 @@ test: $(STAMP)  ## the default tests (under 5 minutes on two cores, no network)
 test-slow: $(STAMP)  ## the long tests: killed runs, every family, the whole demo
 	$(BIN)/python -m pytest -m slow
 
+# The oldest versions that pyproject.toml allows: every lower bound becomes a pin.
+OLDEST := .venv-oldest
+LOWEST := import re, tomllib; \
+	lines = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+	print(*(re.sub(">=([^,]+).*", r"==\1", line) for line in lines), sep="\n")
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) -c '$(LOWEST)' > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		--constraint $(OLDEST)/constraints.txt --editable '.[demo]' pytest
+	@touch $@
+
+oldest: $(STAMP) $(OLDEST)/.installed  ## the oldest versions allowed: they load what today's write, and pass a part of the tests
+	$(BIN)/python -m pytest -m slow tests/test_plain_transformers.py
+	$(OLDEST)/bin/python -m pytest tests/test_plain_transformers.py tests/hub/test_convert.py \
+		tests/hub/test_checkpoint_files.py tests/recipes/test_convert_recipe.py tests/models tests/noise/test_artifact.py \
+		tests/training/test_checkpoints.py tests/training/test_data.py tests/training/test_trainer.py
+
 check: $(STAMP)  ## linter, formatter, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,4 +56,4 @@ cards: $(STAMP)  ## every card of model_cards/ again, from benchmarks/results/ a
 	$(BIN)/python recipes/release.py --render
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache
