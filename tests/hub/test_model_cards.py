@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from hf_nullspace.robustness.records import from_bits
@@ -35,6 +36,17 @@ def test_their_metadata_has_the_recorded_accuracies(name):
     assert set(found) == set(ours)
     for condition, entry in ours.items():
         assert found[condition] == pytest.approx(np.mean(from_bits(entry["correct_bits"], entry["n"])), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_they_are_of_the_settings_that_are_shipped(name):
+    shipped = yaml.safe_load((ROOT / "recipes" / "configs" / f"{name}.yaml").read_text())
+    run = json.loads((RECORDS / name / "run.json").read_text())
+    recorded = {key: value for group in run.values() for key, value in group.items()}
+    given = {
+        key: value for key, value in shipped.items() if key not in ("output_dir", "dataset_name") and value is not None
+    }
+    assert {key: recorded[key] for key in given} == given
 
 
 @pytest.mark.parametrize("name", PLANNED)
