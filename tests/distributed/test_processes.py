@@ -362,12 +362,16 @@ def test_fsdp2_ends_with_the_same_parameters_as_one_process(one: Launch, tmp_pat
     config = tmp_path / "fsdp2_cpu.yaml"
     config.write_text(text)
     killed = KILLED | {"trouble": KILLED["trouble"] | {"round": 2}}
-    begun = launch(accelerate(config), [{"name": "sharded", "save": True}, killed], tmp_path)
+    begun = launch(accelerate(config), [{"name": "sharded", "save": True}, ADVERSARIAL, killed], tmp_path)
     first, second = begun.results("sharded")
     check_ranks_agree(first, second)
     assert "DTensor" in first["kind"]
     assert steps(first) == steps(one.result("one_by_eight"))
     assert difference(first["parameters"], one.result("one_by_eight")["parameters"]) < 1e-6
+    attacked, alone = begun.result("adversarial"), one.result("adversarial")
+    assert difference(attacked["parameters"], alone["parameters"]) < 1e-6
+    for stage in ("training", "attack"):
+        assert attacked["cost"]["stages"][stage]["forward"] == alone["cost"]["stages"][stage]["forward"]
 
     from transformers import AutoModelForImageClassification
 

@@ -90,6 +90,15 @@ def test_conditions_on_fewer_images_against_a_loop():
     assert [low, high] == pytest.approx(100 * np.quantile(drawn, [0.025, 0.975]), abs=0.4)
 
 
+def test_a_condition_on_two_images_has_an_interval():
+    """Some draws have neither of them; their interval is over the others."""
+    ours = content({"clean": 400, "FGSM": 100, "fog": 2})
+    found = differences(Results(ours), {"fog": {"fog": 1.0}, "a": WEIGHTS}, "plain", resamples=300)["better"]
+    for value, low, high in found.values():
+        assert low <= value <= high
+        assert -100 <= low <= high <= 100
+
+
 def test_everything_is_computed_again_from_the_content():
     ours = content()
     for run in ours["runs"]:

@@ -84,13 +84,17 @@ def differences(
         counts = rng.multinomial(len(everything), equal, size=some.stop - some.start).astype(float)
         for title in titles:
             mine = counts[:, where[title]]
-            draws[title][some] = (mine @ changes[title]) / mine.sum(1, keepdims=True)
+            drawn = mine.sum(1, keepdims=True)
+            draws[title][some] = np.divide(
+                mine @ changes[title], drawn, out=np.full((len(mine), len(arms)), np.nan), where=drawn > 0
+            )
     found: dict[str, dict[str, list[float]]] = {arm: {} for arm in arms}
     for group, weights in groups.items():
-        drawn = sum(weight * draws[title] for title, weight in weights.items())
+        sampled = np.stack([weight * draws[title] for title, weight in weights.items()]).sum(0)
+        sampled = sampled[np.isfinite(sampled).all(1)]  # without those in which a condition of few images has none
         value = sum(weight * changes[title].mean(0) for title, weight in weights.items())
         for column, arm in enumerate(arms):
-            interval = percentile(float(value[column]), drawn[:, column], confidence)  # type: ignore[index]
+            interval = percentile(float(value[column]), sampled[:, column], confidence)
             found[arm][group] = [round(100 * x, 4) for x in (interval.value, interval.low, interval.high)]
     return found
 

@@ -31,8 +31,10 @@ class Counted(nn.Module):
         self._cost = cost
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Asked before: FSDP2 shows other parameters while it has them whole.
+        trains = any(parameter.requires_grad for parameter in self.module.parameters())
         outputs = self.module(*args, **kwargs)
-        self._cost.count(self.module, outputs.logits)
+        self._cost.count(outputs.logits, trains)
         return outputs
 
 
@@ -68,12 +70,14 @@ class Cost:
         """``model``, with its calls counted."""
         return Counted(model, self)
 
-    def count(self, model: nn.Module, logits: Tensor) -> None:
-        """One forward pass that gave ``logits`` (b, K), and, if one comes, the backward pass from them."""
+    def count(self, logits: Tensor, trains: bool) -> None:
+        """One forward pass that gave ``logits`` (b, K), and, if one comes, the backward pass from them.
+
+        ``trains``: whether that goes to parameters, and not to the input alone.
+        """
         images, stage = len(logits), self._stage
         self._mine[f"{stage}/forward"] += images
         if logits.requires_grad:
-            trains = any(parameter.requires_grad for parameter in model.parameters())
             kind = "backward_to_parameters" if trains else "backward_to_input"
 
             def came_back(gradient: Tensor) -> None:
