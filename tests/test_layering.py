@@ -58,6 +58,7 @@ ORDER = [
     "hub.tables",
     "hub.eval_results",
     "hub.card",
+    "hub.staging",
     "training.rounds",
     "training.objectives",
     "training.noise_objectives",

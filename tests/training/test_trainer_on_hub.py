@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import threading
 import time
 
@@ -76,11 +77,15 @@ def test_results_that_lie_there_are_pushed_with_it_and_older_noises_go(hub_here,
     trainer = make_trainer(tmp_path / "run", push_to_hub=False)
     trainer.train()
     assert hub_here.asked == []
-    for name in ("results.md", "results.csv", "results.png", "noises/round-007.safetensors"):
+    (tmp_path / "run" / "results.md").write_text(f"measured in {tmp_path / 'run'}")
+    for name in ("results.csv", "results.png"):
         (tmp_path / "run" / name).write_bytes(b"1")
+    noises = tmp_path / "run" / "noises"
+    shutil.copy(noises / "round-000.safetensors", noises / "round-007.safetensors")
     trainer.push_to_hub(revision="first")
     assert {"results.md", "results.csv", "results.png", "noises/round-007.safetensors"} <= set(files(hub_here, "first"))
-    (tmp_path / "run" / "noises" / "round-007.safetensors").unlink()
+    assert files(hub_here, "first")["results.md"] == b"measured in /path/to/run"
+    (noises / "round-007.safetensors").unlink()
     pushed = trainer.push_to_hub("second", revision="first", license="mit")
     assert set(files(hub_here, pushed.oid)) >= ROUNDS
     assert "noises/round-007.safetensors" not in files(hub_here, pushed.oid)

@@ -6,7 +6,6 @@ Also the records that the project keeps of its own releases, and the cards that 
 import hashlib
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,8 +17,9 @@ from hf_nullspace.files import write_json
 from hf_nullspace.hub.card import EVAL_RESULTS, model_card, write_card, write_text
 from hf_nullspace.hub.planned import planned_card
 from hf_nullspace.hub.recheck import ReleaseError
-from hf_nullspace.hub.run_folder import COST_NAME, HISTORY_NAME, REPORTS, SETTINGS_NAME, portable, portable_text
-from hf_nullspace.noise.artifact import CONFIG_NAME, WEIGHTS_NAME, NullspaceNoise
+from hf_nullspace.hub.run_folder import COST_NAME, HISTORY_NAME, REPORTS, SETTINGS_NAME, portable
+from hf_nullspace.hub.staging import published_copy
+from hf_nullspace.noise.artifact import CONFIG_NAME
 from hf_nullspace.training.publishing import LEFT_HERE, REPLACED
 from hf_nullspace.uploads import files_to_push, push_folder
 
@@ -35,22 +35,7 @@ def stage(run: Path, folder: Path, repo_id: str, *, license: str | None = None, 
     machine become names. Checkpoints, base model, control, optimizer states and pickles stay here.
     """
     write_card(run, repo_id, license=license, note=note)
-    copies = []
-    for name in files_to_push(run, _LEFT_HERE):
-        source, target = run / name, folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.suffix == ".json":
-            write_json(target, portable(json.loads(source.read_text(encoding="utf-8"))))
-        elif source.suffix in (".md", ".csv"):
-            write_text(target, portable_text(source.read_text(encoding="utf-8")))
-        elif source.name == WEIGHTS_NAME or source.parent.name == "noises":
-            NullspaceNoise.load(source).without_local_path().save(target)
-        else:
-            shutil.copyfile(source, target)
-        copies.append(target)
-    if (folder / WEIGHTS_NAME).is_file():
-        write_json(folder / CONFIG_NAME, NullspaceNoise.load(folder / WEIGHTS_NAME).config())
-    return copies
+    return [published_copy(run / name, folder / name) for name in files_to_push(run, _LEFT_HERE)]
 
 
 def push_and_verify(

@@ -2,13 +2,14 @@
 
 Pushed are the model, its image processor, the noises, the histories, the results and the card. Left here are
 checkpoints (unless the strategy asks for them), the base model and the control, and ``training_args.bin``: a pickle
-that holds the token, and that nothing reads.
+that holds the token, and that nothing reads. What is pushed is without the paths of this machine.
 """
 
 import logging
-import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from transformers.utils.hub import PushInProgress
 
 from hf_nullspace.hub.card import write_card
+from hf_nullspace.hub.staging import linked_copy, published_copy
 from hf_nullspace.training.run_settings import SETTINGS_NAME
 from hf_nullspace.uploads import files_to_push, open_repository, push_folder, whole_name
 
@@ -51,15 +53,16 @@ def push_run(
         FileNotFoundError: if the folder is empty.
     """
     repo_id = whole_name(repo_id, token)
+    if not files_to_push(Path(run), LEFT_HERE):
+        raise FileNotFoundError(f"nothing to push: {run} holds no file of a run")
     write_card(Path(run), repo_id, license=license)
-    return push_folder(
-        run,
+    return _push_staged(
+        _staged_run(Path(run), linked=True),
         repo_id,
         private=private,
         revision=revision,
         commit_message=commit_message,
         token=token,
-        ignore=LEFT_HERE,
         replace=REPLACED,
         afterwards=_how_to_repeat(Path(run), repo_id),
     )
@@ -130,17 +133,16 @@ class PublishingTrainer(Trainer):
         self.create_model_card(**{name: value for name, value in kwargs.items() if name != "model_name"})
         self._finish_current_push()
         run = Path(str(self.args.output_dir))
-        staged = None if blocking else _staged({"": run}, run, linked=False)
+        staged = _staged_run(run, linked=blocking)  # meanwhile nobody writes, or else everything is copied
         named: dict[str, Any] = {
             "revision": revision or self.args.hub_revision,
             "commit_message": commit_message or "End of training",
             "token": token,
-            "ignore": LEFT_HERE,
             "replace": REPLACED,
             "afterwards": _how_to_repeat(run, str(self.hub_model_id)),
         }
-        if staged is None:
-            return push_folder(run, str(self.hub_model_id), **named)
+        if blocking:
+            return _push_staged(staged, str(self.hub_model_id), **named)
         return _BACKGROUND.run_as_future(_push_staged, staged, str(self.hub_model_id), **named)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -152,17 +154,14 @@ class PublishingTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         checkpoint, run = Path(checkpoint_folder), Path(str(self.args.output_dir))
-        parts, kept = {"": checkpoint, "noises": checkpoint.parent / "noises"}, []
+        place = None
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            parts[name := "last-checkpoint" if last else checkpoint.name] = checkpoint
-            kept = [f"{name}/*"]
+            place = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
         now = f"step {self.state.global_step}"
         if self.args.save_strategy != SaveStrategy.STEPS:
             now = f"epoch {int(self.state.epoch or 0)}"
         try:
-            staged = _staged(parts, run, linked=True)
-            write_card(staged, self.hub_model_id)
+            staged = _staged_checkpoint(checkpoint, run, place, str(self.hub_model_id))
         except (OSError, ValueError) as error:
             logger.warning("%s was not pushed, it could not be gathered: %s. Training goes on", checkpoint.name, error)
             return
@@ -174,7 +173,7 @@ class PublishingTrainer(Trainer):
             revision=self.args.hub_revision,
             commit_message=f"Training in progress, {now}",
             token=self.args.hub_token,
-            replace=[*REPLACED, *kept],
+            replace=[*REPLACED, *([f"{place}/*"] if place else [])],
             afterwards=f"Training goes on, {checkpoint} is whole, and the next push brings all of it",
         )
         if running:
@@ -183,39 +182,45 @@ class PublishingTrainer(Trainer):
             self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
 
 
-def _staged(parts: dict[str, Path], run: Path, *, linked: bool) -> Path:
-    """A folder that nobody changes any more: the files of ``parts`` (place -> folder), linked or copied.
-
-    Links are for files that are written once: a checkpoint's. They outlive the checkpoint, which may be deleted.
-    """
-    staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=run))
-    try:
-        for place, folder in parts.items():
-            ignore = (
-                LEFT_HERE if not linked else _PICKLES if place.startswith(("last-", "checkpoint-")) else _FOR_RESUMING
-            )
-            for name in files_to_push(folder, ignore):
-                (target := staged / place / name).parent.mkdir(parents=True, exist_ok=True)
-                _link_or_copy(folder / name, target, linked=linked)
-        if linked and (run / SETTINGS_NAME).is_file():
-            shutil.copy(run / SETTINGS_NAME, staged)  # for the card
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
+def _staged_run(run: Path, *, linked: bool) -> Path:
+    """A folder beside the run's files with what is published of them."""
+    with _new_folder(run) as staged:
+        for name in files_to_push(run, LEFT_HERE):
+            published_copy(run / name, staged / name, linked=linked)
     return staged
 
 
-def _link_or_copy(source: Path, target: Path, *, linked: bool) -> None:
-    if linked:
-        try:
-            os.link(source, target)
-        except OSError:  # a file system without links
-            shutil.copy(source, target)
-    else:
-        shutil.copy(source, target)
+def _staged_checkpoint(checkpoint: Path, run: Path, place: str | None, repo_id: str) -> Path:
+    """The checkpoint's model with its noises and a card; at ``place`` the checkpoint itself, as it is, for resuming.
+
+    Its files are written once, so they are linked: it may be deleted before they are uploaded.
+    """
+    with _new_folder(run) as staged:
+        for name in files_to_push(checkpoint, _FOR_RESUMING):
+            published_copy(checkpoint / name, staged / name, linked=True)
+        noises = checkpoint.parent / "noises"
+        for name in files_to_push(noises):
+            published_copy(noises / name, staged / "noises" / name)
+        if (run / SETTINGS_NAME).is_file():
+            published_copy(run / SETTINGS_NAME, staged / SETTINGS_NAME)
+        for name in files_to_push(checkpoint, _PICKLES) if place else ():
+            linked_copy(checkpoint / name, staged / str(place) / name)
+        write_card(staged, repo_id)
+    return staged
 
 
-def _push_staged(staged: Path, repo_id: str, *, survives: bool = False, **named: Any) -> CommitInfo | None:
+@contextmanager
+def _new_folder(run: Path) -> Iterator[Path]:
+    """A folder in the run's, for links; gone if what is done with it fails."""
+    staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=run))
+    try:
+        yield staged
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def _push_staged(staged: Path, repo_id: str, *, survives: bool = False, **named: Any) -> Any:
     try:
         return push_folder(staged, repo_id, **named)
     except Exception as error:
