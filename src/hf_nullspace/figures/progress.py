@@ -228,6 +228,7 @@ def plot_progress(
     ``rounds`` are the histories of the method's runs: the norms of the noises that it trained on, as dots.
     """
     figure, (groups, norms) = canvas(2)
+    figure.set_figheight(4.6)  # the legends stand below
     for arm, rows in arms.items():
         width, alpha = (0.9, 0.8) if arm == CONTROL else (2.2, 1.0)
         steps = [row["step"] for row in rows]
@@ -252,7 +253,7 @@ def plot_progress(
         axes.axhline(1, color="grey", linewidth=0.6)
         axes.set(xlabel="fine-tuning step", ylabel="relative to the start", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     return save(figure, path, dpi=110)
 
 
