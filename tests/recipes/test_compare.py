@@ -140,6 +140,15 @@ def test_killed_and_resumed_it_ends_with_the_same_json(whole, tmp_path):
     assert content(tmp_path / "study") == content(whole)
 
 
+def test_one_arm_does_not_look_at_the_report_before_all_have_chosen(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "study")
+    for gone in ("runs/nullspace/lr-0.001", "runs/plain/lr-0.001/seed-0/report", "runs/plain/lr-0.003/seed-0/report"):
+        shutil.rmtree(tmp_path / "study" / gone, ignore_errors=True)
+    call_recipe("compare", *settings(tmp_path), "--only", "plain", "before")
+    assert "The selection of other arms is not finished" in capsys.readouterr().out
+    assert not list((tmp_path / "study").glob("runs/plain/*/seed-0/report"))
+
+
 def test_a_dry_run_tells_and_does_nothing(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "study")
     shutil.rmtree(tmp_path / "study" / "runs" / "plain")
