@@ -120,6 +120,19 @@ def test_a_connection_that_is_cut_again_and_again(hub_here, folder):
     assert hub_here.files("models", "someone/thing") == FILES
 
 
+def test_the_storage_that_is_the_default_on_the_hub(hub_here, folder, monkeypatch):
+    """Xet: the loopback Hub has none, so a real client fails there."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    assert "the connection failed (" in error_of(folder)
+    assert sum("xet-write-token" in asked for asked in hub_here.asked) == 2
+    assert hub_here.files("models", "someone/thing") == {}
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    push_folder(folder, "someone/thing")
+    assert hub_here.files("models", "someone/thing") == FILES
+
+
 def test_what_the_hub_refuses_is_not_tried_again(hub_here, folder):
     refused = hub_here.fail(COMMIT, status=400, times=2)
     assert "refused (400: something went wrong here)" in error_of(folder)

@@ -206,6 +206,8 @@ def _explained(error: BaseException, repo_id: str) -> str | None:
         return f"the connection failed ({type(error).__name__}: {error})"
     if isinstance(error, ConnectionError | TimeoutError):
         return f"the connection failed ({error})"
+    if type(error) is RuntimeError or type(error).__module__ == "hf_xet":
+        return f"the storage of large files failed ({type(error).__name__}: {error})"
     if isinstance(error, ValueError) and "README.md" in str(error):
         return f"the Hub refuses the card ({' '.join(str(error).split())})"
     return None
