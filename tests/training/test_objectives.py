@@ -281,8 +281,11 @@ def test_the_attack_leaves_nothing_behind(tmp_path):
     inputs = {"pixel_values": data.pixel_values[:8], "labels": data.labels[:8]}
     model.zero_grad()
     model.train()
-    state = torch.get_rng_state()
+    state, modes = torch.get_rng_state(), []
+    handle = model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     first = trainer.compute_loss(model, dict(inputs))
+    handle.remove()
+    assert modes == [False] * (3 + 1 + 3) + [True], "in eval mode while attacked, then one pass in training mode"
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
