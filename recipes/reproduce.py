@@ -30,6 +30,7 @@ from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.figures import closure_pictures, influence_against_norm, progress, table_4
 from hf_nullspace.figures.bench import embedding_norm
 from hf_nullspace.figures.setting import FigureArguments, Setting, claim, load_as_it_is
+from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
@@ -179,13 +180,20 @@ def figure_4(setting: Setting) -> None:
         else:
             noises = list(NoiseBank.from_pretrained(args.noises))[: args.noise_count]
             setting.say(closure_pictures.whose(noises, bench))
-        pairs = [
-            (noises[one], noises[two]) for one, two in closure_pictures.pairs_of(len(noises), args.pairs, config.seed)
-        ]
-        scaled = closure_pictures.measure_scaling(bench, noises, grid)
-        combined = closure_pictures.measure_pairs(bench, pairs, grid) if pairs else None
-    found = closure_pictures.summary(scaled, combined, args.contour)
-    setting.say(f"\n{closure_pictures.describe(found)}\nQuoted from the paper: {closure_pictures.QUOTED}\n")
+        pairs = closure_pictures.pairs_of(len(noises), args.pairs, config.seed)
+
+        def measured(noises: list[NullspaceNoise], contour: float | None) -> dict[str, Any]:
+            scaled = closure_pictures.measure_scaling(bench, noises, grid)
+            both = [(noises[one], noises[two]) for one, two in pairs]
+            combined = closure_pictures.measure_pairs(bench, both, grid) if both else None
+            return closure_pictures.summary(scaled, combined, contour)
+
+        found = measured(noises, args.contour)
+        setting.say(f"\n{closure_pictures.describe(found)}")
+        if args.closure_control:
+            found["control"] = measured(closure_pictures.permuted_controls(bench, noises), found["contour"])
+            setting.say(f"Permuted, at the same influence:\n{closure_pictures.describe(found['control'])}")
+    setting.say(f"Quoted from the paper: {closure_pictures.QUOTED}\n")
     setting.keep("figure4", found, closure_pictures.QUOTED, partial(closure_pictures.plot_closure, found))
 
 

@@ -60,6 +60,7 @@ severities: [1, 3]
 noise_count: 3
 pairs: 2
 grid: 2
+closure_control: true
 table4: ["192:16", "384:32"]
 """
 
@@ -244,7 +245,12 @@ def test_figure_4_is_the_influence_of_scaled_and_added_noises(figure_4, saved):
     assert pair_of(surfaces[0], expected) == (one, two)
     both = influence(clean, probabilities(model, pixel_values, 0.5 * noises[one] + 1.0 * noises[two]))
     assert surfaces[0][1][2] == pytest.approx(both, rel=1e-3)
-    assert found["contour"] == found["influence"]["low"]
+    assert found["contour"] == found["influence"]["low"] == found["control"]["contour"]
+    for ours, own in zip(found["control"]["scaling"]["influence"], found["scaling"]["influence"], strict=True):
+        assert ours[0] == 0
+        assert ours[1] != pytest.approx(own[1], rel=1e-3)  # another direction,
+        assert ours[2] <= own[2]  # at the same influence or, if it had less, as it is
+    assert found["control"]["influence"]["mean"] > 0.5 * found["influence"]["mean"]
 
 
 def pair_of(surface, scaling):

@@ -14,7 +14,8 @@ from hf_nullspace.figures.bench import Bench
 from hf_nullspace.figures.canvas import canvas, save
 from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name, load_noise_bank
 from hf_nullspace.noise.closure import Combinations, Scaling, combinations, scaling
-from hf_nullspace.noise.learning import NoiseSettings
+from hf_nullspace.noise.influence import permuted, scale_to_influence
+from hf_nullspace.noise.learning import NoiseSettings, derive_seed
 
 QUOTED = (
     "98 noises of epsilon 0.03, influence 0.035 to 0.042 on the validation set: the influence of alpha v is less than "
@@ -82,6 +83,24 @@ def measure_pairs(
         key = [digest(noise) for noise in pair]
         surfaces.append(bench.kept(make, figure=4, noises=key, alphas=list(alphas)))
     return Combinations(tuple(alphas), tuple(alphas), _stacked(surfaces), surfaces[0]["images"])
+
+
+def permuted_controls(bench: Bench, noises: Sequence[NullspaceNoise]) -> list[NullspaceNoise]:
+    """Every noise with its elements permuted and scaled down to the influence that it has itself on the images."""
+    controls = []
+    with bench.probe() as probe:
+        for index, noise in enumerate(bench.each(noises, lambda: 20 * bench.images)):
+            generator = torch.Generator().manual_seed(derive_seed(bench.config.seed, index, 4))
+            other = permuted(noise.tensor, generator)
+
+            def make(noise: Tensor = noise.tensor, other: Tensor = other) -> float:
+                bench.bar.begin("permuted noises")
+                own = probe.held_out_influence(noise.to(probe.device))
+                return scale_to_influence(lambda share: probe.held_out_influence(share * other.to(probe.device)), own)
+
+            factor = bench.kept(make, figure=4, permuted=digest(noise), index=index)
+            controls.append(NullspaceNoise(factor * other, noise.grid))
+    return controls
 
 
 def digest(noise: NullspaceNoise) -> str:
@@ -163,6 +182,8 @@ def plot_closure(found: dict[str, Any], path: Path) -> Path:
     axes[0].plot(scaled["factors"], scaled["mean"], color="C0", marker=".", label="mean influence of alpha v")
     proportional = [factor * found["influence"]["mean"] for factor in scaled["factors"]]
     axes[0].plot(scaled["factors"], proportional, "k--", linewidth=1, label="alpha x mean influence of v")
+    if control := found.get("control"):
+        axes[0].plot(control["scaling"]["factors"], control["scaling"]["mean"], "C3.:", label="permuted noises instead")
     axes[0].set(xlabel="alpha", ylabel="influence (MSE probability)", title=f"scaling, {found['noises']} noises")
     axes[0].legend(fontsize="small")
     if (pairs := found["combinations"]) is not None:
@@ -172,6 +193,10 @@ def plot_closure(found: dict[str, Any], path: Path) -> Path:
         if min(map(min, mean)) < level < max(map(max, mean)):
             axes[1].contour(alphas, alphas, list(zip(*mean, strict=True)), levels=[level], colors="red")
         axes[1].plot([], [], color="red", label=f"contour {level:.3g}")
+        if control:
+            other = list(zip(*control["combinations"]["mean"], strict=True))
+            axes[1].contour(alphas, alphas, other, levels=[level], colors="red", linestyles=":")
+            axes[1].plot([], [], ":", color="red", label="the same, permuted")
         axes[1].plot([0, 1], [1, 0], "w--", linewidth=1.2, label="alpha 1 + alpha 2 = 1")
         axes[1].set(xlabel="alpha 1", ylabel="alpha 2", title=f"combinations, {pairs['pairs']} pairs", aspect="equal")
         axes[1].legend(fontsize="small", loc="upper right", framealpha=0.6, facecolor="grey")

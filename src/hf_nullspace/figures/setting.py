@@ -83,6 +83,7 @@ class FigureArguments:
     pairs: int = _option(4, "Figure 4: how many pairs of them are combined (the paper: 10).")
     grid: int = _option(10, "Figure 4: steps from 0 to 1 of every factor.")
     contour: float | None = _option(None, "Figure 4: influence of the contour; unset: the smallest of the noises.")
+    closure_control: bool = _option(False, "Figure 4: also with the noises permuted, at the same influence.")
     table4: list[str] = field(
         default_factory=lambda: ["paper"],
         metadata={"help": "Table 4: models, D:patch for random weights, 'paper' for the paper's rows."},
