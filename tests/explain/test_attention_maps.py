@@ -106,23 +106,24 @@ def test_targets():
             attention_gradients(model, images(), targets)
 
 
-def test_the_gradients_are_finite_differences():
+@pytest.mark.parametrize("family", ["vit", "deit"])
+def test_the_gradients_are_finite_differences(family):
     """One layer's output is computed again from an attention map that is moved a little, forth and back."""
-    model = tiny_model("deit").double()
+    model = tiny_model(family).double()
     found = attention_gradients(model, images(1), 3)
     generator = torch.Generator().manual_seed(2)
     step = 1e-5
     for layer in (0, 1):
         direction = torch.randn(found.attentions[layer].shape, dtype=torch.float64, generator=generator)
-        logits = [logits_with(model, layer, found.attentions[layer] + sign * step * direction) for sign in (1, -1)]
+        logits = [logits_with(model, family, layer, found.attentions[layer] + sign * step * direction) for sign in (1, -1)]
         slope = (logits[0] - logits[1])[0, 3] / (2 * step)
         torch.testing.assert_close((found.gradients[layer] * direction).sum(), slope, rtol=1e-6, atol=1e-9)
 
 
 @torch.no_grad()
-def logits_with(model, layer, attention):
+def logits_with(model, family, layer, attention):
     """Logits where one layer's output is recomputed by hand from another attention map."""
-    module, (inputs,) = model.deit.layers[layer].attention, [attention_inputs(model, images(1))[layer]]
+    module, inputs = getattr(model, family).layers[layer].attention, attention_inputs(model, images(1))[layer]
     values = module.v_proj(inputs).unflatten(-1, (2, -1)).transpose(1, 2)
     output = module.o_proj((attention @ values).transpose(1, 2).flatten(2))
     handle = module.register_forward_hook(lambda module, args, original: (output, attention))
