@@ -115,7 +115,9 @@ def test_the_gradients_are_finite_differences(family):
     step = 1e-5
     for layer in (0, 1):
         direction = torch.randn(found.attentions[layer].shape, dtype=torch.float64, generator=generator)
-        logits = [logits_with(model, family, layer, found.attentions[layer] + sign * step * direction) for sign in (1, -1)]
+        logits = [
+            logits_with(model, family, layer, found.attentions[layer] + sign * step * direction) for sign in (1, -1)
+        ]
         slope = (logits[0] - logits[1])[0, 3] / (2 * step)
         torch.testing.assert_close((found.gradients[layer] * direction).sum(), slope, rtol=1e-6, atol=1e-9)
 
