@@ -15,14 +15,14 @@ import json
 import platform
 import subprocess
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
-from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.study.design import Run, make_study
 from hf_nullspace.study.estimate import overview, seconds_left, work
@@ -42,10 +42,6 @@ from hf_nullspace.training.loading import (
 )
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class CompareArguments:
     """The design of the study, and how much of it to do now."""
@@ -56,21 +52,12 @@ class CompareArguments:
     arms: str = option("{}", "Name -> fields of NullspaceConfig, and 'seeds' or 'learning_rate_of' (mapping, or JSON).")
     control: str = option("plain", "The arm that the others are compared with.")
     training: str = option("{}", "Fields of NullspaceConfig for all arms (mapping, or JSON).")
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2],
-        metadata={"help": "Seeds of every arm; the first also chooses the learning rate."},
-    )
-    learning_rates: list[float] = field(
-        default_factory=lambda: [1e-4], metadata={"help": "The grid that the learning rate of each arm is chosen from."}
-    )
-    conditions: list[str] = field(
-        default_factory=lambda: ["clean"], metadata={"help": "What is measured: entries as in a suite's YAML."}
-    )
-    average: list[str] = field(
-        default_factory=lambda: ["clean", "FGSM(eps=1/255", "PGD(eps=1/255", "cells"],
-        metadata={
-            "help": "Conditions (or how they begin) in the average, and 'cells': the mean of the generated corruptions."
-        },
+    seeds: list[int] = option([0, 1, 2], "Seeds of every arm; the first also chooses the learning rate.")
+    learning_rates: list[float] = option([1e-4], "The grid that the learning rate of each arm is chosen from.")
+    conditions: list[str] = option(["clean"], "What is measured: entries as in a suite's YAML.")
+    average: list[str] = option(
+        ["clean", "FGSM(eps=1/255", "PGD(eps=1/255", "cells"],
+        "Conditions (or how they begin) in the average, and 'cells': the mean of the generated corruptions.",
     )
     report: str = option("0:8000", "Test images that are reported, FIRST:STOP.")
     selection: str | None = option(None, "Test images that learning rates are chosen on, FIRST:STOP.")
@@ -85,9 +72,7 @@ class CompareArguments:
     base_learning_rate: float = option(2e-3, "Small ViT: learning rate of its training.")
     base_batch_size: int = option(64, "Small ViT: images per step of its training.")
     resamples: int = option(2000, "Bootstrap samples of the intervals.")
-    only: list[str] = field(
-        default_factory=list, metadata={"help": "Do only these arms now ('before' is the checkpoint itself)."}
-    )
+    only: list[str] = option([], "Do only these arms now ('before' is the checkpoint itself).")
     max_minutes: float | None = option(None, "Begin nothing after so many minutes; a training ends at a checkpoint.")
     dry_run: bool = option(False, "Print what is finished, what is left and an estimate of the time; do nothing.")
     overwrite: bool = option(False, "Train runs anew whose settings have changed.")

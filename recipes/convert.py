@@ -8,14 +8,14 @@ are those that the file wraps around the model, or have to be said. What transfo
 that would be left over, is an error. Nothing in the file is run. docs/convert.md has the command for EasyRobust's DAT.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import transformers
 
-from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.hub.checkpoint_files import read_checkpoint
 from hf_nullspace.hub.convert import (
     NORMALIZATIONS,
@@ -28,10 +28,6 @@ from hf_nullspace.hub.convert import (
     to_transformers,
 )
 from hf_nullspace.hub.timm_vit import read_architecture
-
-
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -47,8 +43,8 @@ class ConvertArguments:
         None, "timm's name, such as vit_base_patch16_224: checked against the shapes, and says the number of heads."
     )
     heads: int | None = option(None, "Attention heads, which no tensor says. Unset: those of timm's ViT of this width.")
-    mean: list[float] = field(default_factory=list, metadata={"help": "Mean of each channel, of pixels in [0, 1]."})
-    std: list[float] = field(default_factory=list, metadata={"help": "Standard deviation of each channel."})
+    mean: list[float] = option([], "Mean of each channel, of pixels in [0, 1].")
+    std: list[float] = option([], "Standard deviation of each channel.")
     normalization: str | None = option(
         None, f"Instead, by name: {' or '.join(NORMALIZATIONS)} (DeiT and EasyRobust: imagenet)."
     )

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.checks import Check, run_checks
 from hf_nullspace.robustness.image_sets import ImageSet, InMemory, Part
@@ -39,10 +39,6 @@ from hf_nullspace.training.label_maps import align_labels
 from hf_nullspace.training.sources import load_image_dataset
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class EvaluationArguments:
     """Which checkpoints, which conditions, which images."""
@@ -50,18 +46,12 @@ class EvaluationArguments:
     _group_title: ClassVar[str] = "Robustness"
 
     model_name_or_path: str | None = option(None, "Hub id or folder of an image classifier.")
-    compare: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Several checkpoints side by side; differences are against the first."},
-    )
+    compare: list[str] = option([], "Several checkpoints side by side; differences are against the first.")
     suite: str = option("quick", "quick, standard, paper, or a YAML file (docs/robustness_protocols.md).")
     dataset_name: str | None = option(None, "The user's own images: Hub id, folder, parquet, or 'digits'.")
     split: str = option("test", "Split of --dataset_name.")
     data_root: str | None = option(None, "Folder that holds the robustness sets, one folder each, by name.")
-    location: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Other places: NAME=FOLDER or NAME=HUB_ID, for example imagenet-a=org/set."},
-    )
+    location: list[str] = option([], "Other places: NAME=FOLDER or NAME=HUB_ID, for example imagenet-a=org/set.")
     label_order: str | None = option(
         None, "'imagenet': trust that logits (or a Hub set's numbers) without names are in ImageNet's order."
     )

@@ -12,11 +12,11 @@ The exit code is 1 where a run is not fit to be released; what is wrong stands a
 import shlex
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.hub.metric import write_space
 from hf_nullspace.hub.recheck import IMAGES, recheck, what_is_missing
 from hf_nullspace.hub.release import keep_records, listing, push_and_verify, render_cards, stage
@@ -24,10 +24,6 @@ from hf_nullspace.uploads import check_ready
 
 HERE = Path(__file__).resolve().parent
 PLANNED = "vit-*-imagenet.yaml"  # configurations with a card before they were run
-
-
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass

@@ -23,6 +23,13 @@ class UsageError(ValueError):
     """The command line or the configuration file cannot be understood; the message is for the person who typed it."""
 
 
+def option(default: Any, text: str) -> Any:
+    """A field of a recipe's dataclass with its help text; a list is copied for every instance."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
 def parse(
     types: Sequence[Any],
     description: str,

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
-from hf_nullspace.command_line import UsageError
+from hf_nullspace.command_line import UsageError, option
 from hf_nullspace.figures.bench import Bench
 from hf_nullspace.figures.report import envelope
 from hf_nullspace.files import write_json
@@ -39,55 +39,36 @@ from hf_nullspace.training.loading import (
 from hf_nullspace.training.run_settings import OtherRunError, claim_folder
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class FigureArguments:
     """What the figures need besides a model, images, and the settings of the method."""
 
     _group_title: ClassVar[str] = "Figures and tables"
 
-    first_eval_image: int = _option(0, "Measure from this image of the evaluation split on.")
-    max_eval_images: int | None = _option(1000, "Measure on so many images.")
-    base_epochs: float = _option(20, "Small ViT: epochs of its training.")
-    base_learning_rate: float = _option(2e-3, "Small ViT: learning rate of its training.")
-    base_batch_size: int = _option(64, "Small ViT: images per step of its training.")
-    lambdas: list[float] = field(
-        default_factory=lambda: [0.0, 0.1, 0.3, 1.0, 3.0, 10.0], metadata={"help": "Figure 2: lambda of equation 6."}
-    )
-    seeds: int = _option(3, "Figure 2: noises per lambda.")
-    sweep_steps: int = _option(300, "Figure 2: gradient steps of one noise.")
-    sweep_limit: float = _option(0.1, "Figure 2: A, the noise starts as U(-A, A).")
-    sweep_norm: str = _option("centred", "Figure 2: the norm in equation 6, 'centred' or 'raw' (the paper).")
-    raw_permutation: bool = _option(False, "Figure 2: permute the elements as they are, as the paper does.")
-    runs: int = _option(1, "Figure 3, table 5: fine-tunings per arm, with seeds --seed, --seed + 1, ...")
-    noises_per_round: int = _option(1, "Figure 3: noises whose norm is measured at every checkpoint.")
-    fgsm: list[str] = field(
-        default_factory=lambda: ["1/255", "2/255"],
-        metadata={"help": "Figure 3: strengths of FGSM, in pixels of [0, 1]."},
-    )
-    pgd: list[str] = field(
-        default_factory=list, metadata={"help": "Figure 3: strengths of PGD, 10 steps of a quarter of that."}
-    )
-    corruptions: list[str] = field(
-        default_factory=lambda: ["gaussian_noise", "contrast", "jpeg_compression"],
-        metadata={"help": "Figure 3: corruptions."},
-    )
-    severities: list[int] = field(
-        default_factory=lambda: [3, 5], metadata={"help": "Figure 3: severities of the corruptions, 1 to 5."}
-    )
-    noises: str | None = _option(None, "Figure 4: folder of a bank or a run, or Hub id; unset: noises are learned.")
-    noise_count: int = _option(8, "Figure 4: how many noises (the paper: 98).")
-    pairs: int = _option(4, "Figure 4: how many pairs of them are combined (the paper: 10).")
-    grid: int = _option(10, "Figure 4: steps from 0 to 1 of every factor.")
-    contour: float | None = _option(None, "Figure 4: influence of the contour; unset: the smallest of the noises.")
-    closure_control: bool = _option(False, "Figure 4: also with the noises permuted, at the same influence.")
-    table4: list[str] = field(
-        default_factory=lambda: ["paper"],
-        metadata={"help": "Table 4: models, D:patch for random weights, 'paper' for the paper's rows."},
-    )
+    first_eval_image: int = option(0, "Measure from this image of the evaluation split on.")
+    max_eval_images: int | None = option(1000, "Measure on so many images.")
+    base_epochs: float = option(20, "Small ViT: epochs of its training.")
+    base_learning_rate: float = option(2e-3, "Small ViT: learning rate of its training.")
+    base_batch_size: int = option(64, "Small ViT: images per step of its training.")
+    lambdas: list[float] = option([0.0, 0.1, 0.3, 1.0, 3.0, 10.0], "Figure 2: lambda of equation 6.")
+    seeds: int = option(3, "Figure 2: noises per lambda.")
+    sweep_steps: int = option(300, "Figure 2: gradient steps of one noise.")
+    sweep_limit: float = option(0.1, "Figure 2: A, the noise starts as U(-A, A).")
+    sweep_norm: str = option("centred", "Figure 2: the norm in equation 6, 'centred' or 'raw' (the paper).")
+    raw_permutation: bool = option(False, "Figure 2: permute the elements as they are, as the paper does.")
+    runs: int = option(1, "Figure 3, table 5: fine-tunings per arm, with seeds --seed, --seed + 1, ...")
+    noises_per_round: int = option(1, "Figure 3: noises whose norm is measured at every checkpoint.")
+    fgsm: list[str] = option(["1/255", "2/255"], "Figure 3: strengths of FGSM, in pixels of [0, 1].")
+    pgd: list[str] = option([], "Figure 3: strengths of PGD, 10 steps of a quarter of that.")
+    corruptions: list[str] = option(["gaussian_noise", "contrast", "jpeg_compression"], "Figure 3: corruptions.")
+    severities: list[int] = option([3, 5], "Figure 3: severities of the corruptions, 1 to 5.")
+    noises: str | None = option(None, "Figure 4: folder of a bank or a run, or Hub id; unset: noises are learned.")
+    noise_count: int = option(8, "Figure 4: how many noises (the paper: 98).")
+    pairs: int = option(4, "Figure 4: how many pairs of them are combined (the paper: 10).")
+    grid: int = option(10, "Figure 4: steps from 0 to 1 of every factor.")
+    contour: float | None = option(None, "Figure 4: influence of the contour; unset: the smallest of the noises.")
+    closure_control: bool = option(False, "Figure 4: also with the noises permuted, at the same influence.")
+    table4: list[str] = option(["paper"], "Table 4: models, D:patch for random weights, 'paper' for the paper's rows.")
 
     def __post_init__(self) -> None:
         for name in ("seeds", "sweep_steps", "runs", "noise_count", "pairs"):

@@ -1,7 +1,7 @@
 """From names to a model and its data: what every recipe does before its own work begins."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import datasets
@@ -15,6 +15,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_nullspace.command_line import option
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.noise.artifact import hub_commit
@@ -27,26 +28,22 @@ from hf_nullspace.training.sources import load_image_dataset
 _HEAD_NAMES = ("classifier", "cls_classifier", "distillation_classifier")
 
 
-def _help(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class ModelArguments:
     """Which model: a pretrained one, or a small ViT that the recipe trains first."""
 
     _group_title: ClassVar[str] = "Model"
 
-    model_name_or_path: str | None = _help(
+    model_name_or_path: str | None = option(
         None, "Hub id or folder of an image classifier with a patch embedding. Unset: a small ViT is trained first."
     )
-    model_revision: str | None = _help(None, "Branch, tag or commit of the model on the Hub.")
-    image_size: int = _help(32, "Small ViT: side of its images in pixels.")
-    patch_size: int = _help(8, "Small ViT: side of a patch in pixels.")
-    hidden_size: int = _help(64, "Small ViT: features D; below 3 * patch_size^2 the patch embedding has a nullspace.")
-    num_hidden_layers: int = _help(4, "Small ViT: layers.")
-    num_attention_heads: int = _help(4, "Small ViT: attention heads.")
-    intermediate_size: int = _help(128, "Small ViT: width of the MLP.")
+    model_revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
+    image_size: int = option(32, "Small ViT: side of its images in pixels.")
+    patch_size: int = option(8, "Small ViT: side of a patch in pixels.")
+    hidden_size: int = option(64, "Small ViT: features D; below 3 * patch_size^2 the patch embedding has a nullspace.")
+    num_hidden_layers: int = option(4, "Small ViT: layers.")
+    num_attention_heads: int = option(4, "Small ViT: attention heads.")
+    intermediate_size: int = option(128, "Small ViT: width of the MLP.")
 
 
 @dataclass
@@ -55,19 +52,19 @@ class DataArguments:
 
     _group_title: ClassVar[str] = "Data"
 
-    dataset_name: str = _help("digits", "Hub id, folder of images or parquet files, or 'digits' (built in).")
-    dataset_config: str | None = _help(None, "Configuration of a Hub data set.")
-    dataset_revision: str | None = _help(None, "Branch, tag or commit of a Hub data set.")
-    train_split: str = _help("train", "Split to train on.")
-    eval_split: str = _help("test", "Split to measure on.")
-    image_column: str | None = _help(None, "Column of the images; found by itself if there is only one.")
-    label_column: str | None = _help(None, "Column of the labels; found by itself if it has a usual name.")
-    streaming: bool = _help(False, "Stream the data instead of downloading it.")
-    shuffle_buffer: int = _help(1000, "Streaming: images held to draw the next one from.")
-    crop_scale: float = _help(0.08, "RandomResizedCrop: smallest area of a crop, in (0, 1]; 1 switches it off.")
-    horizontal_flip: bool = _help(True, "Mirror half of the training images. Not for digits or text.")
-    max_train_images: int | None = _help(None, "Train on the first so many images only.")
-    skip_corrupt_images: bool = _help(False, "Replace images that cannot be decoded by the next one, with a warning.")
+    dataset_name: str = option("digits", "Hub id, folder of images or parquet files, or 'digits' (built in).")
+    dataset_config: str | None = option(None, "Configuration of a Hub data set.")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub data set.")
+    train_split: str = option("train", "Split to train on.")
+    eval_split: str = option("test", "Split to measure on.")
+    image_column: str | None = option(None, "Column of the images; found by itself if there is only one.")
+    label_column: str | None = option(None, "Column of the labels; found by itself if it has a usual name.")
+    streaming: bool = option(False, "Stream the data instead of downloading it.")
+    shuffle_buffer: int = option(1000, "Streaming: images held to draw the next one from.")
+    crop_scale: float = option(0.08, "RandomResizedCrop: smallest area of a crop, in (0, 1]; 1 switches it off.")
+    horizontal_flip: bool = option(True, "Mirror half of the training images. Not for digits or text.")
+    max_train_images: int | None = option(None, "Train on the first so many images only.")
+    skip_corrupt_images: bool = option(False, "Replace images that cannot be decoded by the next one, with a warning.")
 
     def augmentation(self) -> Augmentation | None:
         """The random crop and flip that these settings ask for; None if neither."""
