@@ -143,6 +143,7 @@ def main() -> None:
         batch_size=args.eval_batch_size,
         seed=args.eval_seed,
         overwrite=args.overwrite,
+        attn_implementation=model_args.attn_implementation,
     )
 
     # Work

@@ -36,9 +36,9 @@ def test_what_is_trained_and_measured():
     ]
     report = ours.report_runs({"plain": 1e-3, "nullspace": 1e-4})
     assert report[0] == Run("before")
-    assert [run.seed for run in report[1:]] == [7, 8, 9, 7, 8, 9, 7]
-    assert report[-1] == Run("sweep, 0.1", 1e-4, 7)
-    assert report[-1].folder == "runs/sweep-0.1/lr-0.0001/seed-7"
+    assert [run.seed for run in report[1:]] == [7, 7, 7, 8, 8, 9, 9]
+    assert report[3] == Run("sweep, 0.1", 1e-4, 7)
+    assert report[3].folder == "runs/sweep-0.1/lr-0.0001/seed-7"
     assert [planned.limit for planned in ours.plan] == [100, 50, 100, 100, 100, 100]
     assert {planned.limit for planned in ours.selection_plan()} == {40}
 

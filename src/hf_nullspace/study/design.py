@@ -109,11 +109,15 @@ class Study:
         ]
 
     def report_runs(self, chosen: Mapping[str, float]) -> list[Run]:
-        """The checkpoint before, and every arm with every seed, with the learning rates that were chosen."""
+        """The checkpoint before, and every arm with every seed, with the learning rates that were chosen.
+
+        Seed by seed, so that a study that is stopped has all arms with some seeds.
+        """
         return [Run(BEFORE)] + [
             Run(arm.name, chosen[arm.learning_rate_of or arm.name], seed)
+            for seed in self.arms[self.control].seeds
             for arm in self.arms.values()
-            for seed in arm.seeds
+            if seed in arm.seeds
         ]
 
     def chosen(self, averages: Mapping[str, Mapping[float, float]]) -> dict[str, float]:

@@ -62,6 +62,7 @@ class Workshop:
         shared_settings: what all runs have in common besides the trainer's settings; another value is another study.
         normalisation: mean and std of the image processor.
         dtype: what evaluation computes in: "float32", or "bf16" for autocast.
+        attn_implementation: of the models that are measured; None is transformers' choice.
     """
 
     def __init__(
@@ -78,11 +79,13 @@ class Workshop:
         batch_size: int = 256,
         seed: int = 0,
         overwrite: bool = False,
+        attn_implementation: str | None = None,
     ) -> None:
         self.folder, self.store, self.trainer_of, self.load_base = folder, store, trainer_of, load_base
         self.mean, self.std = normalisation
         self.shared_settings = dict(shared_settings)
         self.device, self.dtype, self.batch_size, self.seed, self.overwrite = device, dtype, batch_size, seed, overwrite
+        self.attn_implementation = attn_implementation
         self._loaded: tuple[Run, PixelModel] | None = None
 
     # ---- what is finished
@@ -207,7 +210,9 @@ class Workshop:
             if run.seed is None:
                 model = self.load_base()
             else:
-                model = AutoModelForImageClassification.from_pretrained(self.folder / run.folder)
+                model = AutoModelForImageClassification.from_pretrained(
+                    self.folder / run.folder, attn_implementation=self.attn_implementation
+                )
             self._loaded = run, PixelModel(model.to(self.device).eval(), self.mean, self.std)
         return self._loaded[1]
 
