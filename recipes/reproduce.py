@@ -29,13 +29,12 @@ from torch import nn
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.figures import closure_pictures, influence_against_norm, progress, table_4
 from hf_nullspace.figures.bench import embedding_norm
-from hf_nullspace.figures.setting import FigureArguments, Setting, claim, load_as_it_is
+from hf_nullspace.figures.setting import FigureArguments, FigureConfig, Setting, claim, load_as_it_is
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.records import Records, evaluate_resumably
-from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.loading import DataArguments, ModelArguments
 
 DIGITS = Path(__file__).parent / "configs" / "figures-digits.yaml"
@@ -47,7 +46,7 @@ def main() -> None:
     if figure not in FIGURES and "--help" not in sys.argv and "-h" not in sys.argv:
         raise UsageError(f"{figure or 'nothing'!r} is no figure; the first word is one of {', '.join(FIGURES)}")
     args, model_args, data_args, config = parse(
-        (FigureArguments, ModelArguments, DataArguments, NullspaceConfig),
+        (FigureArguments, ModelArguments, DataArguments, FigureConfig),
         str(__doc__),
         words if figure in FIGURES else ["--help"],
         default_config=lambda words: None if any("_name" in word.partition("=")[0] for word in words) else DIGITS,
@@ -67,7 +66,7 @@ def figure_2(setting: Setting) -> None:
     setting.load(aligned=False)
     settings = [
         replace(
-            setting.config.noise_settings(),
+            setting.config.descent_settings(),
             epsilon=None,
             max_steps=args.sweep_steps,
             noise_limit=args.sweep_limit,
@@ -109,7 +108,7 @@ def figure_3(setting: Setting) -> None:
             points = []
             for step, model in progress.models_along(setting.classifier, checkpoints, config.device):
                 with setting.bench(model, steps_taken) as bench:
-                    noises = progress.noise_sizes(bench, config.noise_settings(), args.noises_per_round)
+                    noises = progress.noise_sizes(bench, config.descent_settings(), args.noises_per_round)
                 results, _ = evaluate_resumably(
                     Records(setting.output / "points"),
                     PixelModel(model, preprocessing.mean, preprocessing.std),
@@ -174,7 +173,7 @@ def figure_4(setting: Setting) -> None:
     grid = [step / args.grid for step in range(args.grid + 1)]
     with setting.bench(setting.classifier.model) as bench:
         if args.noises is None:
-            settings = config.noise_settings()
+            settings = config.descent_settings()
             bank = setting.output / "banks" / bench.records.key(learning=bench.learning(settings))[:8]
             noises = closure_pictures.learned_bank(bench, settings, args.noise_count, bank)
         else:

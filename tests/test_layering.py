@@ -31,6 +31,7 @@ ORDER = [
     "noise.probe",
     "noise.learning",
     "noise.calibration",
+    "noise.boundary",
     "noise.plots",
     "noise.closure",
     "robustness.pixel_model",

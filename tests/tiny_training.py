@@ -46,9 +46,10 @@ class Recorder(torch.nn.Module):
 
 
 def config(folder, **given):
-    """Two rounds of two steps, four noise steps each, nothing saved, on the CPU."""
+    """Two rounds of two steps, four noise steps of Algorithm 1 each, nothing saved, on the CPU."""
     short = {
         "output_dir": str(folder),
+        "preset": "descent",
         "rounds": 2,
         "steps_per_round": 2,
         "per_device_train_batch_size": 8,

@@ -27,6 +27,7 @@ from tiny_models import tiny_model
 
 IMAGES = 96
 SETTINGS: dict[str, Any] = {
+    "preset": "descent",
     "rounds": 3,
     "steps_per_round": 2,
     "global_batch_size": 8,

@@ -32,8 +32,21 @@ ADVERSARIAL = {
     "pixels": True,
     "settings": {"objective": "random+madry+trades", "epsilon": 0.005, "attack_steps": 2, "held_out_images": 21},
 }
+BANK = {
+    "name": "bank",
+    "settings": {
+        "preset": "boundary",
+        "noise_max_steps": 5,
+        "noise_pool_images": 14,
+        "noises_at_once": 2,
+        "noise_bank_size": 3,
+        "noise_mix": "convex",
+        "epsilon": 0.005,
+    },
+}
 SEVERAL: list[dict[str, Any]] = [
     ADVERSARIAL,
+    BANK,
     {"name": "every_step_saved", "settings": {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}},
     {"name": "minibatch", "settings": {"noise_stop_on": "minibatch", "epsilon": 0.02}},
     {"name": "stream", "streaming": True, "settings": {"noise_on_limit": "rescale"}},
@@ -52,6 +65,7 @@ SEVERAL: list[dict[str, Any]] = [
 ]
 ALONE: list[dict[str, Any]] = [
     ADVERSARIAL,
+    BANK,
     ADVERSARIAL
     | {"name": "adversarial_accumulated", "settings": ADVERSARIAL["settings"] | {"gradient_accumulation_steps": 2}},
     {"name": "one_by_eight"},
@@ -224,6 +238,17 @@ def test_attacks_and_controls_do_not_depend_on_processes_or_accumulation(one: La
         ]
     assert alone["cost"]["stages"]["training"]["forward"] == 6 * 8 * 4
     assert alone["cost"]["stages"]["attack"]["backward_to_input"] == 6 * 8 * 2 * 2
+
+
+def test_noises_learned_at_once_and_kept_do_not_depend_on_processes(one: Launch, two: Launch) -> None:
+    alone, (first, second) = one.result("bank"), two.results("bank")
+    check_ranks_agree(first, second)
+    assert difference(first["parameters"], alone["parameters"]) < 1e-6
+    for ours, theirs in zip(first["noises"], alone["noises"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    assert [len(entry["bank"]) for entry in first["history"]] == [2, 3, 3]
+    # A step sends one message: of each of two noises the gradient and three numbers.
+    assert first["messages"][(2 * (N_D + 3), 8)] == 3 * 5
 
 
 @pytest.mark.parametrize("name", ["every_step_saved", "minibatch", "stream", "ema", "bf16"])

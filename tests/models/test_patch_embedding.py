@@ -161,7 +161,26 @@ def test_a_module_of_ones_own_can_be_passed():
         model(images(dtype=torch.float32))
 
 
-@pytest.mark.parametrize("shape", [(1, 9, 24), (1, 16, 12), (3, 16, 24), (16, 24)])
+def test_as_many_noises_as_images_go_to_one_image_each():
+    model, inputs = tiny_model(), images(dtype=torch.float32)
+    noises = torch.randn(len(inputs), 16, 24, generator=torch.Generator().manual_seed(0))
+    with patch_embedding_noise(model, noises):
+        together = model(inputs).logits
+    for index, noise in enumerate(noises):
+        with patch_embedding_noise(model, noise[None]):
+            torch.testing.assert_close(model(inputs[index : index + 1]).logits[0], together[index])
+    hook = PatchEmbeddingNoise(model)
+    with hook.adding(noises, NoiseMode.LAST_PART, 2):
+        twice = model(torch.cat([inputs, inputs])).logits
+    torch.testing.assert_close(twice[len(inputs) :], together)
+    with (
+        patch_embedding_noise(model, noises[:2]),
+        pytest.raises(ValueError, match="2 noises for 3 images"),
+    ):
+        model(inputs)
+
+
+@pytest.mark.parametrize("shape", [(1, 9, 24), (1, 16, 12), (16, 24)])
 def test_noise_of_another_shape_says_what_differs(shape):
     model = tiny_model()
     with (

@@ -31,7 +31,7 @@ base_epochs: 4
 base_learning_rate: 0.01
 arms:
   plain: {objective: plain}
-  nullspace: {objective: nullspace, noise_limit: 0.5}
+  nullspace: {objective: nullspace, preset: descent, noise_limit: 0.5}
 training: {rounds: 2, steps_per_round: 2, global_batch_size: 16, noise_batch_size: 16, noise_max_steps: 5,
            held_out_images: 32, dataloader_pin_memory: false}
 seeds: [0, 1]
@@ -80,8 +80,8 @@ def test_the_json_holds_everything(whole):
     assert [(run["arm"], run["seed"]) for run in found["runs"]] == [
         ("before", None),
         ("plain", 0),
-        ("plain", 1),
         ("nullspace", 0),
+        ("plain", 1),
         ("nullspace", 1),
     ]
     for run in found["runs"]:

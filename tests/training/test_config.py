@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from hf_nullspace.noise.boundary import BoundarySettings
+from hf_nullspace.noise.learning import NoiseSettings
 from hf_nullspace.training.config import NullspaceConfig
 from tiny_training import config
 
@@ -51,19 +53,30 @@ def test_paper_preset_is_the_papers_table(tmp_path):
     assert args.max_steps * args.global_batch_size == 102_400
 
 
-def test_default_preset_differs_where_epsilon_would_be_untrue(tmp_path):
-    paper, default = make(tmp_path, preset="paper"), make(tmp_path)
-    changed = {
-        item.name: (getattr(paper, item.name), getattr(default, item.name))
-        for item in dataclasses.fields(NullspaceConfig)
-        if getattr(paper, item.name) != getattr(default, item.name)
-    }
-    assert changed == {
-        "preset": ("paper", "default"),
+def differences(one, other):
+    names = (item.name for item in dataclasses.fields(NullspaceConfig))
+    return {n: (getattr(one, n), getattr(other, n)) for n in names if getattr(one, n) != getattr(other, n)}
+
+
+def test_descent_preset_differs_where_epsilon_would_be_untrue(tmp_path):
+    assert differences(make(tmp_path, preset="paper"), make(tmp_path, preset="descent")) == {
+        "preset": ("paper", "descent"),
         "noise_weight_decay": (0.01, 0.0),
         "noise_stop_on": ("minibatch", "held_out"),
         "noise_on_limit": ("use", "rescale"),
     }
+
+
+def test_boundary_preset_is_the_cheap_learner_and_trains_as_the_others_do(tmp_path):
+    default = make(tmp_path, preset="boundary")
+    changed = differences(default, make(tmp_path, preset="descent"))
+    assert all(name == "preset" or name.startswith("noise") for name in changed)
+    settings = default.noise_settings()
+    assert isinstance(settings, BoundarySettings)
+    assert settings.epsilon == 0.03
+    noise_steps = settings.steps * default.noise_batch_size * 2 + settings.pool_images
+    assert noise_steps < 0.75 * default.steps_per_round * default.global_batch_size * 6, "cheaper than the fine-tuning"
+    assert isinstance(default.descent_settings(), NoiseSettings)
 
 
 @pytest.mark.parametrize(
@@ -117,13 +130,21 @@ def test_rounds_steps_and_max_steps_agree(tmp_path, given, length):
         ({"num_train_epochs": 3}, "num_train_epochs=3: the length of a nullspace run is rounds x steps_per_round"),
         ({"epsilon": 0}, r"noise setting epsilon=0: expected a number in \(0, 2\]"),
         ({"epsilon": -0.03}, "noise setting epsilon=-0.03"),
-        ({"noise_max_steps": 0}, r"noise setting max_steps=0: expected at least 1 noise step \(T\)"),
+        ({"preset": "boundary", "noise_max_steps": -1}, "noise setting steps=-1: expected a number >= 0"),
+        ({"preset": "paper", "noise_max_steps": 0}, r"noise setting max_steps=0: expected at least 1 noise step \(T\)"),
+        ({"noise_learner": "ascent"}, "noise_learner='ascent': expected one of 'boundary', 'descent'"),
+        ({"noise_mix": "many"}, "noise_mix='many': expected one of 'one', 'choice', 'convex'"),
+        ({"noises_at_once": 9}, "noise_bank_size=.: expected at least noises_at_once"),
+        (
+            {"preset": "paper", "noises_at_once": 2, "noise_bank_size": 2},
+            "noises_at_once=2: expected 1, or noise_learner",
+        ),
         ({"noise_limit": 0.0}, "noise_limit"),
         ({"noise_loss": "l1"}, "loss='l1'"),
         ({"noise_batch_size": 0}, "noise_batch_size=0: expected at least 1 image"),
         ({"held_out_images": -1}, "held_out_images=-1"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0: expected a number in \(0, 1\)"),
-        ({"preset": "papers"}, "preset='papers': expected one of 'paper', 'default'"),
+        ({"preset": "papers"}, "preset='papers': expected one of 'default', 'boundary', 'descent'"),
         ({"objective": "madly"}, "objective='madly': expected one of .*; did you mean 'madry'"),
         ({"global_batch_size": 128, "gradient_accumulation_steps": 3}, "global_batch_size=128 is no multiple of"),
         ({"global_batch_size": 128, "per_device_train_batch_size": 32}, "x 1 gradient_accumulation_steps is 32"),

@@ -97,6 +97,13 @@ class FigureArguments:
 
 
 @dataclass
+class FigureConfig(NullspaceConfig):
+    """The figures are about Algorithm 1."""
+
+    preset: str = field(default="descent", metadata={"help": "Where unset fields come from: 'descent' or 'paper'."})
+
+
+@dataclass
 class Setting:
     """Options, model and images of a figure. :meth:`load` fills what is not given."""
 

@@ -197,11 +197,19 @@ def settings_table(run: RunFolder) -> str:
         crop, flip = data.get("crop_scale", 1), data.get("horizontal_flip")
         augmentation = [f"random crop of at least {crop:g} of the area"] if crop < 1 else []
         rows.append(["augmentation", " and ".join([*augmentation, *(["flip"] if flip else [])]) or "none"])
-    if noise:
+    if "made" in noise:
+        rows.append(["noise", said("{made}, scaled to the influence epsilon on held-out images", noise)])
+    elif noise.get("learner") == "boundary":
+        rows.append(["noise", said("follows the boundary of epsilon {epsilon} for {steps} steps, learning rate "
+                                   "{learning_rate}, loss {loss}, {count} at once, clean logits of {pool_images} "
+                                   "images kept", noise)])  # fmt: skip
+    elif noise:
         rows.append(["noise", said("epsilon {epsilon}, start U(-A, A) with A = {noise_limit}, learning rate "
                                    "{learning_rate}, at most {max_steps} steps, loss {loss}, weight decay "
                                    "{weight_decay}", noise)])  # fmt: skip
         rows.append(["stopping test", said("on {stop_on} images; past the last step: {on_limit}", noise)])
+    if noise and training.get("noise_mix", "one") != "one":
+        rows.append(["noises of a round", said("{noise_bank_size}, mixed by {noise_mix}", training)])
     return markdown_table([["setting", "value"], *rows]) if rows else ""
 
 

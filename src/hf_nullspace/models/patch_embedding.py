@@ -91,7 +91,9 @@ class EmbeddingShape:
 
 
 class PatchEmbeddingNoise:
-    """A persistent forward hook that adds ``noise`` (1, N, D) to the patch embeddings, according to ``mode``.
+    """A persistent forward hook that adds ``noise`` to the patch embeddings, according to ``mode``.
+
+    The noise is (1, N, D), one for all images, or (b, N, D), one for each of the b images that ``mode`` selects.
 
     The noise is kept as it is given (float32 in training) and cast to the dtype and device of the embeddings where it
     is added, so that gradients reach it. While the mode is ``OFF`` nothing is touched, bit for bit.
@@ -110,7 +112,7 @@ class PatchEmbeddingNoise:
 
     @contextmanager
     def adding(self, noise: Tensor, mode: NoiseMode = NoiseMode.ALL, parts: int = 2) -> Iterator[Self]:
-        """Add ``noise`` (1, N, D) inside the block: to every image, to the second half, or the last of ``parts``."""
+        """Add ``noise`` inside the block: to every image, to the second half, or to the last of ``parts``."""
         before = self.noise, self.mode, self.parts
         self.noise, self.mode, self.parts = noise, mode, parts
         try:
@@ -132,7 +134,7 @@ def _add(embeddings: Tensor, noise: Tensor, mode: NoiseMode, parts: int) -> Tens
         expected = (1, embeddings.shape[2] * embeddings.shape[3], embeddings.shape[1])
     else:
         expected = (1, *embeddings.shape[1:])
-    if tuple(noise.shape) != expected:
+    if tuple(noise.shape[1:]) != expected[1:]:
         raise ValueError(
             f"noise of shape {tuple(noise.shape)} does not fit patch embeddings that need {expected} "
             "(1, patches, features). It belongs to another model or image size; "
@@ -140,15 +142,21 @@ def _add(embeddings: Tensor, noise: Tensor, mode: NoiseMode, parts: int) -> Tens
         )
     noise = noise.to(dtype=embeddings.dtype, device=embeddings.device)
     if is_map:
-        noise = noise.transpose(1, 2).reshape(1, *embeddings.shape[1:])
+        noise = noise.transpose(1, 2).reshape(len(noise), *embeddings.shape[1:])
     if mode is NoiseMode.ALL:
-        return embeddings + noise
+        return _sum(embeddings, noise)
     if mode is NoiseMode.LAST_PART and embeddings.shape[0] % parts:
         raise ValueError(f"a batch of {embeddings.shape[0]} is not {parts} views of as many images; pass all views")
     if mode is NoiseMode.SECOND_HALF and embeddings.shape[0] % 2:
         raise ValueError(f"a batch of {embeddings.shape[0]} has no second half; pass the clean and the noisy images")
     first = embeddings.shape[0] - embeddings.shape[0] // (parts if mode is NoiseMode.LAST_PART else 2)
-    return torch.cat([embeddings[:first], embeddings[first:] + noise])
+    return torch.cat([embeddings[:first], _sum(embeddings[first:], noise)])
+
+
+def _sum(embeddings: Tensor, noise: Tensor) -> Tensor:
+    if len(noise) not in (1, len(embeddings)):
+        raise ValueError(f"{len(noise)} noises for {len(embeddings)} images; expected one for all, or one for each")
+    return embeddings + noise
 
 
 @contextmanager

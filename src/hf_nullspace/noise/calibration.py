@@ -4,8 +4,12 @@ What makes controls fair: a random or a permuted noise is compared with a learne
 measured on the same held-out images (the paper's table 3).
 """
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +23,14 @@ _DOUBLINGS = 40
 
 
 class NoiseNotCalibratedError(RuntimeError):
-    """No factor gives the wanted influence: the influence saturates below it, or jumps over it."""
+    """No factor gives the wanted influence: the influence saturates below it, or jumps over it.
+
+    ``inside``: the largest (factor, influence) below epsilon that was found; (0, 0) if there is none.
+    """
+
+    def __init__(self, message: str, inside: tuple[float, float] = (0.0, 0.0)) -> None:
+        super().__init__(message)
+        self.inside = inside
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,61 +52,71 @@ def find_factor(
     start: float = 1.0,
     tolerance: float = TOLERANCE,
     steps: int = 40,
+    largest: float = math.inf,
 ) -> tuple[float, float, int]:
     """A factor > 0 at which the influence is within ``tolerance`` * ``epsilon`` of ``epsilon``.
 
-    ``influence_at(factor)`` is 0 at 0. From ``start`` the factor is doubled or halved until ``epsilon`` is bracketed,
-    then bisected. The influence need not be monotone; a crossing is found in any case. Returns the factor, its
-    influence, and how often ``influence_at`` was asked.
+    ``influence_at(factor)`` is 0 at 0. From ``start`` the factor goes by at most a factor of two at a time until
+    ``epsilon`` is bracketed, never above ``largest``; then the bracket shrinks, to where a power law between its ends
+    has ``epsilon``, and every third time to its middle. The influence need not be monotone; a crossing is found in any
+    case. Returns the factor, its influence, and how often ``influence_at`` was asked.
 
     Raises:
         ValueError: if epsilon is not positive.
-        NoiseNotCalibratedError: if no factor brackets epsilon, or ``steps`` bisections do not come near enough.
+        NoiseNotCalibratedError: if no factor brackets epsilon, or ``steps`` divisions do not come near enough.
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon!r}: a noise is scaled to a positive influence")
     asked = 0
 
+    def ask(factor: float) -> tuple[float, float]:
+        nonlocal asked
+        asked += 1
+        return factor, influence_at(factor)
+
     def near(influence: float) -> bool:
         return abs(influence - epsilon) <= tolerance * epsilon
 
-    def ask(factor: float) -> float:
-        nonlocal asked
-        asked += 1
-        return influence_at(factor)
-
-    factor = start
-    influence = ask(factor)
-    growing = influence < epsilon
-    inside, outside = (factor, None) if growing else (0.0, factor)
+    inside, outside = (0.0, 0.0), None
+    point = ask(min(start, largest))
     for _ in range(_DOUBLINGS):
-        if near(influence):
-            return factor, influence, asked
-        if not growing and influence < epsilon:
-            inside = factor
+        if near(point[1]):
+            return *point, asked
+        if point[1] < epsilon:
+            inside = point
+        else:
+            outside = point
+        if outside is not None and (inside[0] > 0 or outside[0] <= sys.float_info.min):
             break
-        if growing and influence > epsilon:
-            outside = factor
+        if point[0] >= largest and outside is None:
             break
-        inside, outside = (factor, outside) if growing else (inside, factor)
-        factor = factor * 2 if growing else factor / 2
-        influence = ask(factor)
-    else:
+        guess = math.sqrt(epsilon / point[1]) if point[1] > 0 else 2.0  # the influence grows about as the square
+        guess *= 1.05 if outside is None else 0.95
+        point = ask(min(point[0] * min(max(guess, 0.5), 2.0), largest))
+    if outside is None or inside[0] == 0:
         raise NoiseNotCalibratedError(
-            f"no factor between {start:g} and {factor:g} gives an influence of {epsilon:g}; at {factor:g} it is "
-            f"{influence:.4g}. Choose another epsilon: the model's predictions do not move by that much"
+            f"no factor between {start:g} and {point[0]:g} gives an influence of {epsilon:g}; at {point[0]:g} it is "
+            f"{point[1]:.4g}. Choose another epsilon: the model's predictions do not move by that much",
+            inside,
         )
-    assert outside is not None
-    for _ in range(steps):
-        factor = (inside + outside) / 2
-        influence = ask(factor)
-        if near(influence):
-            return factor, influence, asked
-        inside, outside = (factor, outside) if influence < epsilon else (inside, factor)
+    for step in range(steps):
+        point = ask(_between(inside, outside, epsilon, halve=step % 3 == 2))
+        if near(point[1]):
+            return *point, asked
+        inside, outside = (point, outside) if point[1] < epsilon else (inside, point)
     raise NoiseNotCalibratedError(
-        f"{steps} bisections ended at the factor {factor:.6g} with influence {influence:.4g}; epsilon is {epsilon:g}. "
-        "The influence jumps there: hold out more images (held_out_images), or use a wider precision"
+        f"{steps} divisions ended at the factor {point[0]:.6g} with influence {point[1]:.4g}; epsilon is {epsilon:g}. "
+        "The influence jumps there: hold out more images (held_out_images), or use a wider precision",
+        inside,
     )
+
+
+def _between(inside: tuple[float, float], outside: tuple[float, float], epsilon: float, *, halve: bool) -> float:
+    """A factor inside of the bracket ((factor, influence), (factor, influence)), not at its very ends."""
+    if halve or inside[1] <= 0:
+        return (inside[0] + outside[0]) / 2
+    share = math.log(epsilon / inside[1]) / math.log(outside[1] / inside[1])
+    return inside[0] * (outside[0] / inside[0]) ** min(max(share, 0.05), 0.95)
 
 
 def calibrate(
@@ -120,6 +141,25 @@ def calibrate(
         ValueError: without held-out images.
         NoiseNotCalibratedError: if there is no such factor.
     """
+    options: dict[str, Any] = {"hook": hook, "chunk_size": chunk_size, "tolerance": tolerance}
+    return calibrate_each(model, [direction], epsilon, held_out, **options)[0]
+
+
+def calibrate_each(
+    model: nn.Module,
+    directions: Sequence[Tensor],
+    epsilon: float,
+    held_out: Sequence[Tensor],
+    *,
+    hook: PatchEmbeddingNoise | None = None,
+    chunk_size: int | None = None,
+    tolerance: float = TOLERANCE,
+    largest: float | None = None,
+) -> list[Calibrated]:
+    """:func:`calibrate` for several directions; the clean logits of the held-out images are computed once.
+
+    ``largest``: no factor gets larger, and a direction that is inside epsilon even so is no error.
+    """
     if not held_out:
         raise ValueError("a noise is scaled on held-out images: pass some (held_out_images)")
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -127,15 +167,27 @@ def calibrate(
     own_hook = hook is None
     hook = hook or PatchEmbeddingNoise(model)
     parameter = next(model.parameters())
-    direction = direction.to(parameter.device, torch.promote_types(torch.float32, parameter.dtype))
+    found = []
     try:
         with frozen(model):
             probe = Probe(model, hook, held_out, chunk_size, spare=held_out[0][:1])
-            found = find_factor(
-                lambda factor: probe.held_out_influence(factor * direction), epsilon, tolerance=tolerance
-            )
+            for given in directions:
+                direction = given.to(parameter.device, torch.promote_types(torch.float32, parameter.dtype))
+                asking = partial(_influence_at, probe, direction)
+                try:
+                    factor, influence, asked = find_factor(
+                        asking, epsilon, tolerance=tolerance, largest=largest or math.inf
+                    )
+                except NoiseNotCalibratedError as error:
+                    if largest is None or error.inside[0] == 0:
+                        raise
+                    (factor, influence), asked = error.inside, 0
+                found.append(Calibrated(factor * direction, factor, influence, probe.held_out_images, asked))
     finally:
         if own_hook:
             hook.remove()
-    factor, influence, asked = found
-    return Calibrated(factor * direction, factor, influence, probe.held_out_images, asked)
+    return found
+
+
+def _influence_at(probe: Probe, direction: Tensor, factor: float) -> float:
+    return probe.held_out_influence(factor * direction)

@@ -11,8 +11,13 @@ def noise_influence(clean_logits: Tensor, noisy_logits: Tensor) -> Tensor:
 
     Both are logits of shape ``(batch, classes)``; the result is a scalar in [0, 2].
     """
+    return influences(clean_logits, noisy_logits).mean()
+
+
+def influences(clean_logits: Tensor, noisy_logits: Tensor) -> Tensor:
+    """The squared shift of each image's predicted distribution, (batch,), whose mean is :func:`noise_influence`."""
     shift = noisy_logits.softmax(-1) - clean_logits.softmax(-1)
-    return shift.square().sum(-1).mean()
+    return shift.square().sum(-1)
 
 
 def match_rate(clean_logits: Tensor, noisy_logits: Tensor) -> Tensor:

@@ -202,7 +202,7 @@ def _descend(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.max_steps)
     batch = first
     while True:
-        influence, loss, gradient = probe.measure(batch, noise, squared=settings.loss == "squared_l2")
+        (influence,), (loss,), gradient = probe.measure(batch, noise, squared=settings.loss == "squared_l2")
         _record(history, noise.detach(), influence, loss)
         if on_step is not None:
             on_step(history.steps, influence)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
-from hf_nullspace.noise.influence import noise_influence
+from hf_nullspace.noise.influence import influences, noise_influence
 
 
 class Probe:
@@ -29,7 +29,8 @@ class Probe:
         self.held_out = self.chunks(held_out)
         with torch.no_grad():
             self.clean = [self.logits(self.prepare(chunk)) for chunk, _ in self.held_out]
-        self.held_out_images = int(self.over_processes(sum(count for _, count in self.held_out), "sum"))
+        self._counts: dict[int | None, int] = {}
+        self.held_out_images = self._images_in(None)
 
     def chunks(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
         """Pieces of at most ``chunk_size`` images, each with the number of images that it counts for.
@@ -57,35 +58,61 @@ class Probe:
             logits = self.model(pixel_values=pixel_values).logits
         return logits.to(torch.promote_types(torch.float32, logits.dtype))
 
-    def measure(self, batch: Tensor, noise: Tensor, *, squared: bool) -> tuple[float, float, Tensor]:
-        """Influence, loss and its gradient (1, N, D), as means over the images of all processes.
+    def measure(
+        self, batch: Tensor, noises: Tensor, *, squared: bool, clean: Tensor | None = None
+    ) -> tuple[list[float], list[float], Tensor]:
+        """Influence and loss of each of M ``noises`` (M, N, D), and the losses' gradient (M, N, D), over all processes.
 
-        One message of N x D + 3 numbers per step: the gradient, the influence, the loss and the number of images.
+        Every noise has its own images: those whose place in the batch of all processes is m modulo M. The numbers are
+        means over them. ``clean``: the batch's clean logits (b, K), if they are known; else they are computed.
+
+        One message of M x (N x D + 3) numbers per step: gradient, influence, loss and number of images of each.
         """
-        sums = noise.new_zeros(noise.numel() + 3)
-        for chunk, count in self.chunks([batch]):
+        count, first = len(noises), 0
+        rank, processes = place_among_processes()
+        sums = noises.new_zeros(count, noises[0].numel() + 3)
+        for chunk, counted in self.chunks([batch]):
             images = self.prepare(chunk)
-            with torch.no_grad():
-                clean = self.logits(images)
-            noisy = self.logits(images, noise)
-            distance = torch.linalg.vector_norm(noisy - clean, dim=-1)
-            loss = (distance.square() if squared else distance).sum()
-            (gradient,) = torch.autograd.grad(loss, [noise])
-            influence = noise_influence(clean, noisy.detach()) * len(chunk)
-            if count:
-                sums += torch.cat([gradient.flatten(), influence[None], loss.detach()[None], sums.new_tensor([count])])
+            of = (rank + processes * torch.arange(first, first + len(chunk), device=self.device)) % count
+            reference = None
+            if clean is None:
+                with torch.no_grad():
+                    reference = self.logits(images)
+            noisy = self.logits(images, noises if count == 1 else noises[of])
+            if reference is None and clean is not None:
+                reference = clean[first : first + len(chunk)].to(self.device) if counted else noisy.detach()
+            assert reference is not None
+            distance = torch.linalg.vector_norm(noisy - reference, dim=-1)
+            losses = distance.square() if squared else distance
+            (gradient,) = torch.autograd.grad(losses.sum(), [noises])
+            first += len(chunk)
+            if counted:
+                shifts = influences(reference, noisy.detach())
+                each = torch.stack([shifts, losses.detach().to(shifts.dtype), torch.ones_like(shifts)], dim=1)
+                sums[:, :-3] += gradient.reshape(count, -1)
+                sums[:, -3:].index_add_(0, of, each.to(sums.dtype))
         sums = over_processes(sums)
-        means = sums[:-1] / sums[-1]
-        influence_mean, loss_mean = means[-2:].tolist()
-        return influence_mean, loss_mean, means[:-2].reshape(noise.shape)
+        means = sums[:, :-1] / sums[:, -1:].clamp(min=1)
+        return means[:, -2].tolist(), means[:, -1].tolist(), means[:, :-2].reshape(noises.shape)
 
     @torch.no_grad()
-    def held_out_influence(self, noise: Tensor) -> float:
-        """Influence of ``noise`` on all held-out images of all processes."""
+    def clean_logits(self, batch: Tensor) -> Tensor:
+        """Logits (b, K) of this process's images without a noise."""
+        chunks = self.chunks([batch])
+        return torch.cat([self.logits(self.prepare(chunk))[:count] for chunk, count in chunks])
+
+    @torch.no_grad()
+    def held_out_influence(self, noise: Tensor, first: int | None = None) -> float:
+        """Influence of ``noise`` over the held-out images of all processes, or over each one's ``first`` batches."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for (chunk, count), clean in zip(self.held_out, self.clean, strict=True):
+        for (chunk, count), clean in list(zip(self.held_out, self.clean, strict=True))[:first]:
             total += noise_influence(clean, self.logits(self.prepare(chunk), noise)).double() * count
-        return float(over_processes(total)) / self.held_out_images
+        return float(over_processes(total)) / self._images_in(first)
+
+    def _images_in(self, first: int | None) -> int:
+        if first not in self._counts:
+            self._counts[first] = self.over_processes(sum(count for _, count in self.held_out[:first]), "sum")
+        return self._counts[first]
 
 
 def over_processes(tensor: Tensor, operation: Literal["sum", "max"] = "sum") -> Tensor:
@@ -94,6 +121,13 @@ def over_processes(tensor: Tensor, operation: Literal["sum", "max"] = "sum") -> 
         operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
         torch.distributed.all_reduce(tensor, operations[operation])
     return tensor
+
+
+def place_among_processes() -> tuple[int, int]:
+    """(rank, number of processes) of the default group; (0, 1) without one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 @contextmanager

@@ -39,7 +39,8 @@ class ModelArguments:
     )
     model_revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
     attn_implementation: str | None = option(
-        None, "'sdpa', 'eager', ...; unset: the model's. On a CPU in bf16, eager trains twice as fast (docs/scaling.md)."
+        None,
+        "'sdpa', 'eager', ...; unset: the model's. On a CPU in bf16, eager trains twice as fast (docs/scaling.md).",
     )
     image_size: int = option(32, "Small ViT: side of its images in pixels.")
     patch_size: int = option(8, "Small ViT: side of a patch in pixels.")

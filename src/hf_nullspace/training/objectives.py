@@ -21,7 +21,8 @@ from hf_nullspace.training.rounds import Made, Round
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The batch as the model sees it: ``images`` as it takes them (B, C, H, W), with ``noise`` (1, N, D) or none."""
+    """The batch as the model sees it: ``images`` as it takes them (B, C, H, W), with a noise for all of them (1, N, D),
+    one for each (B, N, D), or none."""
 
     images: Tensor
     noise: Tensor | None = None
@@ -35,8 +36,8 @@ class Batch:
     """``pixel_values`` (B, C, H, W)."""
     labels: Tensor
     """(B,); -100 is ignored."""
-    noise: Tensor | None
-    """The round's noise (1, N, D), if the objective made one."""
+    noises: Tensor | None
+    """The round's noises (M, N, D), mostly one, if the objective made any."""
     model: nn.Module
     """To be asked for gradients with respect to the images; not the way of the training step itself."""
     cross_entropy: Callable[[Tensor], Tensor]
@@ -56,7 +57,7 @@ class Objective(ABC):
     """Whether it needs to know how images are normalised (the trainer then asks for the image processor)."""
 
     def round_noise(self, round: Round) -> Made | None:
-        """The noise of a round that begins, and how it came about; ``None`` if there is none."""
+        """The noises of a round that begins, and how they came about; ``None`` if there are none."""
         return None
 
     @abstractmethod

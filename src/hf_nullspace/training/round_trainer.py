@@ -33,19 +33,28 @@ class RoundTrainer(Trainer):
 
     args: NullspaceConfig
     model: Any
-    noise: NullspaceNoise | None
+    noises: tuple[NullspaceNoise, ...]
     history: list[dict[str, Any]]
     cost: Cost
     _objective: Objective
     _hook: PatchEmbeddingNoise | None
     _compiled: nn.Module | None
 
-    def _learn(self, model: nn.Module, round_: int) -> NullspaceNoise | None:
-        """This round's noise, on its own seeded stream; logged, kept as ``noises/round-KKK.safetensors``."""
+    @property
+    def noise(self) -> NullspaceNoise | None:
+        """The newest noise of the present round; None before the first, and for objectives without one."""
+        return self.noises[0] if self.noises else None
+
+    def _learn(self, model: nn.Module, round_: int) -> tuple[NullspaceNoise, ...]:
+        """A round's noises, on its own seeded stream; logged, the newest kept as ``noises/round-KKK.safetensors``."""
         assert self._hook is not None
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         round_seed, settings = derive_seed(seed, round_), self.args.noise_settings()
-        with self._progress(round_, settings.max_steps) as show, own_randomness(round_seed), self.cost.during("noise"):
+        with (
+            self._progress(round_, self.args.noise_max_steps or 0) as show,
+            own_randomness(round_seed),
+            self.cost.during("noise"),
+        ):
             made = self._objective.round_noise(
                 Round(
                     number=round_,
@@ -56,14 +65,16 @@ class RoundTrainer(Trainer):
                     stream=partial(self._noise_images, seed, round_),
                     known=partial(self._provenance, round_),
                     chunk_size=2 * self._train_batch_size,  # what a training step takes fits here too
-                    previous=self.noise,
+                    previous=self.noises,
+                    warm_start=bool(self.args.noise_warm_start),
+                    bank_size=self.args.noise_bank_size or 1,
                     on_step=show,
                 )
             )
         if made is None:
-            return None
-        self._keep(*made, round_)
-        return made[0]
+            return ()
+        self._keep(made.noises, made.history, round_)
+        return made.noises
 
     def _noise_images(self, seed: int, round_: int) -> tuple[list[Tensor], Iterator[Tensor]]:
         """Held-out batches of a round, and the endless others."""
@@ -111,11 +122,21 @@ class RoundTrainer(Trainer):
             return self._compiled  # type: ignore[return-value]
         return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
-    def _keep(self, noise: NullspaceNoise, history: NoiseHistory, round_: int) -> None:
+    def _keep(self, noises: tuple[NullspaceNoise, ...], history: NoiseHistory, round_: int) -> None:
+        noise = noises[0]
         before = self.cost.passes("noise")
         self.cost.sync()
         passes = {kind: count - before[kind] for kind, count in self.cost.passes("noise").items()}
         entry = {"round": round_, "step": self.state.global_step} | history.summary(noise) | {"cost": passes}
+        if len(noises) > 1:
+            entry["bank"] = [
+                {
+                    "round": kept.provenance.round,
+                    "centred_norm": kept.centred_norm,
+                    "influence": kept.provenance.influence,
+                }
+                for kept in noises
+            ]
         self.history = [*self.history[:round_], entry]
         folder = Path(self._get_output_dir(getattr(self, "_trial", None)))
         if self.args.should_save:

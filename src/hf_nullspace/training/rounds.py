@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,19 @@ from torch import Tensor, nn
 from hf_nullspace import __version__
 from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise, embedding_shape
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise
-from hf_nullspace.noise.calibration import calibrate
+from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
+from hf_nullspace.noise.calibration import Calibrated, calibrate_each
 from hf_nullspace.noise.learning import NoiseHistory, NoiseSettings, learn_noise
 
-Made = tuple[NullspaceNoise, NoiseHistory]
-"""A noise, and what happened while it was made."""
+_LARGEST = 2.0
+"""By how much an earlier noise is scaled up at most, if the model has got used to it."""
+
+
+class Made(NamedTuple):
+    """The noises of a round, the new one first, and what happened while that was made."""
+
+    noises: tuple[NullspaceNoise, ...]
+    history: NoiseHistory
 
 
 @dataclass
@@ -25,7 +34,7 @@ class Round:
     number: int
     seed: int
     """Of this round alone, derived from the run's seed and the number; everything random has to come from it."""
-    settings: NoiseSettings
+    settings: NoiseSettings | BoundarySettings
     model: nn.Module
     hook: PatchEmbeddingNoise
     stream: Callable[[], tuple[list[Tensor], Iterator[Tensor]]]
@@ -33,8 +42,12 @@ class Round:
     known: Callable[[], NoiseProvenance] = field(default=NoiseProvenance)
     """What is known of the model that the noise is for."""
     chunk_size: int | None = None
-    previous: NullspaceNoise | None = None
-    """The noise of the round before, for a warm start."""
+    previous: tuple[NullspaceNoise, ...] = ()
+    """The noises of the round before, the newest first."""
+    warm_start: bool = False
+    """Whether learning starts from the newest noises of the round before."""
+    bank_size: int = 1
+    """How many noises the round has."""
     on_step: Callable[[int, float], None] | None = None
 
     @cached_property
@@ -53,59 +66,88 @@ class Round:
         with torch.no_grad():
             return embedding_shape(self.model, example, self.hook.module)
 
-    def learn(self, start: Tensor | None = None) -> Made:
-        """A noise learned on the present model (Algorithm 1, lines 3 to 14), from ``start`` or from U(-A, A).
+    def learn(self) -> Made:
+        """Noises learned on the present model, and earlier ones scaled to epsilon on it, up to ``bank_size``.
+
+        Learned by Algorithm 1 (lines 3 to 14), or by following the boundary, as the settings say.
 
         Raises:
             ValueError: if the settings need held-out images and there are none.
         """
-        settings = self.settings
-        needs_held_out = settings.stop_on == "held_out" or settings.on_limit == "rescale"
-        if needs_held_out and not self.held_out:
-            raise ValueError("held_out_images=0: this preset tests epsilon on held-out images; keep some")
-        return learn_noise(
-            self.model,
-            self._images[1],
-            settings,
-            seed=self.seed,
-            held_out=self.held_out,
-            start=start,
-            hook=self.hook,
-            chunk_size=self.chunk_size,
-            provenance=self.known(),
-            on_step=self.on_step,
+        settings, start = self.settings, None
+        if self.warm_start and self.previous:
+            start = torch.cat([noise.tensor for noise in self.previous])
+        options: dict[str, Any] = {
+            "seed": self.seed,
+            "held_out": self.held_out,
+            "hook": self.hook,
+            "chunk_size": self.chunk_size,
+            "provenance": self.known(),
+            "on_step": self.on_step,
+        }
+        if isinstance(settings, BoundarySettings):
+            if not self.held_out:
+                raise ValueError("held_out_images=0: noises are scaled to epsilon on held-out images; keep some")
+            learned, history = follow_boundary(self.model, self._images[1], settings, start=start, **options)
+        else:
+            needs_held_out = settings.stop_on == "held_out" or settings.on_limit == "rescale"
+            if needs_held_out and not self.held_out:
+                raise ValueError("held_out_images=0: this preset tests epsilon on held-out images; keep some")
+            start = None if start is None else start[:1]
+            noise, history = learn_noise(self.model, self._images[1], settings, start=start, **options)
+            learned = [noise]
+        return Made((*learned, *self._kept(self.bank_size - len(learned))), history)
+
+    def _kept(self, count: int) -> tuple[NullspaceNoise, ...]:
+        """The ``count`` newest of the round before (or all, if there are fewer), scaled to epsilon on this model."""
+        kept = self.previous[: max(count, 0)]
+        if not kept:
+            return ()
+        found = self._calibrated([noise.tensor for noise in kept], _LARGEST)
+        return tuple(
+            NullspaceNoise(
+                scaled.noise.detach().cpu(),
+                noise.grid,
+                replace(noise.provenance, influence=scaled.influence, influence_images=scaled.images),
+            )
+            for noise, scaled in zip(kept, found, strict=True)
         )
 
-    def scaled(self, direction: Tensor, made: str, history: NoiseHistory | None = None) -> Made:
-        """``direction`` (1, N, D) scaled to the influence epsilon on the held-out images.
-
-        ``made`` says in the provenance where the direction comes from; ``history`` is that of its making, if any.
-
-        Raises:
-            ValueError: if there is no epsilon, or no held-out image to measure on.
-            NoiseNotCalibratedError: if no factor has that influence.
-        """
+    def _calibrated(self, directions: Sequence[Tensor], largest: float | None = None) -> list[Calibrated]:
         epsilon = self.settings.epsilon
         if epsilon is None:
             raise ValueError("epsilon is not set; a noise is scaled to an influence: set epsilon")
         if not self.held_out:
             raise ValueError("held_out_images=0: a noise is scaled on held-out images; keep some")
+        options: dict[str, Any] = {"hook": self.hook, "chunk_size": self.chunk_size, "largest": largest}
+        return calibrate_each(self.model, directions, epsilon, self.held_out, **options)
+
+    def scaled(self, directions: Sequence[Tensor], made: str, history: NoiseHistory | None = None) -> Made:
+        """Each of ``directions`` (1, N, D) scaled to the influence epsilon on the held-out images.
+
+        ``made`` says in the provenance where they come from; ``history`` is that of their making, if any.
+
+        Raises:
+            ValueError: if there is no epsilon, or no held-out image to measure on.
+            NoiseNotCalibratedError: if no factor has that influence.
+        """
         begin = time.perf_counter()
-        found = calibrate(
-            self.model, direction, epsilon, self.held_out, hook=self.hook, chunk_size=self.chunk_size
-        )  # fmt: skip
+        found = self._calibrated(directions)
         history = history or NoiseHistory()
-        history.stopped, history.held_out_influence = "calibrated", found.influence
+        history.stopped, history.held_out_influence = "calibrated", found[0].influence
         history.seconds += time.perf_counter() - begin
-        provenance = replace(
-            self.known(),
-            seed=self.seed,
-            epsilon=epsilon,
-            influence=found.influence,
-            influence_images=found.images,
-            steps=history.steps,
-            stopped=history.stopped,
-            settings={"made": made, "factor": found.factor, "evaluations": found.evaluations},
-            library=f"hf_nullspace {__version__}",
-        )
-        return NullspaceNoise(found.noise.detach().cpu(), self.shape.grid, provenance), history
+        noises = []
+        for scaled in found:
+            provenance = replace(
+                self.known(),
+                seed=self.seed,
+                epsilon=self.settings.epsilon,
+                influence=scaled.influence,
+                influence_images=scaled.images,
+                steps=history.steps,
+                stopped=history.stopped,
+                settings={"made": made, "factor": scaled.factor, "evaluations": scaled.evaluations},
+                library=f"hf_nullspace {__version__}",
+            )
+            noises.append(NullspaceNoise(scaled.noise.detach().cpu(), self.shape.grid, provenance))
+        return Made(tuple(noises), history)

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from hf_nullspace.files import write_json
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.noise.artifact import WEIGHTS_NAME, NullspaceNoise
+from hf_nullspace.noise.artifact import WEIGHTS_NAME, NullspaceNoise, load_noise_bank, save_noise_bank
 from hf_nullspace.noise.learning import derive_seed
 from hf_nullspace.training.checkpoints import HISTORY_NAME, checkpoint_to_resume, load_weights, one_clear_error
 from hf_nullspace.training.config import NullspaceConfig, usable_config
@@ -36,6 +36,9 @@ from hf_nullspace.training.objectives import (
 )
 from hf_nullspace.training.publishing import PublishingTrainer
 from hf_nullspace.training.round_trainer import RoundTrainer
+
+BANK_NAME = "nullspace_bank"
+"""Folder of a checkpoint whose round has several noises; the first of them is the one beside the model, too."""
 
 
 class NullspaceTrainer(PublishingTrainer, RoundTrainer):
@@ -68,7 +71,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         args = usable_config(args)
         self._patch_embedding = patch_embedding
         self._hook: PatchEmbeddingNoise | None = None
-        self.noise: NullspaceNoise | None = None
+        self.noises: tuple[NullspaceNoise, ...] = ()
         self.history: list[dict[str, Any]] = []
         self.cost = Cost()
         self._round: int | None = None
@@ -129,7 +132,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
         round_ = step // self.args.steps_per_round  # type: ignore[operator]
         if round_ != self._round:
-            self.noise = self._learn(model, round_)
+            self.noises = self._learn(model, round_)
             self._round = round_
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -144,7 +147,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         batch = Batch(
             images=inputs[name],
             labels=labels,
-            noise=None if self.noise is None else self.noise.tensor,
+            noises=torch.cat([noise.tensor for noise in self.noises]) if self.noises else None,
             model=self.cost.counted(self._model_to_ask(model)),
             cross_entropy=lambda logits: self._view_loss(logits, labels, num_items_in_batch),
             mean=lambda values: mean_over_images(values, labels, num_items_in_batch),
@@ -206,7 +209,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
     def _begin(self) -> None:
         """A run begins: afresh, also when ``auto_find_batch_size`` begins again; or goes on from a checkpoint."""
         if not self._restored:
-            self.noise, self._round, self.history = None, None, []
+            self.noises, self._round, self.history = (), None, []
             self.cost.start()
             if self.ema is not None:
                 self.ema.start(self.model)
@@ -238,6 +241,8 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
     def _save_noise(self, folder: Path) -> None:
         if self.noise is not None:
             self.noise.save_beside_model(folder)
+        if len(self.noises) > 1:
+            save_noise_bank(self.noises, folder / BANK_NAME)
         write_json(folder / HISTORY_NAME, self.history)
         write_json(folder / COST_NAME, self.cost.summary())
 
@@ -261,7 +266,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         else:
             super()._load_best_model()
         if best and (Path(best) / WEIGHTS_NAME).exists():
-            self.noise = NullspaceNoise.load(Path(best) / WEIGHTS_NAME)  # saved beside the weights: those it was for
+            self.noises = _saved_noises(Path(best))  # saved beside the weights: those they were for
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -272,10 +277,10 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
             self.history = json.loads((folder / HISTORY_NAME).read_text(encoding="utf-8"))
         if (folder / COST_NAME).exists():
             self.cost.start(json.loads((folder / COST_NAME).read_text(encoding="utf-8")))
-        self.noise, self._round = None, None
+        self.noises, self._round = (), None
         if (folder / WEIGHTS_NAME).exists():
-            self.noise = NullspaceNoise.load(folder / WEIGHTS_NAME)
-            self._round = self.noise.provenance.round
+            self.noises = _saved_noises(folder)
+            self._round = self.noises[0].provenance.round
         if self.ema is not None:
             self.ema.start(self.model)
             self.ema.load(folder)
@@ -293,6 +298,13 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
             with self.ema.swapped_in():
                 metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_ema")
         return metrics
+
+
+def _saved_noises(folder: Path) -> tuple[NullspaceNoise, ...]:
+    """The noises of the round in which a checkpoint was written."""
+    if (folder / BANK_NAME).is_dir():
+        return tuple(load_noise_bank(folder / BANK_NAME))
+    return (NullspaceNoise.load(folder / WEIGHTS_NAME),)
 
 
 class _RunBegins(TrainerCallback):
