@@ -23,6 +23,7 @@ from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.files import write_json
 from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name, check_own_folder, provenance_of
 from hf_nullspace.noise.bank import NoiseBank
+from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.learning import NoiseSettings, derive_seed, learn_noise
 from hf_nullspace.noise.plots import plot_history
 from hf_nullspace.training.data import collate
@@ -34,16 +35,25 @@ from hf_nullspace.uploads import check_ready
 
 @dataclass
 class NoiseArguments:
-    """How the noises are learned, and where they go. The defaults are those of the fine-tuning's default preset."""
+    """How the noises are learned, and where they go. The defaults are those of the fine-tuning's presets."""
 
     _group_title: ClassVar[str] = "Noise"
 
     output_dir: str = field(default="outputs/noise", metadata={"help": "Folder for the noises."})
     count: int = field(default=1, metadata={"help": "How many noises to learn, each from a start of its own."})
+    learner: str = field(
+        default="descent", metadata={"help": "'descent' (Algorithm 1) or 'boundary' (follows the edge of epsilon)."}
+    )
     epsilon: str = field(default="0.03", metadata={"help": "Threshold on the influence in (0, 2], or 'none' (eq. 6)."})
-    noise_limit: float = field(default=3.0, metadata={"help": "A: the noise starts as U(-A, A)."})
-    learning_rate: float = field(default=0.1, metadata={"help": "Learning rate of the noise."})
-    max_steps: int = field(default=3000, metadata={"help": "T: the most gradient steps of one noise."})
+    noise_limit: float = field(default=3.0, metadata={"help": "A: the noise starts as U(-A, A); boundary: its limit."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the noise. Default: 0.1; boundary: 0.4."}
+    )
+    max_steps: int | None = field(
+        default=None,
+        metadata={"help": "T: the most gradient steps of one noise. Default: 3000; boundary: 60, all taken."},
+    )
+    pool_images: int = field(default=1024, metadata={"help": "Boundary: images whose clean logits are kept."})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decay of the noise (the paper: 0.01)."})
     loss: str = field(default="l2", metadata={"help": "'l2' (equation 10) or 'squared_l2' (Algorithm 1, line 12)."})
     stop_on: str = field(default="held_out", metadata={"help": "Test epsilon on 'held_out' images or one 'minibatch'."})
@@ -60,16 +70,28 @@ class NoiseArguments:
     push_to_hub: str | None = field(default=None, metadata={"help": "Upload the noises to ORG/NAME, with their card."})
     private: bool = field(default=False, metadata={"help": "Of a new repository of --push_to_hub."})
 
-    def settings(self) -> NoiseSettings:
+    def settings(self) -> NoiseSettings | BoundarySettings:
         """The settings of one noise."""
         if self.count < 1:
             raise UsageError(f"count={self.count}: expected at least 1 noise")
+        if self.learner not in ("descent", "boundary"):
+            raise UsageError(f"learner={self.learner!r}: expected 'descent' or 'boundary'")
         try:
             epsilon = None if self.epsilon.lower() == "none" else float(self.epsilon)
         except ValueError:
             raise UsageError(f"epsilon={self.epsilon!r}: expected a number in (0, 2], or none") from None
-        names = NoiseSettings.__dataclass_fields__.keys() - {"epsilon"}
-        return NoiseSettings(epsilon=epsilon, **{name: getattr(self, name) for name in names})
+        rate, steps = (0.4, 60) if self.learner == "boundary" else (0.1, 3000)
+        given = asdict(self) | {
+            "epsilon": epsilon,
+            "learning_rate": rate if self.learning_rate is None else self.learning_rate,
+            "max_steps": steps if self.max_steps is None else self.max_steps,
+        }
+        if self.learner == "descent":
+            return NoiseSettings(**{name: given[name] for name in NoiseSettings.__dataclass_fields__})
+        if epsilon is None:
+            raise UsageError("epsilon=none: a boundary needs an epsilon; the exploratory form is --learner descent")
+        shared = {name: given[name] for name in ("noise_limit", "learning_rate", "loss", "pool_images")}
+        return BoundarySettings(epsilon=epsilon, steps=given["max_steps"], **shared)
 
 
 def main() -> None:
@@ -100,7 +122,7 @@ def main() -> None:
     histories = json.loads(history_path.read_text(encoding="utf-8")) if history_path.exists() else []
     for index in range(len(histories), args.count):
         bar = tqdm(
-            total=settings.max_steps,
+            total=settings.steps if isinstance(settings, BoundarySettings) else settings.max_steps,
             desc=f"Noise {index + 1}/{args.count}",
             disable=not state.is_local_main_process,
             leave=False,
@@ -124,16 +146,17 @@ def main() -> None:
                 processes=state.num_processes,
                 num_workers=args.num_workers,
             )
-            noise, history = learn_noise(
-                model,
-                batches,
-                settings,
-                seed=seed,
-                held_out=held_out,
-                chunk_size=args.chunk_size,
-                provenance=replace(known, round=index),
-                on_step=show,
-            )
+            options = {
+                "seed": seed,
+                "held_out": held_out,
+                "chunk_size": args.chunk_size,
+                "provenance": replace(known, round=index),
+                "on_step": show,
+            }
+            if isinstance(settings, BoundarySettings):
+                (noise,), history = follow_boundary(model, batches, settings, **options)
+            else:
+                noise, history = learn_noise(model, batches, settings, **options)
         histories.append({"round": index} | history.summary(noise))
         if state.is_main_process:
             keep(noise, histories, settings, output, args.count, pictured)
@@ -150,7 +173,12 @@ def main() -> None:
 
 
 def keep(
-    noise: NullspaceNoise, histories: list[dict], settings: NoiseSettings, output: Path, count: int, pictured: dict
+    noise: NullspaceNoise,
+    histories: list[dict],
+    settings: NoiseSettings | BoundarySettings,
+    output: Path,
+    count: int,
+    pictured: dict,
 ) -> None:
     """Write the noise, then the history that says that it is there."""
     if count == 1:

@@ -244,6 +244,21 @@ def test_learn_noise_one_bank_and_resumed(own, tmp_path, capsys):
     assert "influence" in capsys.readouterr().out
 
 
+def test_learn_noise_at_the_boundary(own, tmp_path, capsys):
+    words = [f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}", "--batch_size=8",
+             "--held_out_images=8", "--learner=boundary", "--pool_images=16", "--max_steps=3", "--epsilon=0.001",
+             "--use_cpu=true"]  # fmt: skip
+    call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'one'}")
+    noise = NullspaceNoise.from_pretrained(tmp_path / "one")
+    assert 0.00095 < noise.provenance.influence <= 0.001
+    assert noise.provenance.settings["learner"] == "boundary"
+    assert "stopped by calibrated after 3 steps" in capsys.readouterr().out
+    for wrong, message in (("--learner=ascent", "expected 'descent'"), ("--epsilon=none", "needs an epsilon")):
+        with pytest.raises(SystemExit):
+            call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'two'}", wrong)
+        assert message in capsys.readouterr().err
+
+
 def test_learn_noise_exploratory(own, tmp_path):
     words = [f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}", "--batch_size=8",
              "--held_out_images=8", "--max_steps=20", "--epsilon=none", "--noise_limit=0.1",

@@ -26,6 +26,16 @@ _IRRELEVANT = {
     "report_to",
     "run_name",
 }
+# Settings that came later, and what a run did that was begun without them.
+_BEFORE = {
+    "attn_implementation": None,
+    "noise_learner": "descent",
+    "noise_pool_images": 0,
+    "noises_at_once": 1,
+    "noise_bank_size": 1,
+    "noise_mix": "one",
+    "noise_warm_start": False,
+}
 _LEFT_BY_A_RUN = (
     "checkpoint-*",
     "noises",
@@ -73,6 +83,7 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     for group in sorted({*found, *wanted}):
         old, new = found.get(group, {}), wanted.get(group, {})
         for key in sorted({*old, *new} - _IRRELEVANT):
-            if old.get(key) != new.get(key):
-                lines.append(f"{key}: {old.get(key)} there, {new.get(key)} now")
+            there = old.get(key, _BEFORE.get(key)) if old else None
+            if there != new.get(key):
+                lines.append(f"{key}: {there} there, {new.get(key)} now")
     return lines
