@@ -40,6 +40,7 @@ conditions:
   - clean
   - {attack: FGSM, eps: 8/255, limit: 30}
   - {corruption: contrast, severity: 3}
+  - {attack: MIM, eps: 8/255, limit: 20, seeds: [0]}
 average: [clean, FGSM, cells]
 limit: 60
 report: "0:200"
@@ -85,7 +86,8 @@ def test_the_json_holds_everything(whole):
         ("nullspace", 1),
     ]
     for run in found["runs"]:
-        assert set(run["correct_bits"]) == {"clean", "FGSM(eps=8/255)", "generated contrast 3"}
+        assert {"clean", "FGSM(eps=8/255)", "generated contrast 3"} <= set(run["correct_bits"])
+        assert len(run["correct_bits"]) == (3 if run["seed"] == 1 else 4), "MIM on seed 0 and the checkpoint alone"
         clean = from_bits(run["correct_bits"]["clean"], 60)
         seeds = found["table"][run["arm"]]["clean"]["seeds"]
         assert 100 * clean.mean() == pytest.approx(seeds[run["seed"] or 0], abs=1e-3)
@@ -104,7 +106,7 @@ def test_power_was_written_before_the_report_images_were_looked_at(whole):
     written = (whole / "selection.json").stat().st_mtime_ns
     looked_at = [path.stat().st_mtime_ns for path in whole.glob("runs/**/report/*.json")]
     selected = [path.stat().st_mtime_ns for path in whole.glob("runs/**/selection/*.json")]
-    assert len(looked_at) == 5 * 3
+    assert len(looked_at) == 5 * 3 + 3
     assert len(selected) == 4 * 3
     assert max(selected) <= written <= min(looked_at)
     assert json.loads((whole / "selection.json").read_text())["power"] == content(whole)["power"]

@@ -51,6 +51,22 @@ def test_differences_are_paired_by_seed():
     assert found == pytest.approx(100 * np.mean(by_hand), abs=1e-3)
 
 
+def test_a_condition_of_one_seed_is_compared_on_that_seed():
+    ours = content()
+    for run in ours["runs"]:
+        if run["seed"] in (1, 2):
+            del run["correct_bits"]["fog"]
+    results = Results(ours)
+    entry = table(results, {"fog": {"fog": 1.0}, "clean": {"clean": 1.0}})["plain"]
+    assert entry["fog"]["seeds"] == [pytest.approx(100 * raw(ours, "plain", 0)["fog"].mean(), abs=1e-4)]
+    assert entry["fog"]["spread"] is None
+    assert len(entry["clean"]["seeds"]) == 3
+    for reference, seed in (("plain", 0), ("before", None)):
+        found = differences(results, {"fog": {"fog": 1.0}}, reference, resamples=200)["better"]["fog"][0]
+        by_hand = raw(ours, "better", 0)["fog"].mean() - raw(ours, reference, seed)["fog"].mean()
+        assert found == pytest.approx(100 * by_hand, abs=1e-3)
+
+
 def test_the_interval_of_one_condition_is_that_of_the_scores():
     ours = content({"clean": 400}, seed=3)
     ours["runs"] = [run for run in ours["runs"] if run["seed"] == 0]

@@ -43,6 +43,24 @@ def test_what_is_trained_and_measured():
     assert {planned.limit for planned in ours.selection_plan()} == {40}
 
 
+def test_a_dear_condition_may_have_fewer_seeds():
+    conditions = [*GIVEN["conditions"], "{attack: CW, limit: 20, seeds: [8]}"]
+    ours = study(conditions=conditions)
+    plans = {
+        run: [planned.title for planned in ours.plan_of(run)]
+        for run in ours.report_runs(dict.fromkeys(ours.arms, 1e-3))
+    }
+    for run, titles in plans.items():
+        assert len(titles) == (7 if run.seed in (None, 8) else 6)
+        assert any(title.startswith("CW") for title in titles) == (run.seed in (None, 8))
+    with pytest.raises(StudyError, match=r"seeds \[5\], which the control 'plain' is not trained with"):
+        study(conditions=[*GIVEN["conditions"], "{attack: CW, seeds: [5]}"])
+    with pytest.raises(StudyError, match="clean: in the average, so it is measured on every seed"):
+        study(conditions=["{clean: null, seeds: [7]}", *GIVEN["conditions"][1:]])
+    with pytest.raises(StudyError, match="seeds: 7; expected a list of seeds"):
+        study(conditions=[*GIVEN["conditions"], "{attack: CW, seeds: 7}"])
+
+
 def test_the_average_weighs_its_entries_equally():
     weights = study().average
     assert weights["clean"] == weights["FGSM(eps=1/255)"] == pytest.approx(1 / 3)

@@ -5,7 +5,7 @@ are over images: these are resampled jointly for all arms and conditions, the se
 stands beside them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,12 @@ class Results:
         self.places = {title: np.array(where.places(limit)) for title, limit in self.conditions.items()}
         self.correct: dict[str, dict[int | None, dict[str, NDArray[np.bool_]]]] = {}
         for run in content["runs"]:
-            bits = {title: from_bits(run["correct_bits"][title], len(self.places[title])) for title in self.conditions}
+            bits = {t: from_bits(found, len(self.places[t])) for t, found in run["correct_bits"].items()}
             self.correct.setdefault(run["arm"], {})[run["seed"]] = bits
 
-    def seeds(self, arm: str) -> list[int | None]:
-        """Those that an arm was trained with; ``[None]`` for the checkpoint before."""
-        return list(self.correct[arm])
+    def seeds(self, arm: str, titles: Iterable[str] = ()) -> list[int | None]:
+        """Those that an arm was trained with, and measured under all of ``titles``; ``[None]`` for the checkpoint."""
+        return [seed for seed, found in self.correct[arm].items() if all(title in found for title in titles)]
 
     def accuracy(self, arm: str, seed: int | None, weights: Mapping[str, float]) -> float:
         """Weighted mean accuracy in [0, 1] of one run."""
@@ -44,11 +44,12 @@ class Results:
 
     def change(self, arm: str, reference: str, title: str) -> Array:
         """Per image, in [-1, 1]: arm minus reference under one condition, averaged over the seeds that both have."""
-        seeds = [seed for seed in self.seeds(arm) if seed in self.correct[reference]]
-        if self.seeds(reference) == [None]:
-            seeds = self.seeds(arm)
-        if self.seeds(arm) == [None]:
-            seeds = self.seeds(reference)
+        own, others = self.seeds(arm, [title]), self.seeds(reference, [title])
+        seeds = [seed for seed in own if seed in others]
+        if others == [None]:
+            seeds = own
+        if own == [None]:
+            seeds = others
         ours = [self._of(arm, seed)[title].astype(float) for seed in seeds]
         theirs = [self._of(reference, seed)[title].astype(float) for seed in seeds]
         return np.mean(ours, axis=0) - np.mean(theirs, axis=0)
@@ -105,7 +106,7 @@ def table(results: Results, groups: Mapping[str, Mapping[str, float]]) -> dict[s
     for arm in results.correct:
         found[arm] = {}
         for group, weights in groups.items():
-            each = [100 * results.accuracy(arm, seed, weights) for seed in results.seeds(arm)]
+            each = [100 * results.accuracy(arm, seed, weights) for seed in results.seeds(arm, weights)]
             spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
             found[arm][group] = {
                 "mean": round(float(np.mean(each)), 4),

@@ -89,6 +89,12 @@ class Study:
     """Of corruptions and random starts."""
     groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """What the table shows: name -> condition -> weight; the average, every attack, the mean of the cells."""
+    condition_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Condition -> the seeds whose runs it is measured on, for those that are too dear for all."""
+
+    def plan_of(self, run: "Run") -> list[Planned]:
+        """What a run is measured on; the checkpoint before on everything."""
+        return [p for p in self.plan if run.seed is None or run.seed in self.condition_seeds.get(p.title, (run.seed,))]
 
     def selecting(self) -> list[Arm]:
         """The arms that get a learning rate of their own."""
@@ -145,7 +151,8 @@ def make_study(
 
     Args:
         arms: name -> fields of NullspaceConfig, ``seeds`` (instead of the study's), ``learning_rate_of``; or JSON.
-        conditions: entries as a suite's plan has them (``robustness.plans``), as YAML.
+        conditions: entries as a suite's plan has them (``robustness.plans``), as YAML; with ``seeds``, a condition is
+            measured on the runs of those seeds alone, which one of the average cannot be.
         average: titles of conditions, or beginnings that only one has, and "cells"; equal weights.
         report, selection: "first:stop" among the test images; no selection: the one learning rate is taken.
         limit: the most images of every condition that sets no limit of its own.
@@ -168,7 +175,7 @@ def make_study(
             raise StudyError(f"arm {arm.name!r}: seeds {arm.seeds}; differences need the seeds of the control as well")
     if BEFORE in made or len({slug(name) for name in made}) < len(made):
         raise StudyError(f"arms {list(made)}: two share a folder's name, or one is called {BEFORE!r}")
-    plan = tuple(planned for entry in conditions for planned in parse_entry(yaml.safe_load(entry), limit, "conditions"))
+    plan, condition_seeds = _plan(conditions, limit)
     titles = [planned.title for planned in plan]
     if not titles or len(set(titles)) < len(titles) or any(planned.images != BASE for planned in plan):
         raise StudyError(f"conditions {titles}: expected some, each once, all on the test images of the study")
@@ -178,6 +185,10 @@ def make_study(
     if len(slices) == 2 and slices[0].first < slices[1].stop and slices[1].first < slices[0].stop:
         raise StudyError(f"report {report} and selection {selection} share images; a choice may not be made on them")
     weights = _weights(average, plan)
+    if limited := weights.keys() & condition_seeds.keys():
+        raise StudyError(f"{', '.join(sorted(limited))}: in the average, so it is measured on every seed")
+    if wrong := {seed for chosen in condition_seeds.values() for seed in chosen} - set(made[control].seeds):
+        raise StudyError(f"conditions with seeds {sorted(wrong)}, which the control {control!r} is not trained with")
     cells = [planned.title for planned in plan if isinstance(planned.condition, Corrupted)]
     groups = {"average": weights} | {title: {title: 1.0} for title in titles if title not in cells}
     if cells:
@@ -193,7 +204,24 @@ def make_study(
         selection_limit,
         seed,
         groups,
+        condition_seeds,
     )
+
+
+def _plan(conditions: Iterable[str], limit: int | None) -> tuple[tuple[Planned, ...], dict[str, tuple[int, ...]]]:
+    """The conditions, and the seeds of those that name some."""
+    plan: list[Planned] = []
+    seeds: dict[str, tuple[int, ...]] = {}
+    for text in conditions:
+        entry = yaml.safe_load(text)
+        own = entry.pop("seeds", None) if isinstance(entry, dict) else None
+        found = parse_entry(entry, limit, "conditions")
+        plan += found
+        if own is not None:
+            if not isinstance(own, list) or not own or not all(isinstance(seed, int) for seed in own):
+                raise StudyError(f"conditions: {text}: seeds: {own!r}; expected a list of seeds")
+            seeds |= {planned.title: tuple(own) for planned in found}
+    return tuple(plan), seeds
 
 
 def _arm(name: str, entry: Mapping[str, Any], seeds: tuple[int, ...]) -> Arm:

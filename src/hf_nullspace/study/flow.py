@@ -32,7 +32,7 @@ def standing(study: Study, shop: Workshop) -> Progress:
     chosen = study.chosen(averages_of(study, shop)) if done else None
     middle = study.learning_rates[len(study.learning_rates) // 2]
     expected = chosen or {arm.name: middle for arm in study.selecting()}
-    report = [p for run in study.report_runs(expected) for p in pieces_of(run, list(study.plan), study.report)]
+    report = [p for run in study.report_runs(expected) for p in pieces_of(run, study.plan_of(run), study.report)]
     return Progress(selection, report, chosen)
 
 
@@ -124,7 +124,7 @@ def content_of(study: Study, shop: Workshop, described: dict[str, Any]) -> dict[
     assert progress.chosen is not None
     runs = []
     for run in study.report_runs(progress.chosen):
-        trained, *measured = list(pieces_of(run, list(study.plan), study.report))
+        trained, *measured = list(pieces_of(run, study.plan_of(run), study.report))
         found = shop.finished(trained)
         assert found is not None
         entry: dict[str, Any] = {"arm": run.arm, "learning_rate": run.learning_rate, "seed": run.seed}
@@ -143,6 +143,7 @@ def content_of(study: Study, shop: Workshop, described: dict[str, Any]) -> dict[
             "control": study.control,
             "learning_rates": list(study.learning_rates),
             "conditions": {planned.title: planned.limit for planned in study.plan},
+            "condition_seeds": {title: list(seeds) for title, seeds in study.condition_seeds.items()},
             "groups": {name: dict(weights) for name, weights in study.groups.items()},
             "report": asdict(study.report),
             "selection": None if study.selection is None else asdict(study.selection),
