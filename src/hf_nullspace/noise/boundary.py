@@ -184,10 +184,10 @@ class _Noises:
         units = self.directions / torch.linalg.vector_norm(self.directions, dim=(1, 2), keepdim=True)
         return self._cut(units * units.new_tensor(self.radii)[:, None, None])
 
-    def step_to(self, directions: Tensor, influence: Sequence[float]) -> None:
-        """New directions, and radii that follow the boundary from the influence that the old noises had."""
+    def moved(self, influence: Sequence[float]) -> None:
+        """After a step of the directions: unit vectors again, and radii after the influence from before the step."""
         with torch.no_grad():
-            self.directions.copy_(self._units(directions))
+            self.directions.copy_(self._units(self.directions))
         for index, found in enumerate(influence):
             change = (self.settings.epsilon / max(found, 1e-8)) ** _EXPONENT
             self.radii[index] = min(self.radii[index] * min(max(change, _SLOWEST), _FASTEST), self.all_cut)
@@ -256,7 +256,7 @@ def _follow(
         (noises.directions.grad,) = torch.autograd.grad(noise, [noises.directions], gradient)
         optimizer.step()
         schedule.step()
-        noises.step_to(noises.directions, influence)
+        noises.moved(influence)
         history.steps += 1
         if on_step is not None:
             on_step(history.steps, history.influence[-1])
