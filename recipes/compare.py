@@ -76,10 +76,16 @@ class CompareArguments:
     max_minutes: float | None = option(None, "Begin nothing after so many minutes; a training ends at a checkpoint.")
     dry_run: bool = option(False, "Print what is finished, what is left and an estimate of the time; do nothing.")
     overwrite: bool = option(False, "Train runs anew whose settings have changed.")
+    render: str | None = option(
+        None, "A results.json: write its tables and pictures into output_dir, and do nothing else."
+    )
 
 
 def main() -> None:
     args, model_args, data_args = parse((CompareArguments, ModelArguments, DataArguments), str(__doc__))
+    if args.render is not None:
+        render(Path(args.render), Path(args.output_dir), args.resamples)
+        return
     deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
     study = make_study(
         args.arms,
@@ -155,13 +161,33 @@ def main() -> None:
 
     # Report
     described = {
-        "settings": asdict(args) | asdict(model_args) | asdict(data_args),
+        "settings": without_paths(asdict(args) | asdict(model_args) | asdict(data_args)),
         "base": model_hash(classifier.model),
     }
     content = content_of(study, shop, described | where_it_ran(first))
-    paths = write_study(complete(content, resamples=args.resamples), output)
+    show(write_study(complete(content, resamples=args.resamples), output))
+
+
+def render(results: Path, output: Path, resamples: int) -> None:
+    """Tables and pictures again from the outcomes of every image, which ``results`` holds."""
+    try:
+        content = json.loads(results.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"render={str(results)!r}: no results.json of a study ({error})") from error
+    show(write_study(complete(content, resamples=resamples), output))
+
+
+def show(paths: dict[str, Path]) -> None:
     say("\n" + paths["md"].read_text(encoding="utf-8"))
     say(f"Numbers: {paths['json']}. Pictures: {paths['cost']}, {paths['conditions']}")
+
+
+def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Folders of this machine by their last name alone: the results are for others to read."""
+    return {
+        name: Path(value).name if isinstance(value, str) and ("/" in value) and Path(value).exists() else value
+        for name, value in settings.items()
+    }
 
 
 def show_what_is_left(study: Any, shop: Workshop, config_of: Any) -> None:

@@ -185,3 +185,18 @@ def test_an_unknown_arm_or_setting_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         call_recipe("compare", *settings(tmp_path, arms=arms))
     assert "epsilonn" in capsys.readouterr().err
+
+
+def test_tables_and_pictures_again_from_the_json_alone(whole, tmp_path, capsys):
+    call_recipe("compare", f"--render={whole / 'results.json'}", f"--output_dir={tmp_path}", "--resamples=200")
+    for name in ("results.json", "results.md"):
+        assert (tmp_path / name).read_text() == (whole / name).read_text()
+    assert (tmp_path / "cost.png").exists()
+    assert (tmp_path / "conditions.png").exists()
+    with pytest.raises(SystemExit):
+        call_recipe("compare", f"--render={tmp_path / 'cost.png'}", f"--output_dir={tmp_path}")
+    assert "no results.json of a study" in capsys.readouterr().err
+
+
+def test_no_path_of_this_machine_is_in_the_results(whole):
+    assert str(whole.parent) not in (whole / "results.json").read_text()

@@ -112,8 +112,8 @@ def bank_of(folder, **given):
 @pytest.mark.parametrize("objective", ["random", "permuted"])
 def test_the_controls_have_as_many_noises(tmp_path, monkeypatch, objective):
     kept = Kept(monkeypatch)
-    trained(tmp_path, **(BOUNDARY | {"noise_bank_size": 2}), noises_at_once=2, objective=objective, noise_mix="choice")
-    assert [len(noises) for noises in kept.seen] == [2] * 4
+    trained(tmp_path, **BOUNDARY, noises_at_once=2, objective=objective, noise_mix="choice")
+    assert [len(noises) for noises in kept.seen] == ([3] * 4 if objective == "random" else [2, 2, 3, 3])
     assert not torch.allclose(kept.seen[0][0], kept.seen[0][1])
 
 

@@ -74,9 +74,10 @@ def random_noise(round: Round, distribution: str = "uniform") -> Made:
 
 def permuted_noise(round: Round) -> Made:
     """The learned noises with their elements permuted (figure 2), scaled to epsilon on the held-out images."""
-    noises, history = round.learn()
+    noises, history = round.learn(alone=True)  # those of the round before are permuted
     generator = torch.Generator().manual_seed(derive_seed(round.seed, _PERMUTATION))
-    return round.scaled([permuted(noise.tensor, generator) for noise in noises], "learned, then permuted", history)
+    made = round.scaled([permuted(noise.tensor, generator) for noise in noises], "learned, then permuted", history)
+    return made._replace(noises=(*made.noises, *round.kept(round.bank_size - len(made.noises))))
 
 
 register_objective("nullspace", lambda args: NoisyView(learned, args.noise_mix))

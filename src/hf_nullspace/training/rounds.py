@@ -66,16 +66,17 @@ class Round:
         with torch.no_grad():
             return embedding_shape(self.model, example, self.hook.module)
 
-    def learn(self) -> Made:
+    def learn(self, *, alone: bool = False) -> Made:
         """Noises learned on the present model, and earlier ones scaled to epsilon on it, up to ``bank_size``.
 
-        Learned by Algorithm 1 (lines 3 to 14), or by following the boundary, as the settings say.
+        Learned by Algorithm 1 (lines 3 to 14), or by following the boundary, as the settings say. ``alone``: without
+        the noises of the round before, neither to start from nor to keep.
 
         Raises:
             ValueError: if the settings need held-out images and there are none.
         """
         settings, start = self.settings, None
-        if self.warm_start and self.previous:
+        if self.warm_start and self.previous and not alone:
             start = torch.cat([noise.tensor for noise in self.previous])
         options: dict[str, Any] = {
             "seed": self.seed,
@@ -96,9 +97,9 @@ class Round:
             start = None if start is None else start[:1]
             noise, history = learn_noise(self.model, self._images[1], settings, start=start, **options)
             learned = [noise]
-        return Made((*learned, *self._kept(self.bank_size - len(learned))), history)
+        return Made((*learned, *(() if alone else self.kept(self.bank_size - len(learned)))), history)
 
-    def _kept(self, count: int) -> tuple[NullspaceNoise, ...]:
+    def kept(self, count: int) -> tuple[NullspaceNoise, ...]:
         """The ``count`` newest of the round before (or all, if there are fewer), scaled to epsilon on this model."""
         kept = self.previous[: max(count, 0)]
         if not kept:
