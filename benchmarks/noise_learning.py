@@ -47,6 +47,9 @@ from hf_nullspace.training.loading import (
 )
 from hf_nullspace.training.noise_stream import noise_stream
 
+# When it starts: the code that is measured.
+COMMIT = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+
 
 def transcription(model: nn.Module, hook: PatchEmbeddingNoise, batch: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """One pass of Algorithm 1's inner loop: influence, and the loss whose gradient is taken."""
@@ -244,7 +247,6 @@ def model_and_images(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def keep(args: argparse.Namespace, found: dict[str, Any], device: torch.device, clock: Callable[[], float]) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     shown = vars(args) | {
         "model_name_or_path": args.model_name_or_path and Path(args.model_name_or_path).name,
         "dataset_name": Path(args.dataset_name).name,
@@ -253,7 +255,7 @@ def keep(args: argparse.Namespace, found: dict[str, Any], device: torch.device, 
         "command": "python benchmarks/noise_learning.py",
         "settings": shown,
         "clock": clock.__name__,
-        "commit": commit.stdout.strip(),
+        "commit": COMMIT.stdout.strip(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -14,12 +14,11 @@ import itertools
 import json
 import platform
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
-from noise_learning import model_and_images
+from noise_learning import COMMIT, model_and_images
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -160,12 +159,11 @@ def main() -> None:
     }
     note(f"convex combinations of {len(bank)}", [shares])
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     shown = {key: Path(value).name if isinstance(value, str) else value for key, value in vars(args).items()}
     result = {
         "command": "python benchmarks/noise_ways.py",
         "settings": shown | {"base": BASE},
-        "commit": commit.stdout.strip(),
+        "commit": COMMIT.stdout.strip(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "torch": torch.__version__,
         "ways": found,
