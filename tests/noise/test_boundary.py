@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from test_learning import forward as logits_of
 from torch.nn.functional import softmax
 
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
@@ -31,16 +32,6 @@ HELD_OUT = list(itertools.islice(stream(seed=99), 3))
 def follow(vit, seed=5, batches=None, start=None, **given):
     settings = BoundarySettings(**({"epsilon": EPSILON, "steps": 8, "pool_images": 18} | given))
     return follow_boundary(vit, batches or stream(), settings, seed=seed, held_out=HELD_OUT, start=start)
-
-
-def logits_of(vit, pixel_values, noise):
-    """f_psi(f_phi^0(f_e(X) + [v])) of ViTForImageClassification, written out: no hook."""
-    embeddings = vit.vit.embeddings
-    patches = embeddings.patch_embeddings(pixel_values) + noise
-    tokens = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], 1) + embeddings.position_embeddings
-    for layer in vit.vit.layers:
-        tokens = layer(tokens)
-    return vit.classifier(vit.vit.layernorm(tokens)[:, 0])
 
 
 def influence_of(vit, batches, noise):
