@@ -29,6 +29,14 @@ def test_a_curve_that_is_not_monotone_is_crossed():
         assert find_factor(influence, 0.1, start=start)[1] == pytest.approx(0.1, rel=0.02)
 
 
+@pytest.mark.parametrize("start", [1.0, 1e9])
+def test_a_long_plateau_beside_epsilon_is_crossed(start):
+    def influence(factor):
+        return 0.027 * min(factor, 1.0) + min(1e-7 * factor, 0.006)
+
+    assert find_factor(influence, 0.03, start=start)[1] == pytest.approx(0.03, rel=0.02)
+
+
 def test_forward_passes_are_few():
     asked = []
     find_factor(lambda factor: asked.append(factor) or (factor / 37) ** 2, 0.03)

@@ -20,6 +20,7 @@ from hf_nullspace.noise.probe import Probe, frozen
 TOLERANCE = 0.02
 """How far from epsilon the influence may end, as a share of epsilon."""
 _DOUBLINGS = 40
+_GUESSES = 6
 
 
 class NoiseNotCalibratedError(RuntimeError):
@@ -79,7 +80,7 @@ def find_factor(
 
     inside, outside = (0.0, 0.0), None
     point = ask(min(start, largest))
-    for _ in range(_DOUBLINGS):
+    for number in range(_DOUBLINGS):
         if near(point[1]):
             return *point, asked
         if point[1] < epsilon:
@@ -90,8 +91,9 @@ def find_factor(
             break
         if point[0] >= largest and outside is None:
             break
-        guess = math.sqrt(epsilon / point[1]) if point[1] > 0 else 2.0  # the influence grows about as the square
-        guess *= 1.05 if outside is None else 0.95
+        # The influence grows about as the square; where that leads nowhere (a plateau), by two at a time.
+        guess = math.sqrt(epsilon / point[1]) if point[1] > 0 and number < _GUESSES else math.inf
+        guess = guess * 1.05 if outside is None else 0.95 * guess if guess < math.inf else 0.5
         point = ask(min(point[0] * min(max(guess, 0.5), 2.0), largest))
     if outside is None or inside[0] == 0:
         raise NoiseNotCalibratedError(
