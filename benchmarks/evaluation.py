@@ -9,20 +9,15 @@ clock is the process's CPU time, which other programs on the machine disturb les
 benchmarks/results/NAME.json.
 """
 
-import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from common import circumstances, keep, model_options, random_vit
 from torch.nn.functional import cross_entropy
-from transformers import ViTConfig, ViTForImageClassification
 
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.attacks.gradient import PGD
@@ -34,20 +29,12 @@ PGD_STEPS = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in [("size", 48), ("patch", 8), ("hidden", 128), ("layers", 6), ("heads", 4), ("images", 512),
-                          ("batch", 64), ("repeats", 5), ("workers", 0)]:  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu")
+    parser = model_options("evaluation", __doc__, images=512, repeats=5, workers=0)
+    parser.set_defaults(batch=64)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--name", default="evaluation")
     args = parser.parse_args()
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=args.heads,
-        intermediate_size=4 * args.hidden, image_size=args.size, patch_size=args.patch, num_labels=10,
-    )  # fmt: skip
-    vit = ViTForImageClassification(config).to(args.device, torch.bfloat16 if args.bf16 else torch.float32).eval()
+    vit = random_vit(args).to(torch.bfloat16 if args.bf16 else torch.float32).eval()
     model = PixelModel(vit, (0.5,) * 3, (0.5,) * 3)
     rng = np.random.default_rng(0)
     arrays = rng.integers(0, 256, (args.images, args.size, args.size, 3), dtype=np.uint8)
@@ -91,16 +78,9 @@ def main() -> None:
         shares[name] = {"share": plain / full, "lowest": min(spread), "highest": max(spread),
                         "images_per_second": args.images / full}  # fmt: skip
         print(f"{name:34s} forward (and backward) {plain:.3f} s of {full:.3f} s: {plain / full:.1%}", flush=True)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    result = {
-        "command": f"python benchmarks/evaluation.py {' '.join(sys.argv[1:])}".strip(), "clock": clock.__name__,
-        "commit": commit.stdout.strip(), "device": device, "threads": torch.get_num_threads(), "seed": 0,
-        "torch": torch.__version__, "settings": vars(args), "shares": shares,
-    }  # fmt: skip
-    path = Path(__file__).parent / "results" / f"{args.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    command = f"python benchmarks/evaluation.py {' '.join(sys.argv[1:])}".strip()
+    result = {"command": command, "clock": clock.__name__, **circumstances(args.device), "seed": 0}
+    keep(args.name, result | {"settings": vars(args), "shares": shares})
 
 
 def timed(function: Callable[[], object], clock: Callable[[], float]) -> float:

@@ -12,10 +12,7 @@ wish itself, and equation 13 as it is: projected, clipped, rounded. Where the pr
 """
 
 import argparse
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from common import circumstances, settings_of
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -59,7 +56,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="folder for the files and pictures of every pair")
     parser.add_argument("--output", type=Path, help="JSON file; benchmarks/results has those of the documents")
     args = parser.parse_args()
-    start, commit = time.perf_counter(), current_commit()
+    start = time.perf_counter()
     model = AutoModelForImageClassification.from_pretrained(args.model).eval()
     judge = Judge.from_model(model, AutoImageProcessor.from_pretrained(args.model, backend="pil"))
     names = [str(name) for _, name in sorted(model.config.id2label.items())]
@@ -76,14 +73,8 @@ def main() -> None:
             print(f"  {name:52s} {describe(value)}")
     if args.output:
         columns = {kind: single_values(rows) for kind, rows in found.items()}
-        keep(args, commit, {"summary": summary, "pairs": columns, "seconds": time.perf_counter() - start,
+        keep(args, {"summary": summary, "pairs": columns, "seconds": time.perf_counter() - start,
                     "nullspace_dimension": judge.nullspace.dimension()})  # fmt: skip
-
-
-def current_commit() -> str:
-    """At the start: the code that runs."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def pairs(args: argparse.Namespace, judge: Judge) -> Iterator[tuple[Image.Image, Image.Image]]:
@@ -227,14 +218,10 @@ def single_values(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
             for name, column in columns.items()}  # fmt: skip
 
 
-def keep(args: argparse.Namespace, commit: str, found: dict[str, Any]) -> None:
-    settings = {name: value for name, value in vars(args).items() if name not in ("pictures", "output")}
-    settings |= {name: Path(getattr(args, name)).name for name in ("model", "dataset")}
-    result = {
-        "command": f"{COMMAND} --pairs {args.pairs} --search_pairs {args.search_pairs} --seed {args.seed}",
-        "commit": commit, "device": f"{platform.machine()} CPU", "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": sys.version.split()[0], "settings": settings, **found,
-    }  # fmt: skip
+def keep(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    command = f"{COMMAND} --pairs {args.pairs} --search_pairs {args.search_pairs} --seed {args.seed}"
+    settings = settings_of(args, "pictures", "output")
+    result = {"command": command, **circumstances(), "settings": settings, **found}
     print(f"written: {write_json(args.output, result)}")
 
 

@@ -10,36 +10,26 @@ benchmarks/results/NAME.json.
 """
 
 import argparse
-import json
 import multiprocessing
-import platform
 import statistics
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import circumstances, keep, model_options, random_vit
 from torch.nn.functional import cross_entropy
-from transformers import ViTConfig, ViTForImageClassification
 
 from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise
 from hf_nullspace.noise.probe import Probe, frozen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in [("size", 48), ("patch", 8), ("hidden", 128), ("layers", 6), ("heads", 4), ("batch", 128),
-                          ("seconds", 15), ("repeats", 3)]:  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--name", default="noise_beside")
-    args = parser.parse_args()
+    args = model_options("noise_beside", __doc__, seconds=15, repeats=3).parse_args()
     context = multiprocessing.get_context("spawn")
     workers = {}
     for kind in ("training", "noise"):
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(kind, vars(args), theirs), daemon=True)
+        process = context.Process(target=work, args=(kind, args, theirs), daemon=True)
         process.start()
         workers[kind] = ours
     for pipe in workers.values():
@@ -59,34 +49,25 @@ def main() -> None:
         print(f"steps per second alone {alone}, together {both}: gain {gains[-1]:.2f}", flush=True)
     for pipe in workers.values():
         pipe.send(0)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "command": "python benchmarks/noise_beside.py",
         "settings": vars(args),
-        "commit": commit.stdout.strip(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU",
-        "torch": torch.__version__,
+        **circumstances(args.device),
         "gain": statistics.median(gains),
         "turns": found,
     }
-    path = Path(__file__).parent / "results" / f"{args.name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    keep(args.name, result)
 
 
-def work(kind: str, args: dict[str, Any], pipe: Any) -> None:
+def work(kind: str, args: argparse.Namespace, pipe: Any) -> None:
     """Steps of one kind for as many seconds as the pipe says, until it says none."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=args["hidden"], num_hidden_layers=args["layers"], num_attention_heads=args["heads"],
-        intermediate_size=4 * args["hidden"], image_size=args["size"], patch_size=args["patch"], num_labels=10,
-    )  # fmt: skip
-    device = torch.device(args["device"])
-    model = ViTForImageClassification(config).to(device)
-    images = torch.randn(args["batch"], 3, args["size"], args["size"], device=device)
-    labels = torch.zeros(args["batch"], dtype=torch.long, device=device)
+    device, model = torch.device(args.device), random_vit(args)
+    images = torch.randn(args.batch, 3, args.size, args.size, device=device)
+    labels = torch.zeros(args.batch, dtype=torch.long, device=device)
     hook = PatchEmbeddingNoise(model)
-    noise = 0.1 * torch.randn(1, (args["size"] // args["patch"]) ** 2, args["hidden"], device=device)
+    noise = 0.1 * torch.randn(1, (args.size // args.patch) ** 2, args.hidden, device=device)
     probe = Probe(model, hook, [images], None, images[:1])
 
     def training() -> None:

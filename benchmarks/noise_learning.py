@@ -14,11 +14,7 @@ benchmarks/results/NAME.json.
 
 import argparse
 import itertools
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import circumstances, keep, settings_of
 from torch import Tensor, nn
 from torch.nn.functional import softmax
 
@@ -46,9 +43,6 @@ from hf_nullspace.training.loading import (
     training_images,
 )
 from hf_nullspace.training.noise_stream import noise_stream
-
-# When it starts: the code that is measured.
-COMMIT = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
 
 
 def transcription(model: nn.Module, hook: PatchEmbeddingNoise, batch: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +150,9 @@ def main() -> None:
             f"round's fine-tuning, {middle['seconds']:.1f} s (medians of {args.seeds} rounds)",
             flush=True,
         )
-    keep(args, found, device, clock)
+    command = "python benchmarks/noise_learning.py"
+    result = {"command": command, "settings": settings_of(args), "clock": clock.__name__, **circumstances(device)}
+    keep(args.name, result | found)
 
 
 def steps_in_turn(
@@ -244,27 +240,6 @@ def model_and_images(args: argparse.Namespace) -> tuple[Any, Any]:
             base = {"epochs": 10, "learning_rate": 2e-3, "batch_size": 64, "say": print}
             train_base_model(classifier, images, Path(folder) / "base", config, **base)
     return classifier.model, images
-
-
-def keep(args: argparse.Namespace, found: dict[str, Any], device: torch.device, clock: Callable[[], float]) -> None:
-    shown = vars(args) | {
-        "model_name_or_path": args.model_name_or_path and Path(args.model_name_or_path).name,
-        "dataset_name": Path(args.dataset_name).name,
-    }
-    result = {
-        "command": "python benchmarks/noise_learning.py",
-        "settings": shown,
-        "clock": clock.__name__,
-        "commit": COMMIT.stdout.strip(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        **found,
-    }
-    path = Path(__file__).parent / "results" / f"{args.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:

@@ -11,18 +11,13 @@ images and the noise take by themselves is in all of them. Writes benchmarks/res
 """
 
 import argparse
-import json
 import multiprocessing
-import platform
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
+from common import circumstances, keep, model_options, random_vit
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import ViTConfig, ViTForImageClassification
 
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
@@ -32,15 +27,11 @@ WAYS = ("evaluation", "one graph", "authors", "ours")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in [("size", 48), ("patch", 8), ("hidden", 128), ("layers", 6), ("heads", 4), ("batch", 256),
-                          ("pool", 512)]:  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--name", default="noise_memory")
+    parser = model_options("noise_memory", __doc__, pool=512)
+    parser.set_defaults(batch=256)
     args = parser.parse_args()
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = {way: pool.apply(peak_of, (way, vars(args))) for way in WAYS}
+        peaks = {way: pool.apply(peak_of, (way, args)) for way in WAYS}
     for way, peak in peaks.items():
         print(f"{way:12s} {peak / 2**20:8.1f} MiB")
     shares = {
@@ -48,34 +39,24 @@ def main() -> None:
         "ours_to_authors": peaks["ours"] / peaks["authors"],
     }
     print(", ".join(f"{name} {share:.3f}" for name, share in shares.items()))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "command": "python benchmarks/noise_memory.py",
         "settings": vars(args),
-        "commit": commit.stdout.strip(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU",
-        "torch": torch.__version__,
+        **circumstances(args.device),
         "peak_bytes": peaks,
         **shares,
     }
-    path = Path(__file__).parent / "results" / f"{args.name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    keep(args.name, result)
 
 
-def peak_of(way: str, args: dict[str, Any]) -> int:
+def peak_of(way: str, args: argparse.Namespace) -> int:
     """The peak in bytes of one way, beyond the model and the images."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    config = ViTConfig(
-        hidden_size=args["hidden"], num_hidden_layers=args["layers"], num_attention_heads=args["heads"],
-        intermediate_size=4 * args["hidden"], image_size=args["size"], patch_size=args["patch"], num_labels=10,
-    )  # fmt: skip
-    device = torch.device(args["device"])
-    model = ViTForImageClassification(config).to(device).eval()
-    batches = [torch.randn(args["batch"], 3, args["size"], args["size"], device=device) for _ in range(2)]
+    device, model = torch.device(args.device), random_vit(args).eval()
+    batches = [torch.randn(args.batch, 3, args.size, args.size, device=device) for _ in range(2)]
     hook = PatchEmbeddingNoise(model)
-    noise = 0.1 * torch.randn(1, (args["size"] // args["patch"]) ** 2, args["hidden"], device=device)
+    noise = 0.1 * torch.randn(1, (args.size // args.patch) ** 2, args.hidden, device=device)
 
     def evaluation() -> None:
         with torch.no_grad():
@@ -88,7 +69,7 @@ def peak_of(way: str, args: dict[str, Any]) -> int:
     def one_graph() -> None:
         wanted = noise.clone().requires_grad_()
         with frozen(model):
-            torch.autograd.grad(distance(torch.zeros(args["batch"], 10, device=device), wanted), [wanted])
+            torch.autograd.grad(distance(torch.zeros(args.batch, 10, device=device), wanted), [wanted])
 
     def authors() -> None:
         with torch.no_grad():
@@ -96,7 +77,7 @@ def peak_of(way: str, args: dict[str, Any]) -> int:
         distance(clean, noise.clone().requires_grad_()).backward()
 
     def ours() -> None:
-        settings = BoundarySettings(epsilon=1e-4, steps=3, pool_images=args["pool"])
+        settings = BoundarySettings(epsilon=1e-4, steps=3, pool_images=args.pool)
         follow_boundary(model, iter(batches * 2), settings, seed=0, held_out=batches, hook=hook)
 
     ways: dict[str, Callable[[], None]] = {

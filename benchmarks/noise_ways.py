@@ -11,14 +11,12 @@ plain fine-tuning (40 steps): what a noise that was learned before is worth ther
 import argparse
 import copy
 import itertools
-import json
-import platform
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
-from noise_learning import COMMIT, model_and_images
+from common import circumstances, keep, settings_of
+from noise_learning import model_and_images
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -159,17 +157,15 @@ def main() -> None:
     }
     note(f"convex combinations of {len(bank)}", [shares])
 
-    shown = {key: Path(value).name if isinstance(value, str) else value for key, value in vars(args).items()}
-    result = {
-        "command": "python benchmarks/noise_ways.py",
-        "settings": shown | {"base": BASE},
-        "commit": COMMIT.stdout.strip(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-        "torch": torch.__version__,
-        "ways": found,
-    }
-    path = Path(__file__).parent / "results" / f"{args.name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    keep(
+        args.name,
+        {
+            "command": "python benchmarks/noise_ways.py",
+            "settings": settings_of(args) | {"base": BASE},
+            **circumstances(device),
+            "ways": found,
+        },
+    )
 
 
 def ask(model: Any, hook: PatchEmbeddingNoise, held_out: list[Tensor]) -> Probe:

@@ -14,10 +14,7 @@ Writes benchmarks/results/NAME.json.
 import argparse
 import copy
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import circumstances, keep, settings_of
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.files import write_whole
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.patch_embedding import find_patch_embedding, patch_projection
 from hf_nullspace.models.preprocessing import Preprocessing
@@ -57,7 +55,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="PNG of all scores")
     parser.add_argument("--name", default="ownership", help="of the JSON; 'none' writes none")
     args = parser.parse_args()
-    start, commit = time.perf_counter(), current_commit()
+    start = time.perf_counter()
 
     # Load
     owner = AutoModelForImageClassification.from_pretrained(args.model).eval()
@@ -105,11 +103,10 @@ def main() -> None:
     if args.picture:
         plot(rows, args.picture)
     if args.name != "none":
-        keep(
-            args,
-            commit,
-            {"threshold": THRESHOLD, "summary": summary, "rows": rows, "seconds": time.perf_counter() - start},
-        )
+        found = {"threshold": THRESHOLD, "summary": summary, "rows": rows, "seconds": time.perf_counter() - start}
+        command = "python benchmarks/ownership.py --model M --dataset D" + " --copies ..." * bool(args.copies)
+        settings = settings_of(args, "picture", "copies")
+        keep(args.name, json.loads(json.dumps({"command": command, **circumstances(), "settings": settings, **found})))
 
 
 def load(name: str, split: str, count: int, preprocessing: Preprocessing, seed: int) -> tuple[Tensor, Tensor]:
@@ -230,24 +227,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="score (0: invariant, 1: as sensitive as to the permuted pattern)")
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-
-
-def current_commit() -> str:
-    """At the start: the code that runs."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def keep(args: argparse.Namespace, commit: str, found: dict[str, Any]) -> None:
-    settings = {name: value for name, value in vars(args).items() if name not in ("picture", "copies")}
-    settings |= {name: Path(getattr(args, name)).name for name in ("model", "dataset")}
-    result = {
-        "command": "python benchmarks/ownership.py --model M --dataset D" + " --copies ..." * bool(args.copies),
-        "commit": commit, "device": f"{platform.machine()} CPU", "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": sys.version.split()[0], "settings": settings, **found,
-    }  # fmt: skip
-    path = write_json(Path(__file__).parent / "results" / f"{args.name}.json", json.loads(json.dumps(result)))
-    print(f"{path.name} is in {path.parent.name}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Writes benchmarks/results/stream_memory.json.
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from common import circumstances, keep
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -54,14 +54,9 @@ def main() -> None:
     low, high = min(args.images), max(args.images)
     slope = 2**20 * (growth[high] - growth[low]) / (high - low)
     print(f"{slope:.0f} bytes per image")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    result = {
-        "command": f"python benchmarks/stream_memory.py {' '.join(sys.argv[1:])}".strip(),
-        "commit": commit.stdout.strip(), "device": f"{platform.machine()} CPU", "torch": torch.__version__,
-        "conditions": 2, "peaks": peaks, "bytes_per_image": round(slope, 1),
-    }  # fmt: skip
-    path = Path(__file__).parent / "results" / "stream_memory.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    command = f"python benchmarks/stream_memory.py {' '.join(sys.argv[1:])}".strip()
+    result = {"command": command, **circumstances(), "conditions": 2, "peaks": peaks}
+    keep("stream_memory", result | {"bytes_per_image": round(slope, 1)})
 
 
 def write_images(folder: Path, images: int) -> None:

@@ -34,7 +34,7 @@ class Images(torch.utils.data.Dataset):
 
 
 class Recorder(torch.nn.Module):
-    """Keeps the images that a model's patch embedding is given, in the order of the forward passes."""
+    """Keeps the images that a model's patch embedding is given, in the order of the forward passes: (training?, x)."""
 
     def __init__(self, model):
         super().__init__()
@@ -42,7 +42,7 @@ class Recorder(torch.nn.Module):
         model.get_input_embeddings().register_forward_pre_hook(self._keep)
 
     def _keep(self, module, args):
-        self.seen.append((torch.is_grad_enabled(), args[0].detach().clone()))
+        self.seen.append((module.training, args[0].detach().clone()))
 
 
 def config(folder, **given):
@@ -111,9 +111,11 @@ def trained(folder, model=None, data=None, **given):
 
 
 def train_batches(recorder):
-    """The images of the training forward passes: batches [x; x]."""
-    halves = [images.chunk(2) for _, images in recorder.seen if len(images) % 2 == 0]
-    return [clean for clean, noisy in halves if torch.equal(clean, noisy)]
+    """The images of the training steps, whose two views go through the model one after the other on a CPU."""
+    passes = [images for training, images in recorder.seen if training and len(images) > 1]  # one asks for a shape
+    clean, noisy = passes[::2], passes[1::2]
+    assert all(torch.equal(a, b) for a, b in zip(clean, noisy, strict=True))
+    return clean
 
 
 def accuracy(prediction):

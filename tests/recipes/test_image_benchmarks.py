@@ -20,7 +20,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def load(name):
-    return runpy.run_path(str(BENCHMARKS / f"{name}.py"))
+    sys.path.insert(0, str(BENCHMARKS))  # as where a script is run by its name
+    try:
+        return runpy.run_path(str(BENCHMARKS / f"{name}.py"))
+    finally:
+        sys.path.remove(str(BENCHMARKS))
 
 
 def call(name, *words):

@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
+from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.noise.influence import centred_norm
 from hf_nullspace.noise.learning import derive_seed
 from hf_nullspace.training import objectives
 from hf_nullspace.training.noise_stream import noise_stream
-from hf_nullspace.training.objectives import Objective, View, register_objective
+from hf_nullspace.training.objectives import Objective, View, forward_views, register_objective
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
-from tiny_training import Images, Recorder, assert_differs, assert_same, config, parameters_of
+from tiny_training import Images, Recorder, assert_differs, assert_same, config, parameters_of, train_batches
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 EPS = 0.05
@@ -121,7 +122,7 @@ def seen_batches(tmp_path):
     model, data = tiny_model().double(), Pictures()
     recorder = Recorder(model)
     trained(tmp_path / "order", model, data, objective="plain")
-    batches = [images[:8] for _, images in recorder.seen if len(images) == 16]
+    batches = train_batches(recorder)
     assert len(batches) == 4
     labels = [
         torch.stack([data.labels[(data.pixel_values == image).flatten(1).all(1)][0] for image in x]) for x in batches
@@ -165,10 +166,9 @@ def test_a_noisy_view_is_the_loop_without_the_trainer(tmp_path, objective):
 
 def test_a_sum_is_the_union_of_the_views_and_the_sum_of_the_losses(tmp_path):
     """nullspace+madry+trades: CE(z) + CE(z') + CE(z_adv) + CE(z) + 4 KL, and every view is computed once."""
-    model = tiny_model().double()
-    recorder = Recorder(model)
-    trainer = trained(tmp_path, model, objective="nullspace+madry+trades", trades_beta=4.0)
-    assert sum(len(images) == 32 for _, images in recorder.seen) == 4, "clean, adversarial, divergent, noisy"
+    trainer = trained(tmp_path, objective="nullspace+madry+trades", trades_beta=4.0)
+    forward = trainer.cost.summary()["stages"]["training"]["forward"]
+    assert forward == 4 * 8 * 4, "clean, adversarial, divergent, noisy"
     bank = [noise.tensor for noise in load_noise_bank(tmp_path / "noises")]
 
     def loss(vit, x, y, step):
@@ -177,6 +177,26 @@ def test_a_sum_is_the_union_of_the_views_and_the_sum_of_the_losses(tmp_path):
         return both + cross_entropy(adversarial, y) + trades_loss(vit, x, y, step)
 
     agree(trainer, loss, tmp_path)
+
+
+@pytest.mark.parametrize("noises", [0, 1, 5])
+def test_views_in_one_forward_pass_are_views_in_turn(noises):
+    """The way of a GPU and that of a CPU: the same logits and gradients, and only the noisy view has the noise."""
+    found = []
+    for together in (False, True):
+        vit, generator = tiny_model().double(), torch.Generator().manual_seed(0)
+        images, other = torch.randn(2, 5, 3, 16, 16, generator=generator, dtype=torch.float64)
+        noise = torch.randn(noises, 16, 24, generator=generator, dtype=torch.float64) if noises else None
+        views = {"noisy": View(images, noise), "clean": View(images), "other": View(other)}
+        inputs = {"pixel_values": images, "labels": torch.arange(5), "interpolate_pos_encoding": True}
+        hook = PatchEmbeddingNoise(vit)
+        logits = forward_views(vit, hook, inputs, views, "pixel_values", together=together)
+        assert list(logits)[-1] == "noisy" or not noises
+        for name, x, v in [("clean", images, 0.0), ("other", other, 0.0), ("noisy", images, noise if noises else 0.0)]:
+            torch.testing.assert_close(logits[name], logits_of(vit, x, v))
+        sum(index * each.square().sum() for index, each in enumerate(logits.values())).backward()
+        found.append({name: parameter.grad for name, parameter in vit.named_parameters()})
+    assert_same(*found, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("objective", "distribution"), [("random", "uniform"), ("random", "normal"), ("permuted", "")])
@@ -285,7 +305,9 @@ def test_the_attack_leaves_nothing_behind(tmp_path):
     handle = model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     first = trainer.compute_loss(model, dict(inputs))
     handle.remove()
-    assert modes == [False] * (3 + 1 + 3) + [True], "in eval mode while attacked, then one pass in training mode"
+    assert modes == [False] * (3 + 1 + 3) + [True] * 3, (
+        "in eval mode while attacked, then a pass per view in training mode"
+    )
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,12 +1,13 @@
 """What a training batch becomes, and what the loss is. The trainer asks the objective; a new one needs no edit there.
 
-An objective turns a batch into views (clean, noisy, adversarial, ...) that go through the model in one forward pass,
-and the logits of the views into a loss. "a+b" is the union of the views of a and b and the sum of their losses.
+An objective turns a batch into views (clean, noisy, adversarial, ...) that go through the model, and the logits of the
+views into a loss. "a+b" is the union of the views of a and b and the sum of their losses.
 """
 
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,11 +158,19 @@ register_objective("plain", lambda args: Plain())
 
 
 def forward_views(
-    model: nn.Module, hook: PatchEmbeddingNoise, inputs: dict[str, Any], views: Mapping[str, View], input_name: str
+    model: nn.Module,
+    hook: PatchEmbeddingNoise,
+    inputs: dict[str, Any],
+    views: Mapping[str, View],
+    input_name: str,
+    *,
+    together: bool = True,
 ) -> dict[str, Tensor]:
-    """The logits (B, K) of every view, from one forward pass of all views behind each other; the noisy one is the last.
+    """The logits (B, K) of every view, from one forward pass of all or one after the other; the noisy one is the last.
 
-    Whatever else of ``inputs`` has one entry per image is repeated for every view; the labels are left out.
+    One pass keeps a GPU busy. On a CPU it is the slower way: the activations of a larger batch leave the cache earlier
+    (``benchmarks/train_step.py``). Whatever else of ``inputs`` has one entry per image goes with every view; the labels
+    are left out.
 
     Raises:
         ValueError: if more than one view has a noise.
@@ -170,21 +179,26 @@ def forward_views(
     noises = [view.noise for view in views.values() if view.noise is not None]
     if len(noises) > 1:
         raise ValueError(f"{len(noises)} of the views {', '.join(views)} have a noise; one forward pass adds one")
+    others = {name: value for name, value in inputs.items() if name not in ("labels", input_name)}
+    if not together:
+        logits = {}
+        for name in names:
+            noise, images = views[name].noise, views[name].images
+            with nullcontext() if noise is None else hook.adding(noise.to(images.device)):
+                logits[name] = model(**others, **{input_name: images}).logits
+        return logits
     count, copies = len(inputs["labels"]), len(names)
     repeated = {
         name: torch.cat([value] * copies)
         if isinstance(value, Tensor) and value.dim() and len(value) == count
         else value
-        for name, value in inputs.items()
-        if name not in ("labels", input_name)
+        for name, value in others.items()
     }
     repeated[input_name] = torch.cat([views[name].images for name in names])
-    if noises:
-        with hook.adding(noises[0].to(repeated[input_name].device), NoiseMode.LAST_PART, copies):
-            logits = model(**repeated).logits
-    else:
-        logits = model(**repeated).logits
-    return dict(zip(names, logits.chunk(copies), strict=True))
+    device = repeated[input_name].device
+    with hook.adding(noises[0].to(device), NoiseMode.LAST_PART, copies) if noises else nullcontext():
+        chunks = model(**repeated).logits.chunk(copies)
+    return dict(zip(names, chunks, strict=True))
 
 
 def view_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None, label_smoothing: float = 0.0) -> Tensor:

@@ -139,7 +139,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Training: the objective's loss over its views, in one forward pass (line 19). Evaluation: the Trainer's."""
+        """Training: the objective's loss over its views (line 19). Evaluation: the Trainer's."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self._hook is not None
@@ -156,7 +156,8 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         )
         with self.cost.during("attack"):
             views = self._objective.views(batch)
-        logits = forward_views(self.cost.counted(model), self._hook, inputs, views, name)
+        together = self.args.device.type != "cpu"
+        logits = forward_views(self.cost.counted(model), self._hook, inputs, views, name, together=together)
         loss = self._objective.loss(logits, batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # undo the mean that DDP takes over processes
