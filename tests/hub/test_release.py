@@ -41,6 +41,7 @@ steps_per_round: 2
 global_batch_size: 16
 noise_batch_size: 16
 noise_max_steps: 5
+noise_pool_images: 32
 held_out_images: 32
 learning_rate: 1.0e-2
 fgsm: [8/255]

@@ -31,6 +31,7 @@ steps_per_round: 2
 global_batch_size: 16
 noise_batch_size: 16
 noise_max_steps: 5
+noise_pool_images: 32
 held_out_images: 32
 learning_rate: 1.0e-3
 fgsm: [8/255]
@@ -137,6 +138,7 @@ def own(tmp_path_factory):
 
 
 OWN = ["--rounds=1", "--steps_per_round=2", "--global_batch_size=8", "--noise_batch_size=8", "--noise_max_steps=3",
+       "--noise_pool_images=16",
        "--held_out_images=8", "--disable_tqdm=true", "--control=false", "--dataloader_pin_memory=false",
        "--use_cpu=true", "--save_strategy=no", "--corruptions", "contrast", "--severities", "3"]  # fmt: skip
 

@@ -40,8 +40,8 @@ def hub(tmp_path_factory):
 
 def finetune(hub, cache, output, *words):
     settings = ["--rounds=1", "--steps_per_round=1", "--global_batch_size=8", "--noise_batch_size=8",
-                "--noise_max_steps=2", "--held_out_images=8", "--disable_tqdm=true", "--control=false",
-                "--dataloader_pin_memory=false", "--use_cpu=true", "--save_strategy=no",
+                "--noise_max_steps=2", "--noise_pool_images=8", "--held_out_images=8", "--disable_tqdm=true",
+                "--control=false", "--dataloader_pin_memory=false", "--use_cpu=true", "--save_strategy=no",
                 "--corruptions", "contrast", "--severities", "3"]  # fmt: skip
     names = ["--model_name_or_path=someone/vit", "--dataset_name=someone/pictures", f"--output_dir={output}"]
     return subprocess.run(

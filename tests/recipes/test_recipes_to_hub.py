@@ -17,6 +17,7 @@ from tiny_models import tiny_model
 
 NAMES = [f"class {index}" for index in range(5)]
 SHORT = ["--rounds=2", "--steps_per_round=1", "--global_batch_size=8", "--noise_batch_size=8", "--noise_max_steps=2",
+         "--noise_pool_images=16",
          "--held_out_images=8", "--disable_tqdm=true", "--dataloader_pin_memory=false", "--use_cpu=true",
          "--save_strategy=steps", "--save_steps=1", "--corruptions", "contrast", "--severities", "3"]  # fmt: skip
 
