@@ -168,9 +168,8 @@ def forward_views(
 ) -> dict[str, Tensor]:
     """The logits (B, K) of every view, from one forward pass of all or one after the other; the noisy one is the last.
 
-    One pass keeps a GPU busy. On a CPU it is the slower way: the activations of a larger batch leave the cache earlier
-    (``benchmarks/train_step.py``). Whatever else of ``inputs`` has one entry per image goes with every view; the labels
-    are left out.
+    One pass keeps a GPU busy; on a CPU it was not the faster way (``benchmarks/train_step.py``). Whatever else of
+    ``inputs`` has one entry per image goes with every view; the labels are left out.
 
     Raises:
         ValueError: if more than one view has a noise.
