@@ -5,8 +5,8 @@ import pytest
 
 from hf_nullspace.robustness.records import bits
 from hf_nullspace.robustness.scores import paired_difference, paired_mean_difference
-from hf_nullspace.study.analysis import Results, differences, power, smallest, table
-from hf_nullspace.study.report import complete, markdown
+from hf_nullspace.study.analysis import Results, between_arms, differences, power, smallest, table
+from hf_nullspace.study.report import complete, markdown, write_study
 
 LIMITS = {"clean": 400, "FGSM": 100, "fog": 100}
 WEIGHTS = {"clean": 0.5, "FGSM": 0.25, "fog": 0.25}
@@ -65,6 +65,45 @@ def test_a_condition_of_one_seed_is_compared_on_that_seed():
         found = differences(results, {"fog": {"fog": 1.0}}, reference, resamples=200)["better"]["fog"][0]
         by_hand = raw(ours, "better", 0)["fog"].mean() - raw(ours, reference, seed)["fog"].mean()
         assert found == pytest.approx(100 * by_hand, abs=1e-3)
+
+
+def test_an_arm_without_the_seeds_of_a_condition_has_no_entry_there():
+    """A condition of seed 0 alone, and an arm of seed 1 alone."""
+    ours = content()
+    ours["runs"] = [run for run in ours["runs"] if run["arm"] != "better" or run["seed"] == 1]
+    for run in ours["runs"]:
+        if run["seed"] in (1, 2):
+            del run["correct_bits"]["fog"]
+        del run["raw"]
+    ours["study"]["groups"] = {"average": {"clean": 0.5, "FGSM": 0.5}, "fog": {"fog": 1.0}}
+    whole = complete(ours, resamples=200)
+    assert set(whole["table"]["better"]) == {"average"}
+    assert set(whole["differences"]["better"]) == {"average", "clean", "FGSM"}
+    assert set(whole["differences"]["before"]) == {"average", "fog", *LIMITS}
+    text = markdown(whole)
+    assert "nan" not in text
+    assert f"| better | 1 | {whole['table']['better']['average']['mean']:.2f} |  |" in text
+
+
+def test_every_two_arms_are_compared_as_each_is_to_the_control(tmp_path):
+    ours = content()
+    between = between_arms(Results(ours), WEIGHTS, resamples=300)
+    for reference in ("plain", "before"):
+        theirs = differences(Results(ours), {"a": WEIGHTS}, reference, resamples=300)
+        assert {arm: entry[reference] for arm, entry in between.items() if arm != reference} == {
+            arm: entry["a"] for arm, entry in theirs.items()
+        }
+    value, low, high = between["better"]["before"]
+    assert between["before"]["better"] == pytest.approx([-value, -high, -low], abs=1e-3)
+    assert "better" not in between["better"]
+    for run in ours["runs"]:
+        del run["raw"]
+        if run["arm"] == "better":
+            run["seed"] += 5  # none in common with the control
+    whole = complete(ours, resamples=200)
+    assert set(whole["between_arms"]["better"]) == {"before"}
+    assert whole["differences"]["better"] == {}
+    write_study(whole, tmp_path)
 
 
 def test_the_interval_of_one_condition_is_that_of_the_scores():

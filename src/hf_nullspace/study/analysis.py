@@ -6,6 +6,7 @@ stands beside them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,18 @@ class Results:
         return float(sum(weight * self.correct[arm][seed][title].mean() for title, weight in weights.items()))
 
     def change(self, arm: str, reference: str, title: str) -> Array:
-        """Per image, in [-1, 1]: arm minus reference under one condition, averaged over the seeds that both have."""
+        """Per image, in [-1, 1]: arm minus reference under one condition, averaged over the seeds that both have.
+
+        NaN where they have none in common.
+        """
         own, others = self.seeds(arm, [title]), self.seeds(reference, [title])
         seeds = [seed for seed in own if seed in others]
         if others == [None]:
             seeds = own
         if own == [None]:
             seeds = others
+        if not seeds:
+            return np.full(len(self.places[title]), np.nan)
         ours = [self._of(arm, seed)[title].astype(float) for seed in seeds]
         theirs = [self._of(reference, seed)[title].astype(float) for seed in seeds]
         return np.mean(ours, axis=0) - np.mean(theirs, axis=0)
@@ -70,15 +76,45 @@ def differences(
     """Arm -> group -> [difference to ``reference``, low, high], in points.
 
     Percentile bootstrap over the images of all conditions together; a condition on fewer images takes those of them
-    that were drawn, as often as they were.
+    that were drawn, as often as they were. A group has no entry where an arm and the reference share no seed.
     """
-    arms = [arm for arm in results.correct if arm != reference]
+    pairs = [(arm, reference) for arm in results.correct if arm != reference]
+    found = _intervals(results, groups, pairs, resamples, seed, confidence)
+    return {arm: found[arm, reference] for arm, _ in pairs}
+
+
+def between_arms(
+    results: Results,
+    weights: Mapping[str, float],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, dict[str, list[float]]]:
+    """Arm -> reference -> [difference of one weighted mean, low, high] for every two arms; as :func:`differences`."""
+    pairs = list(permutations(results.correct, 2))
+    found = _intervals(results, {"average": weights}, pairs, resamples, seed, confidence)
+    whole: dict[str, dict[str, list[float]]] = {arm: {} for arm in results.correct}
+    for (arm, reference), entry in found.items():
+        if "average" in entry:
+            whole[arm][reference] = entry["average"]
+    return whole
+
+
+def _intervals(
+    results: Results,
+    groups: Mapping[str, Mapping[str, float]],
+    pairs: Sequence[tuple[str, str]],
+    resamples: int,
+    seed: int,
+    confidence: float,
+) -> dict[tuple[str, str], dict[str, list[float]]]:
     everything = np.unique(np.concatenate(list(results.places.values())))
     where = {title: np.searchsorted(everything, places) for title, places in results.places.items()}
-    titles = list(results.conditions)
-    changes = {t: np.stack([results.change(arm, reference, t) for arm in arms], axis=1) for t in titles}
+    titles = [title for title in results.conditions if any(title in weights for weights in groups.values())]
+    changes = {t: np.stack([results.change(*pair, t) for pair in pairs], axis=1) for t in titles}
     rng = np.random.default_rng(seed)
-    draws = {title: np.empty((resamples, len(arms))) for title in titles}
+    draws = {title: np.empty((resamples, len(pairs))) for title in titles}
     equal = np.full(len(everything), 1 / len(everything))
     for first in range(0, resamples, 100):
         some = slice(first, min(first + 100, resamples))
@@ -87,26 +123,34 @@ def differences(
             mine = counts[:, where[title]]
             drawn = mine.sum(1, keepdims=True)
             draws[title][some] = np.divide(
-                mine @ changes[title], drawn, out=np.full((len(mine), len(arms)), np.nan), where=drawn > 0
+                mine @ changes[title], drawn, out=np.full((len(mine), len(pairs)), np.nan), where=drawn > 0
             )
-    found: dict[str, dict[str, list[float]]] = {arm: {} for arm in arms}
+    found: dict[tuple[str, str], dict[str, list[float]]] = {pair: {} for pair in pairs}
     for group, weights in groups.items():
         sampled = np.stack([weight * draws[title] for title, weight in weights.items()]).sum(0)
-        sampled = sampled[np.isfinite(sampled).all(1)]  # without those in which a condition of few images has none
         value = sum(weight * changes[title].mean(0) for title, weight in weights.items())
-        for column, arm in enumerate(arms):
-            interval = percentile(float(value[column]), sampled[:, column], confidence)
-            found[arm][group] = [round(100 * x, 4) for x in (interval.value, interval.low, interval.high)]
+        for column, pair in enumerate(pairs):
+            if np.isnan(value[column]):
+                continue
+            # A condition of few images has none of them in some draws.
+            drawn = sampled[np.isfinite(sampled[:, column]), column]
+            interval = percentile(float(value[column]), drawn, confidence)
+            found[pair][group] = [round(100 * x, 4) for x in (interval.value, interval.low, interval.high)]
     return found
 
 
 def table(results: Results, groups: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Arm -> group -> mean accuracy over the seeds in %, their standard deviation (None for one), and each seed's."""
+    """Arm -> group -> mean accuracy over the seeds in %, their standard deviation (None for one), and each seed's.
+
+    A group has no entry where no seed of the arm was measured under all of its conditions.
+    """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for arm in results.correct:
         found[arm] = {}
         for group, weights in groups.items():
             each = [100 * results.accuracy(arm, seed, weights) for seed in results.seeds(arm, weights)]
+            if not each:
+                continue
             spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
             found[arm][group] = {
                 "mean": round(float(np.mean(each)), 4),

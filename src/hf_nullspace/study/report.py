@@ -1,5 +1,6 @@
 """A finished study as JSON, Markdown and pictures. The JSON holds everything, the rest is computed from it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import numpy as np
 
 from hf_nullspace.files import write_json, write_whole
-from hf_nullspace.study.analysis import Results, differences, table
+from hf_nullspace.study.analysis import Results, between_arms, differences, table
 from hf_nullspace.study.design import BEFORE
 
 
 def complete(content: dict[str, Any], *, resamples: int = 2000) -> dict[str, Any]:
-    """``content`` (study, selection, power, runs) with its table, its paired differences and its costs."""
+    """``content`` (study, selection, power, runs) with its table, its paired differences and its costs.
+
+    ``between_arms`` has the average's differences of every two arms.
+    """
     results, study = Results(content), content["study"]
     each = {title: {title: 1.0} for title in study["conditions"]}
     groups = study["groups"]
@@ -20,6 +24,7 @@ def complete(content: dict[str, Any], *, resamples: int = 2000) -> dict[str, Any
         "table": table(results, groups),
         "differences": differences(results, groups | each, study["control"], resamples=resamples),
         "against_before": differences(results, groups, BEFORE, resamples=resamples),
+        "between_arms": between_arms(results, groups["average"], resamples=resamples),
         "cost": costs(content["runs"]),
         "resamples": resamples,
     }
@@ -60,17 +65,20 @@ def _write(path: Path, text: str) -> None:
 def markdown(content: Mapping[str, Any]) -> str:
     """The tables of a study, to be read."""
     groups, control = list(content["study"]["groups"]), content["study"]["control"]
-    seeds = {arm: len(entry["average"]["seeds"]) for arm, entry in content["table"].items()}
+    arms, between = list(content["table"]), content["between_arms"]
+    seeds = Counter(run["arm"] for run in content["runs"])
     lines = ["Accuracy in %, mean over the seeds ± their standard deviation.", ""]
     lines += _table(
         ["arm", "seeds", *map(short, groups)],
-        [[arm, str(seeds[arm]), *(spread(entry[g]) for g in groups)] for arm, entry in content["table"].items()],
+        [[arm, str(seeds[arm]), *(spread(entry.get(g)) for g in groups)] for arm, entry in content["table"].items()],
     )
     lines += ["", f"Paired differences to {control} in points, with 95% intervals over images.", ""]
     lines += _table(
         ["arm", *map(short, groups)],
-        [[arm, *(signed(entry[g]) for g in groups)] for arm, entry in content["differences"].items()],
+        [[arm, *(signed(entry.get(g)) for g in groups)] for arm, entry in content["differences"].items()],
     )
+    lines += ["", "The same for the average, between every two arms: the row's minus the column's.", ""]
+    lines += _table(["", *arms], [[arm, *(signed(between[arm].get(other)) for other in arms)] for arm in arms])
     lines += ["", "Cost of one run, in forward passes of one image (a backward pass to the parameters is two).", ""]
     lines += _table(
         ["arm", "learning rate", "all", "training steps", "attacks", "noises", "seconds"],
@@ -99,11 +107,15 @@ def rate_of(content: Mapping[str, Any], arm: str) -> float:
     return next(run["learning_rate"] for run in content["runs"] if run["arm"] == arm)
 
 
-def spread(entry: Mapping[str, Any]) -> str:
+def spread(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return ""
     return f"{entry['mean']:.2f}" + ("" if entry["spread"] is None else f" ± {entry['spread']:.2f}")
 
 
-def signed(interval: Sequence[float]) -> str:
+def signed(interval: Sequence[float] | None) -> str:
+    if interval is None:
+        return ""
     value, low, high = interval
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
@@ -122,15 +134,20 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def plot_cost(content: Mapping[str, Any], path: Path) -> Path:
     """Difference of the average to the control, with its interval, against the cost of a run."""
-    figure, axes = _figure(7.0)
+    control = content["study"]["control"]
+    figure, axes = _figure(8.5)
     for place, (arm, cost) in enumerate(content["cost"].items()):
-        value, low, high = content["differences"].get(arm, {}).get("average", (0.0, 0.0, 0.0))
+        own = (0.0, 0.0, 0.0) if arm == control else content["differences"][arm].get("average")
+        if own is None:
+            continue
+        value, low, high = own
         error = [[value - low], [high - value]]
-        axes.errorbar(cost["forward_equivalents"], value, yerr=error, fmt="o", capsize=3, color=f"C{place % 10}")
-        axes.annotate(arm, (cost["forward_equivalents"], value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        style = {"fmt": "os^"[place // 10 % 3], "color": f"C{place % 10}", "capsize": 3, "label": arm}
+        axes.errorbar(cost["forward_equivalents"], value, yerr=error, **style)
     axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
     axes.set(xscale="log", xlabel="cost of a run (forward passes of one image)")
-    axes.set_ylabel(f"average - {content['study']['control']} (points)")
+    axes.set_ylabel(f"average - {control} (points)")
+    figure.legend(loc="outside right upper", fontsize="x-small")
     return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
@@ -140,7 +157,7 @@ def plot_conditions(content: Mapping[str, Any], path: Path) -> Path:
     figure, axes = _figure(max(7.0, 1 + len(groups) * (0.6 + 0.14 * len(arms))))
     width = 0.85 / len(arms)
     for place, arm in enumerate(arms):
-        entries = [content["table"][arm][group] for group in groups]
+        entries = [content["table"][arm].get(group, {"mean": np.nan, "spread": None}) for group in groups]
         where = np.arange(len(groups)) + (place - (len(arms) - 1) / 2) * width
         errors = [entry["spread"] or 0.0 for entry in entries]
         axes.bar(
