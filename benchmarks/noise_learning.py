@@ -92,9 +92,7 @@ def main() -> None:
     shape = embedding_shape(model, held_out[0], hook.module)
     found: dict[str, Any] = {"step": steps_in_turn(args, called, hook, held_out, batches, shape, device, clock)}
 
-    default = NullspaceConfig(
-        output_dir="unused", preset="boundary", use_cpu=device.type == "cpu", noise_batch_size=args.batch
-    )
+    default = NullspaceConfig(output_dir="unused", use_cpu=device.type == "cpu", noise_batch_size=args.batch)
     ours = default.noise_settings()
     assert isinstance(ours, BoundarySettings)
     fine_tuning = default.steps_per_round * args.batch * 6  # type: ignore[operator]

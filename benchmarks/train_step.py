@@ -95,7 +95,7 @@ def main() -> None:
         trainer = TimedTrainer(
             random_vit(args, args.attn),
             NullspaceConfig(
-                output_dir=folder, rounds=2, preset="boundary", steps_per_round=args.steps // 2,
+                output_dir=folder, rounds=2, steps_per_round=args.steps // 2,
                 global_batch_size=args.batch, noise_batch_size=args.batch, noise_max_steps=2, noise_pool_images=0,
                 held_out_images=64, epsilon=1e-4,
                 bf16=args.bf16, use_cpu=args.device == "cpu", report_to="none", save_strategy="no", disable_tqdm=True,

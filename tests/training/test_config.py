@@ -67,8 +67,9 @@ def test_descent_preset_differs_where_epsilon_would_be_untrue(tmp_path):
     }
 
 
-def test_boundary_preset_is_the_cheap_learner_and_trains_as_the_others_do(tmp_path):
-    default = make(tmp_path, preset="boundary")
+def test_default_preset_is_the_cheap_learner_and_trains_as_the_others_do(tmp_path):
+    default = make(tmp_path)
+    assert differences(default, make(tmp_path, preset="boundary")) == {}
     changed = differences(default, make(tmp_path, preset="descent"))
     assert all(name == "preset" or name.startswith("noise") for name in changed)
     settings = default.noise_settings()
@@ -144,7 +145,7 @@ def test_rounds_steps_and_max_steps_agree(tmp_path, given, length):
         ({"noise_batch_size": 0}, "noise_batch_size=0: expected at least 1 image"),
         ({"held_out_images": -1}, "held_out_images=-1"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0: expected a number in \(0, 1\)"),
-        ({"preset": "papers"}, "preset='papers': expected one of 'default', 'boundary', 'descent'"),
+        ({"preset": "papers"}, "preset='papers': expected one of 'boundary', 'descent', 'paper'"),
         ({"objective": "madly"}, "objective='madly': expected one of .*; did you mean 'madry'"),
         ({"global_batch_size": 128, "gradient_accumulation_steps": 3}, "global_batch_size=128 is no multiple of"),
         ({"global_batch_size": 128, "per_device_train_batch_size": 32}, "x 1 gradient_accumulation_steps is 32"),

@@ -52,10 +52,10 @@ _BOUNDARY = _DESCENT | {
     "noise_pool_images": 1024,
 }
 
-PRESETS: dict[str, dict[str, Any]] = {"default": _DESCENT, "boundary": _BOUNDARY, "descent": _DESCENT, "paper": _PAPER}
+PRESETS: dict[str, dict[str, Any]] = {"boundary": _BOUNDARY, "descent": _DESCENT, "paper": _PAPER}
 """What a field gets that nobody set. "paper" is Algorithm 1 with the settings of appendix A.3; "descent" differs where
 that leaves epsilon untrue of the noise: no decay of the noise, and epsilon is tested on held-out images; "boundary"
-learns noises that follow the edge of epsilon, for less than the fine-tuning itself costs; "default" is "descent"."""
+learns noises that follow the edge of epsilon, for less than the fine-tuning itself costs: the default."""
 
 
 def _preset(text: str) -> Any:
@@ -77,8 +77,11 @@ class NullspaceConfig(TrainingArguments):
     _group_title: ClassVar[str] = "Nullspace fine-tuning (Algorithm 1)"
 
     preset: str = field(
-        default="default",
-        metadata={"help": "Where unset fields come from: 'default', 'boundary', 'descent' or 'paper'."},
+        default="boundary",
+        metadata={
+            "help": "Where unset fields come from: 'boundary', 'descent' (Algorithm 1, epsilon on held-out images) "
+            "or 'paper'."
+        },
     )
     objective: str = field(
         default="nullspace",
