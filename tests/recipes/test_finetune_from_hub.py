@@ -58,15 +58,21 @@ def errors(done):
     return [line for line in done.stderr.splitlines() if line.startswith("error:")]
 
 
-def test_an_interrupted_download_is_one_line_and_can_be_repeated(hub, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("model.safetensors", "someone/vit"),
+        pytest.param("train-00000-of-00001.parquet", "someone/pictures", marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupted_download_is_one_line_and_can_be_repeated(hub, tmp_path, file, name):
     cache, output = tmp_path / "cache", tmp_path / "out"
-    for file, name in (("train-00000-of-00001.parquet", "someone/pictures"), ("model.safetensors", "someone/vit")):
-        hub.cut = {file}
-        done = finetune(hub, cache, output)
-        assert done.returncode == 2, done.stderr
-        (error,) = errors(done)
-        assert name in error
-        assert any(file in question for question in hub.asked), "the file has to be asked for, to be cut"
+    hub.cut = {file}
+    done = finetune(hub, cache, output)
+    assert done.returncode == 2, done.stderr
+    (error,) = errors(done)
+    assert name in error
+    assert any(file in question for question in hub.asked), "the file has to be asked for, to be cut"
     hub.cut = set()
     done = finetune(hub, cache, output)
     assert done.returncode == 0, done.stderr
@@ -74,9 +80,9 @@ def test_an_interrupted_download_is_one_line_and_can_be_repeated(hub, tmp_path):
     assert NullspaceNoise.from_pretrained(output).provenance.revision is not None
 
 
-def test_what_the_hub_does_not_have_is_one_line(hub, tmp_path):
-    for words in (["--model_name_or_path=someone/else"], ["--dataset_name=someone/else"]):
-        done = finetune(hub, tmp_path / "cache", tmp_path / "out", *words)
-        assert done.returncode == 2
-        (error,) = errors(done)
-        assert "someone/else" in error
+@pytest.mark.parametrize("what", ["dataset_name", pytest.param("model_name_or_path", marks=pytest.mark.slow)])
+def test_what_the_hub_does_not_have_is_one_line(hub, tmp_path, what):
+    done = finetune(hub, tmp_path / "cache", tmp_path / "out", f"--{what}=someone/else")
+    assert done.returncode == 2
+    (error,) = errors(done)
+    assert "someone/else" in error

@@ -135,15 +135,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def plot_cost(content: Mapping[str, Any], path: Path) -> Path:
     """Difference of the average to the control, with its interval, against the cost of a run."""
     control = content["study"]["control"]
-    figure, axes = _figure(8.5)
-    for place, (arm, cost) in enumerate(content["cost"].items()):
+    figure, (axes,) = _figure(8.5)
+    for place, arm in enumerate(content["table"]):
         own = (0.0, 0.0, 0.0) if arm == control else content["differences"][arm].get("average")
-        if own is None:
+        if own is None or arm not in content["cost"]:
             continue
         value, low, high = own
         error = [[value - low], [high - value]]
-        style = {"fmt": "os^"[place // 10 % 3], "color": f"C{place % 10}", "capsize": 3, "label": arm}
-        axes.errorbar(cost["forward_equivalents"], value, yerr=error, **style)
+        style = {"fmt": "os"[place // 10 % 2], "color": _color(place), "capsize": 3, "label": arm}
+        axes.errorbar(content["cost"][arm]["forward_equivalents"], value, yerr=error, **style)
     axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
     axes.set(xscale="log", xlabel="cost of a run (forward passes of one image)")
     axes.set_ylabel(f"average - {control} (points)")
@@ -152,27 +152,34 @@ def plot_cost(content: Mapping[str, Any], path: Path) -> Path:
 
 
 def plot_conditions(content: Mapping[str, Any], path: Path) -> Path:
-    """Accuracy per group of conditions, a bar for each arm with the spread over its seeds."""
+    """Accuracy per group of conditions, a bar for each arm with the spread over its seeds; five groups in a row."""
     groups, arms = list(content["study"]["groups"]), list(content["table"])
-    figure, axes = _figure(max(7.0, 1 + len(groups) * (0.6 + 0.14 * len(arms))))
+    rows = [groups[first : first + 5] for first in range(0, len(groups), 5)]
+    figure, every_axes = _figure(9.0, 1.2 + 2.6 * len(rows), len(rows))
     width = 0.85 / len(arms)
-    for place, arm in enumerate(arms):
-        entries = [content["table"][arm].get(group, {"mean": np.nan, "spread": None}) for group in groups]
-        where = np.arange(len(groups)) + (place - (len(arms) - 1) / 2) * width
-        errors = [entry["spread"] or 0.0 for entry in entries]
-        axes.bar(
-            where, [entry["mean"] for entry in entries], width, yerr=errors, label=arm, error_kw={"linewidth": 0.7}
-        )
-    axes.set_xticks(range(len(groups)), [short(group) for group in groups], rotation=25, ha="right", fontsize=8)
-    axes.set(ylabel="accuracy (%)")
-    axes.legend(fontsize="x-small", ncols=3)
+    for axes, row in zip(every_axes, rows, strict=True):
+        for place, arm in enumerate(arms):
+            entries = [content["table"][arm].get(group, {"mean": np.nan, "spread": None}) for group in row]
+            where = np.arange(len(row)) + (place - (len(arms) - 1) / 2) * width
+            means, errors = ([entry["mean"] for entry in entries], [entry["spread"] or 0.0 for entry in entries])
+            axes.bar(where, means, width, yerr=errors, label=arm, color=_color(place), error_kw={"linewidth": 0.7})
+        axes.set_xticks(range(len(row)), [short(group) for group in row], fontsize=8)
+        axes.set(ylabel="accuracy (%)", xlim=(-0.5, 4.5))
+    figure.legend(*every_axes[0].get_legend_handles_labels(), loc="outside upper center", fontsize="x-small", ncols=4)
     return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
-def _figure(width: float) -> tuple[Any, Any]:
+def _color(place: int) -> tuple[float, ...]:
+    """The first ten are those of every plot, the next ten lighter."""
+    from matplotlib import colormaps
+
+    return tuple(colormaps["tab20"](place % 10 * 2 + place // 10 % 2))
+
+
+def _figure(width: float, height: float = 4.2, rows: int = 1) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows, squeeze=False)[:, 0]
