@@ -12,6 +12,7 @@ processes may share one, each with --only ARM .... Writes results.json (with eve
 
 import copy
 import json
+import os
 import platform
 import subprocess
 import time
@@ -185,8 +186,8 @@ def show(paths: dict[str, Path]) -> None:
 def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Folders of this machine by their last name alone: the results are for others to read."""
     return {
-        name: Path(value).name if isinstance(value, str) and ("/" in value) and Path(value).exists() else value
-        for name, value in settings.items()
+        name: Path(value).name if isinstance(value, str) and ("/" in value) and os.path.exists(value) else value
+        for name, value in settings.items()  # os.path: text that is too long for a path is none
     }
 
 

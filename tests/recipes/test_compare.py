@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import yaml
 
 from hf_nullspace.robustness.records import from_bits
 from hf_nullspace.study.report import complete
-from recipe_calls import call_recipe
+from recipe_calls import RECIPES, call_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as this process has: sums in another order differ in the last digit
@@ -196,6 +197,13 @@ def test_tables_and_pictures_again_from_the_json_alone(whole, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call_recipe("compare", f"--render={tmp_path / 'cost.png'}", f"--output_dir={tmp_path}")
     assert "no results.json of a study" in capsys.readouterr().err
+
+
+def test_settings_keep_their_text_and_folders_their_last_name(tmp_path):
+    without_paths = runpy.run_path(str(RECIPES / "compare.py"))["without_paths"]
+    arms = json.dumps({"madry": {"attack_step": "4/255"}} | {f"arm {n}": {"objective": "plain"} for n in range(20)})
+    found = without_paths({"arms": arms, "step": "1/255", "model": str(tmp_path), "seeds": [0], "none": None})
+    assert found == {"arms": arms, "step": "1/255", "model": tmp_path.name, "seeds": [0], "none": None}
 
 
 def test_no_path_of_this_machine_is_in_the_results(whole):
