@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## train, fine-tune and measure on real handwritten digits (about a minute on two cores)
+demo: $(STAMP)  ## train, fine-tune and measure on real handwritten digits (about 80 seconds on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/finetune.py
 
 test: $(STAMP)  ## the default tests (under 5 minutes on two cores, no network)

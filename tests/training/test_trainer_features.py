@@ -308,10 +308,12 @@ def test_peft(tmp_path):
         NullspaceTrainer(with_adapters(), config(tmp_path, ema_decay=0.9), train_dataset=Images())
 
 
+@pytest.mark.parametrize("preset", ["descent", "boundary"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_trains_and_resumes(tmp_path, family):
-    whole = trained(tmp_path, tiny_model(family), Images(), steps_per_round=1, save_strategy="steps", save_steps=1)
-    resumed = NullspaceTrainer(tiny_model(family, seed=9), config(tmp_path, steps_per_round=1), train_dataset=Images())
+def test_every_family_trains_and_resumes(tmp_path, family, preset):
+    given = {"steps_per_round": 1, "preset": preset, "noise_pool_images": 16 if preset == "boundary" else 0}
+    whole = trained(tmp_path, tiny_model(family), Images(), save_strategy="steps", save_steps=1, **given)
+    resumed = NullspaceTrainer(tiny_model(family, seed=9), config(tmp_path, **given), train_dataset=Images())
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_same(parameters_of(resumed.model), parameters_of(whole.model))
     assert_differs(parameters_of(whole.model), parameters_of(tiny_model(family)))
