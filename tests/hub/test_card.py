@@ -282,3 +282,10 @@ def test_the_cost_is_summed_from_the_history(tmp_path, three):
     assert rows["noises"] == ["2: 1 reached epsilon, 1 were scaled into epsilon"]
     assert rows["seconds for the noises"] == ["4 (wall clock)"]
     assert rows["all passes as forward passes"] == ["12,345"]
+    history = json.loads((folder / "nullspace_history.json").read_text())
+    for entry, stopped in zip(history, ("calibrated", "another way"), strict=True):
+        entry |= {"stopped": stopped, "noise_steps": 60}
+    (folder / "nullspace_history.json").write_text(json.dumps(history))
+    rows = rows_of(model_card(folder))
+    assert rows["noises"] == ["2: 1 scaled to epsilon on held-out images, 1 another way"]
+    assert rows["noise steps"] == ["120 (60 per noise)"]

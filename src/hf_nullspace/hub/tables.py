@@ -23,6 +23,12 @@ _TRAINING = (
     "data_seed",
 )  # fmt: skip
 _ANYONES = {item.name for item in fields(TrainingArguments)}
+_ENDS = {  # NoiseHistory.stopped
+    "epsilon": "reached epsilon",
+    "calibrated": "scaled to epsilon on held-out images",
+    "rescaled": "were scaled into epsilon",
+    "steps": "ended outside epsilon",
+}
 _PASSES = {
     "forward": "passes of one image: forward",
     "backward_to_input": "passes of one image: backward to the input",
@@ -237,11 +243,11 @@ def cost_table(run: RunFolder) -> str:
     if run.history:
         taken = [entry["noise_steps"] for entry in run.history]
         ends = [entry["stopped"] for entry in run.history]
-        outcome = ", ".join(f"{ends.count(end)} {text}" for end, text in (
-            ("epsilon", "reached epsilon"), ("rescaled", "were scaled into epsilon"),
-            ("steps", "ended outside epsilon")) if end in ends)  # fmt: skip
+        counted = {end: ends.count(end) for end in [*_ENDS, *ends] if end in ends}
+        outcome = ", ".join(f"{count} {_ENDS.get(end, end)}" for end, count in counted.items())
         rows.append(["noises", f"{len(taken)}: {outcome}"])
-        rows.append(["noise steps", f"{sum(taken):,} ({min(taken)} to {max(taken)} per noise)"])
+        each = f"{min(taken)}" if min(taken) == max(taken) else f"{min(taken)} to {max(taken)}"
+        rows.append(["noise steps", f"{sum(taken):,} ({each} per noise)"])
         if training.get("noise_batch_size"):
             rows.append(["images through noise steps", f"{sum(taken) * training['noise_batch_size']:,}"])
         influences = [entry["influence"] for entry in run.history if entry.get("influence") is not None]
