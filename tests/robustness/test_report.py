@@ -191,6 +191,18 @@ def test_pictures_of_severity_and_strength(tmp_path):
             assert len(image.convert("RGB").getcolors(1_000_000)) > 3
 
 
+def test_many_conditions_make_more_rows_not_a_wider_picture(tmp_path):
+    sizes = {}
+    for count in (1, 12, 13, 24, 30):
+        rows = [result(f"condition {number}", 20 + number % 20) for number in range(count)]
+        with Image.open(plots.plot_bars({"one": rows, "two": rows}, tmp_path / f"{count}.png")) as image:
+            sizes[count] = image.size
+            assert len(image.convert("RGB").getcolors(1_000_000)) > 3
+    assert sizes[12][0] == sizes[24][0] > sizes[13][0]
+    assert sizes[12][1] < sizes[13][1] == sizes[24][1]
+    assert sizes[30] == sizes[24]  # the first 24, and the title says so
+
+
 def test_two_judgements_of_a_subset_are_two_rows():
     bits = result("", 30).correct
     both = ConditionResult("imagenet-a", bits, 1.0, 0, {}, correct_all=np.roll(bits, 3) & bits)

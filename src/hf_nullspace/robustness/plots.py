@@ -14,22 +14,26 @@ from hf_nullspace.robustness.suite import ConditionResult
 
 Results = Mapping[str, Sequence[ConditionResult]]
 MOST_BARS = 24  # conditions that one picture can show; corruption cells beyond it stand in the severity plot
+IN_A_ROW = 12  # of them beside each other: a page is not wider
 
 
 def plot_bars(results: Results, path: str | Path) -> Path:
-    """Accuracy with its 95% interval per condition, a bar for each checkpoint."""
+    """Accuracy with its 95% interval per condition, a bar for each checkpoint; twelve conditions in a row."""
     first = next(iter(results.values()))
     shown = [i for i in range(len(first)) if len(first) <= MOST_BARS or cell(first[i]) is None][:MOST_BARS]
-    figure, axes = new_figure(max(6.0, 1.6 + len(shown) * (0.5 + 0.25 * len(results))))
+    rows = [part.tolist() for part in np.array_split(shown, -(-len(shown) // IN_A_ROW))]
+    figure, every_axes = new_figure(max(6.0, 1.6 + len(rows[0]) * (0.5 + 0.25 * len(results))), len(rows))
     width = 0.8 / len(results)
-    for place, (name, conditions) in enumerate(results.items()):
-        heights, spread = percentages([conditions[i] for i in shown])
-        where = np.arange(len(shown)) + (place - (len(results) - 1) / 2) * width
-        axes.bar(where, heights, width, yerr=spread, capsize=2, label=name, error_kw={"linewidth": 0.8})
-    axes.set_xticks(range(len(shown)), [short(first[i].condition) for i in shown], rotation=30, ha="right", fontsize=8)
+    for axes, row in zip(every_axes, rows, strict=True):
+        for place, (name, conditions) in enumerate(results.items()):
+            heights, spread = percentages([conditions[i] for i in row])
+            where = np.arange(len(row)) + (place - (len(results) - 1) / 2) * width
+            axes.bar(where, heights, width, yerr=spread, capsize=2, label=name, error_kw={"linewidth": 0.8})
+        axes.set_xticks(range(len(row)), [short(first[i].condition) for i in row], rotation=30, ha="right", fontsize=8)
+        axes.set_xlim(-0.6, len(rows[0]) - 0.4)
     if len(shown) < len(first):
-        axes.set_title(f"{len(shown)} of {len(first)} conditions; the table has all", fontsize=9)
-    return save(figure, axes, path, len(results))
+        every_axes[0].set_title(f"{len(shown)} of {len(first)} conditions; the table has all", fontsize=9)
+    return save(figure, every_axes[0], path, len(results))
 
 
 def plot_severity(results: Results, path: str | Path) -> Path | None:
@@ -37,7 +41,7 @@ def plot_severity(results: Results, path: str | Path) -> Path | None:
     whole = complete_corruptions(next(iter(results.values())))
     if not whole:
         return None
-    figure, axes = new_figure(6.0)
+    figure, (axes,) = new_figure(6.0)
     for name, conditions in results.items():
         cells = {cell(r): r.score.value for r in conditions}
         for kind, corruptions in whole.items():
@@ -65,7 +69,7 @@ def plot_strength(results: Results, path: str | Path) -> Path | None:
         return None
     for (name, _), points in curves.items():
         points[:0] = [(0.0, result) for result in results[name] if result.condition == "clean"]
-    figure, axes = new_figure(6.0)
+    figure, (axes,) = new_figure(6.0)
     styles = dict(zip(sorted({attack for _, attack in curves}), ("-", "--", ":", "-."), strict=False))
     for (name, attack), points in curves.items():
         heights, spread = percentages([result for _, result in points])
@@ -106,22 +110,25 @@ def percentages(results: Sequence[ConditionResult]) -> tuple[np.ndarray, np.ndar
     return np.array([100 * s.value for s in scores]), np.maximum(np.array(spread), 0)
 
 
-def new_figure(width: float) -> tuple[Any, Any]:
+def new_figure(width: float, rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure, and the axes of its rows."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_ylim(0, 100)
-    axes.set_ylabel("accuracy in %")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    return figure, axes
+    figure = Figure(figsize=(width, 1.5 + 3.0 * rows), layout="constrained")
+    every_axes = list(figure.subplots(rows, squeeze=False)[:, 0])
+    for axes in every_axes:
+        axes.set_ylim(0, 100)
+        axes.set_ylabel("accuracy in %")
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    return figure, every_axes
 
 
 def save(figure: Any, axes: Any, path: str | Path, entries: int) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure.legend(loc="outside upper center", ncols=min(entries, 3), frameon=False, fontsize=9)
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=min(entries, 3), frameon=False, fontsize=9)
     canvas = FigureCanvasAgg(figure)
     return write_whole(path, lambda temporary: canvas.print_png(str(temporary)))
 
