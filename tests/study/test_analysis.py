@@ -6,7 +6,7 @@ import pytest
 from hf_nullspace.robustness.records import bits
 from hf_nullspace.robustness.scores import paired_difference, paired_mean_difference
 from hf_nullspace.study.analysis import Results, between_arms, differences, power, smallest, table
-from hf_nullspace.study.report import complete, markdown, write_study
+from hf_nullspace.study.report import complete, difference_scale, markdown, plot_cost, write_study
 
 LIMITS = {"clean": 400, "FGSM": 100, "fog": 100}
 WEIGHTS = {"clean": 0.5, "FGSM": 0.25, "fog": 0.25}
@@ -104,6 +104,18 @@ def test_every_two_arms_are_compared_as_each_is_to_the_control(tmp_path):
     assert set(whole["between_arms"]["better"]) == {"before"}
     assert whole["differences"]["better"] == {}
     write_study(whole, tmp_path)
+
+
+def test_a_difference_far_off_does_not_flatten_the_others(tmp_path):
+    assert difference_scale([0.3, 0.4, 0.2, 14.0]) == "symlog"
+    assert difference_scale([0.3, 0.4, 2.9]) == difference_scale([5.0]) == difference_scale([]) == "linear"
+    ours = content()
+    ours["cost"] = {arm: {"forward_equivalents": 10} for arm in ("plain", "far", "near", "nearer")}
+    ours["table"] = dict.fromkeys(ours["cost"])
+    ours["differences"] = {arm: {"average": [value, value - 1, value + 1]} for arm, value in
+                           (("far", -14.0), ("near", 0.3), ("nearer", 0.2))}  # fmt: skip
+    linear = ours | {"differences": ours["differences"] | {"far": {"average": [-0.4, -1.4, 0.6]}}}
+    assert plot_cost(ours, tmp_path / "a.png").read_bytes() != plot_cost(linear, tmp_path / "b.png").read_bytes()
 
 
 def test_the_interval_of_one_condition_is_that_of_the_scores():

@@ -133,22 +133,41 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot_cost(content: Mapping[str, Any], path: Path) -> Path:
-    """Difference of the average to the control, with its interval, against the cost of a run."""
+    """Difference of the average to the control, with its interval, against the cost of a run.
+
+    Logarithmic beyond one point where a linear axis would flatten the small differences (:func:`difference_scale`).
+    """
     control = content["study"]["control"]
     figure, (axes,) = _figure(8.5)
+    sizes = []
     for place, arm in enumerate(content["table"]):
         own = (0.0, 0.0, 0.0) if arm == control else content["differences"][arm].get("average")
         if own is None or arm not in content["cost"]:
             continue
         value, low, high = own
+        sizes += [abs(value)] if arm != control else []
         error = [[value - low], [high - value]]
         style = {"fmt": "os"[place // 10 % 2], "color": _color(place), "capsize": 3, "label": arm}
         axes.errorbar(content["cost"][arm]["forward_equivalents"], value, yerr=error, **style)
     axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
     axes.set(xscale="log", xlabel="cost of a run (forward passes of one image)")
     axes.set_ylabel(f"average - {control} (points)")
+    if difference_scale(sizes) == "symlog":
+        axes.set_yscale("symlog", linthresh=1.0, linscale=1.5)
+        axes.autoscale_view()
+        bottom, top = axes.get_ylim()
+        ticks = [sign * size for sign in (-1, 1) for size in (0.5, 1, 2, 5, 10, 20, 50)]
+        axes.set_yticks([tick for tick in [0, *ticks] if bottom <= tick <= top])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_yticks([], minor=True)
+        axes.set_ylabel(f"average - {control} (points; logarithmic beyond 1)")
     figure.legend(loc="outside right upper", fontsize="x-small")
     return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def difference_scale(sizes: Sequence[float]) -> str:
+    """Matplotlib's scale for differences of these absolute values: "symlog" if one is over ten times their median."""
+    return "symlog" if sizes and max(sizes) > 10 * float(np.median(sizes)) else "linear"
 
 
 def plot_conditions(content: Mapping[str, Any], path: Path) -> Path:
