@@ -201,6 +201,9 @@ def test_many_conditions_make_more_rows_not_a_wider_picture(tmp_path):
     assert sizes[12][0] == sizes[24][0] > sizes[13][0]
     assert sizes[12][1] < sizes[13][1] == sizes[24][1]
     assert sizes[30] == sizes[24]  # the first 24, and the title says so
+    only_cells = cells(lambda c, s: 40 - s)  # none of them has a bar: the severity plot has them
+    with Image.open(plots.plot_bars({"one": only_cells}, tmp_path / "cells.png")) as image:
+        assert image.height == sizes[1][1]
 
 
 def test_two_judgements_of_a_subset_are_two_rows():

@@ -106,16 +106,19 @@ def test_every_two_arms_are_compared_as_each_is_to_the_control(tmp_path):
     write_study(whole, tmp_path)
 
 
-def test_a_difference_far_off_does_not_flatten_the_others(tmp_path):
+def test_a_difference_far_off_does_not_flatten_the_others(tmp_path, monkeypatch):
     assert difference_scale([0.3, 0.4, 0.2, 14.0]) == "symlog"
     assert difference_scale([0.3, 0.4, 2.9]) == difference_scale([5.0]) == difference_scale([]) == "linear"
+    values = {"far": -14.0, "near": 0.3, "nearer": 0.2}
     ours = content()
-    ours["cost"] = {arm: {"forward_equivalents": 10} for arm in ("plain", "far", "near", "nearer")}
+    ours["cost"] = {arm: {"forward_equivalents": 10} for arm in ("plain", *values)}
     ours["table"] = dict.fromkeys(ours["cost"])
-    ours["differences"] = {arm: {"average": [value, value - 1, value + 1]} for arm, value in
-                           (("far", -14.0), ("near", 0.3), ("nearer", 0.2))}  # fmt: skip
-    linear = ours | {"differences": ours["differences"] | {"far": {"average": [-0.4, -1.4, 0.6]}}}
-    assert plot_cost(ours, tmp_path / "a.png").read_bytes() != plot_cost(linear, tmp_path / "b.png").read_bytes()
+    ours["differences"] = {arm: {"average": [value, value - 1, value + 1]} for arm, value in values.items()}
+    chosen = plot_cost(ours, tmp_path / "chosen.png").read_bytes()
+    monkeypatch.setattr("hf_nullspace.study.report.difference_scale", lambda sizes: "symlog")
+    assert plot_cost(ours, tmp_path / "symlog.png").read_bytes() == chosen
+    monkeypatch.setattr("hf_nullspace.study.report.difference_scale", lambda sizes: "linear")
+    assert plot_cost(ours, tmp_path / "linear.png").read_bytes() != chosen
 
 
 def test_the_interval_of_one_condition_is_that_of_the_scores():

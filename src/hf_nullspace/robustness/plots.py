@@ -21,7 +21,7 @@ def plot_bars(results: Results, path: str | Path) -> Path:
     """Accuracy with its 95% interval per condition, a bar for each checkpoint; twelve conditions in a row."""
     first = next(iter(results.values()))
     shown = [i for i in range(len(first)) if len(first) <= MOST_BARS or cell(first[i]) is None][:MOST_BARS]
-    rows = [part.tolist() for part in np.array_split(shown, -(-len(shown) // IN_A_ROW))]
+    rows = [part.tolist() for part in np.array_split(shown, max(1, -(-len(shown) // IN_A_ROW)))]
     figure, every_axes = new_figure(max(6.0, 1.6 + len(rows[0]) * (0.5 + 0.25 * len(results))), len(rows))
     width = 0.8 / len(results)
     for axes, row in zip(every_axes, rows, strict=True):
