@@ -1,11 +1,24 @@
 """A file is whole or not there, on a full disk and under a regular file too."""
 
+import os
 import resource
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 
-from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.files import (
+    DamagedFileError,
+    FolderInUseError,
+    damaged_files,
+    only_run_in,
+    read_json,
+    write_json,
+    write_manifest,
+    write_whole,
+)
 
 
 def test_failure_leaves_the_older_file(tmp_path):
@@ -50,3 +63,78 @@ def test_permissions_are_those_of_an_ordinary_file(tmp_path):
     plain = tmp_path / "plain"
     plain.write_text("")
     assert write_json(tmp_path / "x.json", 1).stat().st_mode == plain.stat().st_mode
+
+
+def test_a_damaged_json_is_named(tmp_path):
+    for content in (b"", b'{"a": ', b"\xff\xfe"):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(DamagedFileError, match=r"x\.json is damaged: expected JSON"):
+            read_json(tmp_path / "x.json")
+
+
+def test_a_manifest_says_what_is_damaged(tmp_path):
+    folder = tmp_path / "folder"
+    write_whole(folder / "below" / "b.bin", lambda path: path.write_bytes(bytes(100)) and None)
+    (folder / "a.safetensors").write_bytes(bytes(100))
+    (folder / "a.safetensors").chmod(0o600)
+    write_manifest(folder)
+    assert damaged_files(folder) == []
+    assert (folder / "a.safetensors").stat().st_mode == (folder / "below" / "b.bin").stat().st_mode
+    (folder / "below" / "b.bin").write_bytes(bytes(99))
+    (folder / "a.safetensors").write_bytes(b"1" + bytes(99))
+    assert damaged_files(folder) == [
+        "an unchanged a.safetensors (its SHA-256 is another)",
+        "a whole below/b.bin (99 of 100 bytes)",
+    ]
+    (folder / "a.safetensors").unlink()
+    assert damaged_files(folder)[0] == "a.safetensors"
+
+
+HOLD = """
+import sys
+from hf_nullspace.files import only_run_in
+with only_run_in(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_run_per_folder_and_a_dead_one_holds_nothing(tmp_path):
+    """The lock of a real process: refused by name while it lives, free when it was killed, leftovers gone."""
+    folder = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        named = rf"is in use by process {holder.pid} on {socket.gethostname()}, started 20"
+        with pytest.raises(FolderInUseError, match=named), only_run_in(folder, wait=0.2):
+            pass
+        (folder / ".x.json.abc.part").write_text("")
+        (folder / "other" / ".lock").parent.mkdir()
+        (folder / "other" / ".lock").write_text("")
+        (folder / "other" / ".y.json.abc.part").write_text("of another run")
+    finally:
+        holder.kill()
+        holder.communicate()
+    with only_run_in(folder, wait=0.2):
+        assert not (folder / ".x.json.abc.part").exists()
+        assert (folder / "other" / ".y.json.abc.part").exists()
+        assert read_json(folder / ".lock.json")["process"] == os.getpid()
+    with only_run_in(folder, wait=0.2):
+        pass
+
+
+def test_other_ranks_leave_the_lock_to_the_first(tmp_path, monkeypatch):
+    with only_run_in(tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        with only_run_in(tmp_path):
+            pass
+        monkeypatch.delenv("RANK")
+
+
+def test_a_lock_in_a_file_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(NotADirectoryError, match=r"cannot write into .*file: it is a file"),
+        only_run_in(tmp_path / "file"),
+    ):
+        pass

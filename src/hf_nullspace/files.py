@@ -1,15 +1,39 @@
-"""Files that are either whole or not there: written to a temporary name beside the target, then renamed."""
+"""Files that are whole or not there, folders that know what belongs in them, and one run per folder.
 
+A file is written to a temporary name beside the target, forced to the disk, and renamed. A folder that a library wrote
+gets a manifest of sizes and hashes, so that a file that power loss or a full disk has cut off is noticed.
+"""
+
+import hashlib
 import json
 import os
+import socket
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+MANIFEST_NAME = "manifest.json"
+LOCK_NAME = ".lock"
+_OWNER_NAME = ".lock.json"
+
+
+class DamagedFileError(ValueError):
+    """A file that an earlier run wrote cannot be read; the message names it."""
+
+
+class FolderInUseError(OSError):
+    """Another process writes into the folder."""
 
 
 def write_whole(path: Path | str, write: Callable[[Path], None]) -> Path:
     """Let ``write(temporary_path)`` write a file, then give it its name; a failure leaves an older file untouched.
+
+    The file and its name are on the disk when this returns: neither a kill nor power loss leaves a part of it.
 
     Raises:
         OSError: what failed (a full disk, a file where a folder has to be), with the path that was to be written.
@@ -22,8 +46,10 @@ def write_whole(path: Path | str, write: Callable[[Path], None]) -> Path:
         temporary = Path(name)
         try:
             write(temporary)
-            temporary.chmod(0o666 & ~_umask())
+            temporary.chmod(_ordinary_mode())
+            _to_disk(temporary)
             temporary.replace(path)
+            _to_disk(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except FileExistsError as error:
@@ -35,16 +61,146 @@ def write_whole(path: Path | str, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
 def write_json(path: Path | str, value: Any) -> Path:
     """``value`` as indented JSON with a final newline; NaN and infinity are an error, not invalid JSON."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     return write_whole(path, lambda temporary: _write_text(temporary, text))
+
+
+def read_json(path: Path | str) -> Any:
+    """What ``write_json`` wrote.
+
+    Raises:
+        DamagedFileError: if it is no JSON, naming the file.
+        OSError: if it cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is damaged: expected JSON ({error})") from error
+
+
+def make_lasting(folder: Path | str, *, below: bool = False) -> None:
+    """Force the files that a library wrote into a folder, and their names, to the disk; ``below``: subfolders, too.
+
+    safetensors 0.8 makes files that only their owner can read: they get the permissions of an ordinary file.
+    """
+    folder = Path(folder)
+    paths = _files(folder) if below else [path for path in folder.iterdir() if path.is_file()]
+    for path in paths:
+        if path.suffix == ".safetensors":
+            path.chmod(_ordinary_mode())
+        _to_disk(path)
+    for path in {path.parent for path in paths} | {folder.parent}:
+        _to_disk(path)
+
+
+def write_manifest(folder: Path | str) -> None:
+    """Force all files of a folder to the disk, then list their sizes and SHA-256 in ``manifest.json``."""
+    folder = Path(folder)
+    make_lasting(folder, below=True)
+    files = {path.relative_to(folder).as_posix(): _size_and_hash(path) for path in _files(folder)}
+    write_json(folder / MANIFEST_NAME, files)
+
+
+def damaged_files(folder: Path | str) -> list[str]:
+    """What of the manifest is not there as it was written, in words; an empty list if all is.
+
+    Raises:
+        OSError: if there is no manifest.
+        DamagedFileError: if the manifest cannot be read.
+    """
+    folder = Path(folder)
+    damaged = []
+    for name, written in read_json(folder / MANIFEST_NAME).items():
+        path = folder / name
+        if not path.is_file():
+            damaged.append(name)
+        elif (size := path.stat().st_size) != written["bytes"]:
+            damaged.append(f"a whole {name} ({size:,} of {written['bytes']:,} bytes)")
+        elif _size_and_hash(path) != written:
+            damaged.append(f"an unchanged {name} (its SHA-256 is another)")
+    return damaged
+
+
+def remove_leftovers(folder: Path | str) -> None:
+    """Delete temporary files that killed processes left below ``folder``, not in folders with locks of their own."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not (Path(place, name) / LOCK_NAME).exists()]
+        for name in names:
+            if name.startswith(".") and name.endswith(".part"):
+                Path(place, name).unlink(missing_ok=True)
+
+
+@contextmanager
+def only_run_in(folder: Path | str, *, wait: float = 15) -> Iterator[None]:
+    """Hold the folder's lock: no second run writes there. Leftovers of killed runs are deleted first.
+
+    Rank 0 alone takes it. The system frees the lock of a process that is gone; its workers may take ``wait`` seconds
+    to notice that.
+
+    Raises:
+        FolderInUseError: naming the process and its host, if the lock is still held after ``wait`` seconds.
+        OSError: if the folder cannot be written.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"cannot write into {folder}: it is a file, expected a folder") from None
+    owner = folder / _OWNER_NAME
+    lock = FileLock(folder / LOCK_NAME)
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout:
+        raise FolderInUseError(
+            f"{folder} is in use by {_described(owner)}. Wait until it ends, stop it, or choose another folder"
+        ) from None
+    try:
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_json(owner, {"process": os.getpid(), "host": socket.gethostname(), "started": started})
+        remove_leftovers(folder)
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _described(owner: Path) -> str:
+    try:
+        held = read_json(owner)
+        return f"process {held['process']} on {held['host']}, started {held['started']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+
+
+def _size_and_hash(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _to_disk(path: Path) -> None:
+    """fsync of a file, or of a folder: then the names in it are on the disk, too."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _ordinary_mode() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return 0o666 & ~current
 
 
 def _write_text(path: Path, text: str) -> None:

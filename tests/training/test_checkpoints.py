@@ -5,8 +5,10 @@ import logging
 import shutil
 
 import pytest
+from safetensors import SafetensorError
 from transformers import ViTConfig, ViTForImageClassification
 
+from hf_nullspace.files import MANIFEST_NAME, write_manifest
 from hf_nullspace.training.checkpoints import (
     NoCheckpointError,
     NotWrittenError,
@@ -14,6 +16,7 @@ from hf_nullspace.training.checkpoints import (
     last_complete_checkpoint,
     load_weights,
     one_clear_error,
+    restore_noises,
 )
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import FAMILIES, LABELS, tiny_model
@@ -26,6 +29,7 @@ FILES = (
     "rng_state.pth",
     "trainer_state.json",
     "nullspace_noise.safetensors",
+    MANIFEST_NAME,
 )
 
 
@@ -55,11 +59,62 @@ def test_a_missing_file_makes_the_run_go_on_from_the_one_before(copy, caplog, na
         assert last_complete_checkpoint(copy) == copy / "checkpoint-3"
     assert "skipped" in caplog.text
     assert "checkpoint-4, it is not whole: it lacks" in caplog.text
+    if name == MANIFEST_NAME:  # one that is named may come from elsewhere
+        assert check_complete(copy / "checkpoint-4") == copy / "checkpoint-4"
+        return
     with pytest.raises(
         NoCheckpointError, match=r"cannot resume from .*checkpoint-4: it lacks .*resume_from_checkpoint=True"
     ):
         check_complete(copy / "checkpoint-4")
     assert check_complete(copy / "checkpoint-3") == copy / "checkpoint-3"
+
+
+@pytest.mark.parametrize("name", [*FILES, "noises/round-000.safetensors", "config.json"])
+@pytest.mark.parametrize("change", ["cut", "flipped"])
+def test_a_damaged_file_makes_the_run_go_on_from_the_one_before(copy, caplog, name, change):
+    """What power loss leaves: a file that is there, with too few bytes or with others."""
+    path = copy / "checkpoint-4" / name
+    content = bytearray(path.read_bytes())
+    if change == "cut":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING, "hf_nullspace"):
+        assert last_complete_checkpoint(copy) == copy / "checkpoint-3"
+    assert "checkpoint-4, it is not whole: it lacks" in caplog.text
+    assert name in caplog.text
+
+
+def test_noises_that_a_run_lost_are_back_from_its_checkpoint(run, copy, caplog):
+    """One deleted, one cut off; of a checkpoint without copies the loss is said."""
+    (copy / "noises" / "round-000.safetensors").unlink()
+    (copy / "noises" / "round-001.safetensors").write_bytes(b"")
+    history = [{"round": 0}, {"round": 1}]
+    restore_noises(copy / "checkpoint-4", copy, history)
+    for name in ("round-000.safetensors", "round-001.safetensors"):
+        assert (copy / "noises" / name).read_bytes() == (run / "noises" / name).read_bytes()
+        assert f"{name} was" in caplog.text
+    shutil.rmtree(copy / "noises")
+    shutil.rmtree(copy / "checkpoint-4" / "noises")
+    caplog.clear()
+    restore_noises(copy / "checkpoint-4", copy, history)
+    assert caplog.text.count("the noises of this run are incomplete") == 2
+
+
+def test_a_checkpoint_too_many_goes_when_the_run_is_started_again(run, copy):
+    """A kill between the newest checkpoint and the deletion of the oldest leaves four where three are asked for."""
+    shutil.copytree(copy / "checkpoint-2", copy / "checkpoint-1")
+    state = json.loads((copy / "checkpoint-1" / "trainer_state.json").read_text())
+    (copy / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(state | {"global_step": 1}))
+    args = config(copy, save_strategy="steps", save_steps=1, save_total_limit=3)
+    NullspaceTrainer(tiny_model(), args, train_dataset=Images()).train(resume_from_checkpoint=True)
+    assert {path.name for path in copy.glob("checkpoint-*")} == {path.name for path in run.glob("checkpoint-*")}
+
+
+def test_weights_are_readable_for_everyone_the_umask_allows(run):
+    modes = {path.stat().st_mode for path in run.rglob("*") if path.is_file()}
+    assert len(modes) == 1, "safetensors makes files of mode 0600"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"global_step": 3}'])
@@ -72,6 +127,7 @@ def test_numbers_are_compared_as_numbers(copy):
     (copy / "checkpoint-4").rename(copy / "checkpoint-10")
     state = copy / "checkpoint-10" / "trainer_state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"global_step": 10}))
+    write_manifest(copy / "checkpoint-10")
     (copy / "checkpoint-best").mkdir()
     (copy / "checkpoint-11").write_text("a file")
     assert last_complete_checkpoint(copy) == copy / "checkpoint-10"
@@ -140,8 +196,17 @@ def test_only_errors_of_the_disk_are_reworded(tmp_path):
         fail(RuntimeError("CUDA out of memory."))
     with pytest.raises(ConnectionError, match=r"^the Hub$"):
         fail(ConnectionError("the Hub"))
-    with pytest.raises(NotWrittenError, match=r"checkpoint-3 .*No space left.*go on from the last whole checkpoint"):
+    with pytest.raises(
+        NotWrittenError, match=r"checkpoint-3 .*No space left.*goes on from its last whole checkpoint"
+    ) as told:
         fail(OSError(28, "No space left on device"))
+    for error in (
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"),
+    ):
+        with pytest.raises(NotWrittenError) as other:
+            fail(error)
+        assert (other.value.errno, str(other.value)) == (told.value.errno, str(told.value))
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path):

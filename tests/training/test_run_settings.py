@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from hf_nullspace.training.run_settings import SETTINGS_NAME, OtherRunError, claim_folder
+from hf_nullspace.files import DamagedFileError
+from hf_nullspace.training.run_settings import SETTINGS_NAME, OtherRunError, check_folder, claim_folder
 
 TRAINING = {"epsilon": 0.03, "noise_learner": "descent", "noise_mix": "one", "output_dir": "here"}
 
@@ -18,11 +19,40 @@ def test_the_same_settings_go_on_and_others_are_refused(tmp_path):
     assert json.loads((tmp_path / SETTINGS_NAME).read_text())["training"]["epsilon"] == 0.1
 
 
-def test_a_run_from_before_a_setting_came_goes_on_as_it_was(tmp_path):
-    older = {name: value for name, value in TRAINING.items() if not name.startswith("noise")}
-    claim_folder(tmp_path, {"training": older})
+def test_other_contents_under_the_same_names_are_refused(tmp_path):
+    settings = {"training": TRAINING}
+    contents = {"base weights": "aa", "training images": "bb"}
+    claim_folder(tmp_path, settings, contents)
+    claim_folder(tmp_path, settings, contents)
+    with pytest.raises(OtherRunError, match=r"began with something else .*base weights: aa there, cc now"):
+        claim_folder(tmp_path, settings, contents | {"base weights": "cc"})
+    check_folder(tmp_path, settings)  # before anything is loaded, names are all that is known
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "mine.txt").write_text("")
+    said = []
+    claim_folder(tmp_path, settings, contents | {"base weights": "cc"}, overwrite=True, say=said.append)
+    assert said == [f"Deleting the earlier run in {tmp_path}: checkpoint-2, run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "run.json"]
+    claim_folder(tmp_path, settings, contents | {"base weights": "cc"})
+
+
+def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
+    """A checkpoint of a stranger would be gone on from, and reported as ours."""
+    for name in ("checkpoint-12", ".lock"):
+        (tmp_path / name).mkdir()
+    for act in (check_folder, claim_folder):
+        with pytest.raises(OtherRunError, match=r"is not empty \(checkpoint-12\) and holds no run"):
+            act(tmp_path, {"training": TRAINING})
+    with pytest.raises(OtherRunError, match="is not empty"):
+        claim_folder(tmp_path, {"training": TRAINING}, overwrite=True)
+    (tmp_path / "checkpoint-12").rmdir()
     claim_folder(tmp_path, {"training": TRAINING})
-    with pytest.raises(OtherRunError, match="noise_learner: descent there, boundary now"):
-        claim_folder(tmp_path, {"training": TRAINING | {"noise_learner": "boundary"}})
-    with pytest.raises(OtherRunError, match="decay: None there, 1 now"):
-        claim_folder(tmp_path, {"training": TRAINING | {"decay": 1}})
+
+
+def test_a_damaged_record_of_the_settings_names_the_file(tmp_path):
+    claim_folder(tmp_path, {"training": TRAINING})
+    (tmp_path / SETTINGS_NAME).write_text('{"training": {')
+    with pytest.raises(DamagedFileError, match=r"run\.json is damaged: expected JSON .*--overwrite true"):
+        claim_folder(tmp_path, {"training": TRAINING})
+    claim_folder(tmp_path, {"training": TRAINING}, overwrite=True)
+    claim_folder(tmp_path, {"training": TRAINING})

@@ -3,8 +3,9 @@
 import errno
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_nullspace.noise.artifact import WEIGHTS_NAME
+from hf_nullspace.files import MANIFEST_NAME, DamagedFileError, damaged_files, write_whole
+from hf_nullspace.noise.artifact import WEIGHTS_NAME, bank_file_name
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
 _DISK_ERRORS = (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 _DISK_ERROR_NUMBERS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
 HISTORY_NAME = "nullspace_history.json"
+NOISES = "noises"
+"""Folder of the noises of all rounds, in a run and in its checkpoints."""
 
 
 class NoCheckpointError(ValueError):
@@ -39,11 +43,11 @@ class NotWrittenError(OSError):
     """The disk is full, or cannot be written for another reason."""
 
 
-def missing_from(checkpoint: Path, processes: int) -> list[str]:
+def missing_from(checkpoint: Path, processes: int, *, sealed: bool = True) -> list[str]:
     """What a checkpoint folder lacks of an exact resume; an empty list when it is whole.
 
-    The Trainer writes ``trainer_state.json`` last, after every rank's random state, so a folder in which it can be read
-    is whole unless somebody has begun to delete it.
+    ``manifest.json`` is written last, when all other files are on the disk; a checkpoint from elsewhere, such as the
+    Hub, may have none (``sealed=False``).
     """
     missing = []
     if not any((checkpoint / name).exists() for name in _WEIGHTS):
@@ -61,7 +65,15 @@ def missing_from(checkpoint: Path, processes: int) -> list[str]:
     if _has_history(checkpoint) and not (checkpoint / WEIGHTS_NAME).exists():
         missing.append("the noise")
     names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    return missing + [name for name in names if not (checkpoint / name).exists()]
+    missing += [name for name in names if not (checkpoint / name).exists()]
+    if missing:
+        return missing
+    if not (checkpoint / MANIFEST_NAME).exists():
+        return [f"{MANIFEST_NAME}, which is written last"] if sealed else []
+    try:
+        return damaged_files(checkpoint)
+    except DamagedFileError:
+        return [f"a readable {MANIFEST_NAME}"]
 
 
 def _has_history(checkpoint: Path) -> bool:
@@ -70,6 +82,32 @@ def _has_history(checkpoint: Path) -> bool:
         return bool(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else False
     except ValueError:
         return True
+
+
+def copy_noises(run: Path, checkpoint: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Put the noises of all rounds into a checkpoint: one that the run loses can be brought back."""
+    for entry in history:
+        name = bank_file_name(entry["round"])
+        if (run / NOISES / name).exists():
+            _copy(run / NOISES / name, checkpoint / NOISES / name)
+
+
+def restore_noises(checkpoint: Path, run: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Bring back what a run has lost of the noises of the rounds in ``history``; what cannot be is said."""
+    for entry in history:
+        name = bank_file_name(entry["round"])
+        kept, place = checkpoint / NOISES / name, run / NOISES / name
+        if place.exists() and (not kept.exists() or place.read_bytes() == kept.read_bytes()):
+            continue
+        if kept.exists():
+            logger.warning("%s was %s; it is back from %s", place, "damaged" if place.exists() else "lost", checkpoint)
+            _copy(kept, place)
+        else:
+            logger.warning("%s is lost, and %s has no copy: the noises of this run are incomplete", place, checkpoint)
+
+
+def _copy(source: Path, target: Path) -> None:
+    write_whole(target, lambda temporary: temporary.write_bytes(source.read_bytes()) and None)
 
 
 @contextmanager
@@ -94,11 +132,20 @@ def one_clear_error(folder: Path | str) -> Iterator[None]:
             other = False
         if other:
             raise
+        number = error.errno if isinstance(error, OSError) else _error_number(lines[0])
+        reason = lines[0] if number is None else os.strerror(number)
         raise NotWrittenError(
-            (isinstance(error, OSError) and error.errno) or errno.EIO,
-            f"could not write {folder} ({lines[0]}). Check the disk's free space and permissions, then go on from the "
-            "last whole checkpoint with resume_from_checkpoint=True; what is half written is not used",
+            number or errno.EIO,
+            f"could not write {folder} ({reason}). Check the disk's free space and permissions, then start again: a "
+            "recipe goes on from its last whole checkpoint by itself, your own script with resume_from_checkpoint=True",
         ) from error
+
+
+def _error_number(message: str) -> int | None:
+    """The errno in what safetensors says; torch does not say any, a full disk is the usual cause."""
+    if found := re.search(r"os error (\d+)", message):
+        return int(found[1])
+    return errno.ENOSPC if "unexpected pos" in message else None
 
 
 def last_complete_checkpoint(folder: Path | str, processes: int = 1) -> Path | None:
@@ -116,7 +163,7 @@ def last_complete_checkpoint(folder: Path | str, processes: int = 1) -> Path | N
 
 
 def check_complete(checkpoint: Path | str, processes: int = 1) -> Path:
-    """``checkpoint`` as a path.
+    """``checkpoint`` as a path. It may lack the manifest: it is taken on the word of who names it.
 
     Raises:
         NoCheckpointError: if it is not whole, saying what is missing.
@@ -124,7 +171,7 @@ def check_complete(checkpoint: Path | str, processes: int = 1) -> Path:
     path = Path(checkpoint)
     if not path.is_dir():
         raise NoCheckpointError(f"cannot resume from {path}: there is no such folder")
-    missing = missing_from(path, processes)
+    missing = missing_from(path, processes, sealed=False)
     if missing:
         raise NoCheckpointError(
             f"cannot resume from {path}: it lacks {', '.join(missing)}. resume_from_checkpoint=True takes the last "

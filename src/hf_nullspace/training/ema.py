@@ -9,6 +9,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback
 
+from hf_nullspace.files import make_lasting
 from hf_nullspace.training.checkpoints import load_weights
 
 FOLDER = "ema"
@@ -45,6 +46,7 @@ class EmaCallback(TrainerCallback):
         self.model.save_pretrained(Path(folder) / FOLDER)
         if processor is not None:
             processor.save_pretrained(Path(folder) / FOLDER)
+        make_lasting(Path(folder) / FOLDER)
 
     def load(self, folder: Path | str) -> None:
         """Read the averaged model of a checkpoint.

@@ -2,11 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_nullspace.files import write_json
+from hf_nullspace.files import DamagedFileError, read_json, write_json
 
 SETTINGS_NAME = "run.json"
 # What does not change the result, or belongs to the machine and not to the run.
@@ -26,64 +26,120 @@ _IRRELEVANT = {
     "report_to",
     "run_name",
 }
-# Settings that came later, and what a run did that was begun without them.
-_BEFORE = {
-    "attn_implementation": None,
-    "noise_learner": "descent",
-    "noise_pool_images": 0,
-    "noises_at_once": 1,
-    "noise_bank_size": 1,
-    "noise_mix": "one",
-    "noise_warm_start": False,
-}
-_LEFT_BY_A_RUN = (
+CONTENTS = "contents"
+"""Group of run.json: fingerprints of what the run began with, whatever its name is."""
+WRITTEN = (
     "checkpoint-*",
     "noises",
+    "nullspace_*",
     "base",
     "base.part",
     "control",
     "ema",
-    "nullspace_history.json",
+    "model*.safetensors*",
+    "adapter_model.safetensors",
+    "training_args.bin",
     "cost.json",
     "results.*",
+    "noise.png",
+    "robustness",
+    SETTINGS_NAME,
 )
+"""What ``--overwrite true`` deletes of the run in a folder: all that another run would not write again."""
+_OVERWRITE = "Choose another --output_dir, or delete what that run wrote with --overwrite true"
 
 
 class OtherRunError(ValueError):
-    """The folder belongs to a run with other settings."""
+    """The folder belongs to a run with other settings or contents, or to something else than a run."""
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Mapping[str, Any]], *, overwrite: bool = False) -> None:
-    """Make ``folder`` the one of the run with ``settings`` (groups of values that JSON can hold).
+def check_folder(folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Nothing is written: a refusal is to come before the work.
+
+    Args:
+        settings: groups of values that JSON can hold.
 
     Raises:
-        OtherRunError: if it holds a run with other settings and ``overwrite`` is not set; the message names them.
+        OtherRunError: if the folder holds a run with other settings, which are named, or files and no run.
+        DamagedFileError: if its run.json cannot be read.
+    """
+    found = _read(folder)
+    if found is not None and (changed := _differences(found, _as_json(settings))):
+        raise OtherRunError(f"{folder} holds a run with other settings ({'; '.join(changed[:5])}). {_OVERWRITE}")
+
+
+def claim_folder(
+    folder: Path,
+    settings: Mapping[str, Mapping[str, Any]],
+    contents: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Make ``folder`` the one of the run with ``settings`` that begins with ``contents`` (fingerprints, by name).
+
+    ``overwrite`` deletes what another run wrote there, and tells ``say`` what; other files stay. A folder that is not
+    empty and holds no run is refused all the same.
+
+    Raises:
+        OtherRunError: if it holds a run with other settings or contents, which are named, or files and no run.
+        DamagedFileError: if its run.json cannot be read.
         OSError: if the folder cannot be written.
     """
-    wanted = json.loads(json.dumps({group: dict(values) for group, values in settings.items()}, default=str))
+    try:
+        check_folder(folder, settings)
+        found = _read(folder)
+        began = (found or {}).get(CONTENTS)
+        if changed := _changed(began or {}, contents or {}) if began else []:
+            raise OtherRunError(
+                f"{folder} holds a run that began with something else under the same names ({'; '.join(changed[:5])}). "
+                f"{_OVERWRITE}"
+            )
+    except (OtherRunError, DamagedFileError):
+        if not (overwrite and (folder / SETTINGS_NAME).exists()):
+            raise
+        _delete_run(folder, say)
+        found, began = None, None
+    if found is None or began is None:
+        write_json(folder / SETTINGS_NAME, _as_json(settings) | ({CONTENTS: dict(contents)} if contents else {}))
+
+
+def _as_json(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return json.loads(json.dumps({group: dict(values) for group, values in settings.items()}, default=str))
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """run.json, or None in a folder where no run has begun; the lock and other hidden files do not count."""
     path = folder / SETTINGS_NAME
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        changed = _differences(found, wanted)
-        if not changed:
-            return
-        if not overwrite:
-            raise OtherRunError(
-                f"{folder} holds a run with other settings ({'; '.join(changed[:5])}). "
-                "Choose another --output_dir, or delete that run with --overwrite true"
-            )
-        for pattern in _LEFT_BY_A_RUN:
-            for left in folder.glob(pattern):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-    write_json(path, wanted)
+        try:
+            return read_json(path)
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{error}. {_OVERWRITE}") from error
+    names = sorted(file.name for file in folder.glob("*") if not file.name.startswith("."))
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise OtherRunError(
+            f"{folder} is not empty ({', '.join(names[:3])}{more}) and holds no run of this recipe: {SETTINGS_NAME} is "
+            "not there. Choose a new --output_dir, or empty this one"
+        )
+    return None
+
+
+def _delete_run(folder: Path, say: Callable[[str], None]) -> None:
+    doomed = sorted({left for pattern in WRITTEN for left in folder.glob(pattern)})
+    say(f"Deleting the earlier run in {folder}: {', '.join(left.name for left in doomed)}")
+    for left in doomed:
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for group in sorted({*found, *wanted}):
-        old, new = found.get(group, {}), wanted.get(group, {})
-        for key in sorted({*old, *new} - _IRRELEVANT):
-            there = old.get(key, _BEFORE.get(key)) if old else None
-            if there != new.get(key):
-                lines.append(f"{key}: {there} there, {new.get(key)} now")
-    return lines
+    groups = sorted({*found, *wanted} - {CONTENTS})
+    return [line for group in groups for line in _changed(found.get(group, {}), wanted.get(group, {}))]
+
+
+def _changed(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names = sorted({*there, *now} - _IRRELEVANT)
+    return [
+        f"{name}: {there.get(name)} there, {now.get(name)} now" for name in names if there.get(name) != now.get(name)
+    ]

@@ -4,7 +4,6 @@ Every S optimizer steps a noise v is learned that the present model cannot see; 
 through the model twice in one forward pass, as it is and with v on its patch embeddings: CE(z, y) + CE(z', y).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_nullspace.files import write_json
+from hf_nullspace.files import make_lasting, read_json, write_json, write_manifest
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, NullspaceNoise, load_noise_bank, save_noise_bank
 from hf_nullspace.noise.learning import derive_seed
-from hf_nullspace.training.checkpoints import HISTORY_NAME, checkpoint_to_resume, load_weights, one_clear_error
+from hf_nullspace.training.checkpoints import (
+    HISTORY_NAME,
+    checkpoint_to_resume,
+    copy_noises,
+    load_weights,
+    one_clear_error,
+    restore_noises,
+)
 from hf_nullspace.training.config import NullspaceConfig, usable_config
 from hf_nullspace.training.cost import NAME as COST_NAME
 from hf_nullspace.training.cost import Cost
@@ -217,10 +224,12 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         self._restored, self._place = False, (-1, 0)
 
     def _end(self) -> None:
-        """A run has ended: what it cost."""
+        """A run has ended: what it cost. A checkpoint too many, which a kill may have left, goes."""
         self.cost.sync()
         if self.args.should_save:
-            write_json(Path(self._get_output_dir(getattr(self, "_trial", None))) / COST_NAME, self.cost.summary())
+            folder = self._get_output_dir(getattr(self, "_trial", None))
+            write_json(Path(folder) / COST_NAME, self.cost.summary())
+            rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's, with the present noise, the history and the averaged weights beside the model's."""
@@ -231,13 +240,25 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
                 if self.ema is not None:
                     self.ema.save(folder, self.processing_class)
             super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                make_lasting(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's; older checkpoints are deleted when this one is on the disk, noises of the run included."""
         self.cost.sync()
         summary = self.cost.summary()
         self.log({f"cost/{name}": summary[name] for name in ("forward_equivalents", "seconds")})
-        with one_clear_error(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"):
-            super()._save_checkpoint(model, trial)
+        run, limit = Path(self._get_output_dir(trial)), self.args.save_total_limit
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with one_clear_error(folder):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            if self.args.should_save:
+                copy_noises(run, folder, self.history)
+                write_manifest(folder)
+                rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
 
     def _save_noise(self, folder: Path) -> None:
         if self.noise is not None:
@@ -249,8 +270,8 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # Older checkpoints are deleted next: not before every rank's part of this one is on the disk.
-        self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # every rank's part is written
+        self.args.save_total_limit = None  # the Trainer would delete older checkpoints before this one is on the disk
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = model if model is not None else self.model
@@ -275,9 +296,11 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
             return
         folder = Path(checkpoint)
         if (folder / HISTORY_NAME).exists():
-            self.history = json.loads((folder / HISTORY_NAME).read_text(encoding="utf-8"))
+            self.history = read_json(folder / HISTORY_NAME)
+            if self.args.should_save:
+                restore_noises(folder, Path(self._get_output_dir(getattr(self, "_trial", None))), self.history)
         if (folder / COST_NAME).exists():
-            self.cost.start(json.loads((folder / COST_NAME).read_text(encoding="utf-8")))
+            self.cost.start(read_json(folder / COST_NAME))
         self.noises, self._round = (), None
         if (folder / WEIGHTS_NAME).exists():
             self.noises = _saved_noises(folder)
