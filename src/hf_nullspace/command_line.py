@@ -18,6 +18,8 @@ import transformers
 import yaml
 from transformers import HfArgumentParser
 
+from hf_nullspace.launcher import end_with_launcher
+
 
 class UsageError(ValueError):
     """The command line or the configuration file cannot be understood; the message is for the person who typed it."""
@@ -72,8 +74,9 @@ def parse(
 def run(main: Callable[[], None]) -> None:
     """Run a recipe; what its user can mend is one line on standard error and exit code 2, not a traceback.
 
-    ``HF_NULLSPACE_TRACEBACK=1`` shows the traceback all the same.
+    ``HF_NULLSPACE_TRACEBACK=1`` shows the traceback all the same. The process ends when its launcher has died.
     """
+    end_with_launcher()
     transformers.logging.disable_progress_bar()  # one per file that is read or written; downloads keep theirs
     huggingface_hub.utils.enable_progress_bars()
     try:
