@@ -18,6 +18,7 @@ ORDER = [
     "models.patch_embedding",
     "models.attention",
     "models.preprocessing",
+    "image_files",
     "linear.patch",
     "linear.layer_norm",
     "linear.attention",

@@ -1,8 +1,10 @@
 """Items, augmentation and streams: what a row becomes must not depend on batch, worker, process, order or resume."""
 
 import copy
+import io
 import logging
 import pickle
+import re
 
 import datasets
 import numpy as np
@@ -15,11 +17,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
+from hf_nullspace.image_files import CorruptImageError
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.training.augmentation import Augmentation
 from hf_nullspace.training.columns import DataError
 from hf_nullspace.training.data import (
-    CorruptImageError,
     ImageClassificationDataset,
     StreamingImageClassificationDataset,
     collate,
@@ -170,6 +172,72 @@ def test_skipping_does_not_hide_that_nothing_can_be_read(files):
     broken = ImageClassificationDataset(files.select([1, 3]), PREPROCESSING, on_corrupt="skip")
     with pytest.raises(CorruptImageError, match="Rows 0 to 1 have no readable image"):
         broken[0]
+
+
+# Fingerprints
+
+
+def encoded_rows(count=130, change=lambda rows: None, names="ab"):
+    """Rows of encoded images of one colour each, and labels 0, 1, 0, ...; ``change`` may alter the list of rows."""
+    rows = [{"image": {"bytes": tiny_png(i), "path": f"{i}.png"}, "label": i % 2} for i in range(count)]
+    change(rows)
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(names))})
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def tiny_png(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), (colour, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def print_of(rows, streamed):
+    if streamed:
+        return StreamingImageClassificationDataset(rows.to_iterable_dataset(), PREPROCESSING).content_fingerprint()
+    return ImageClassificationDataset(rows, PREPROCESSING).content_fingerprint()
+
+
+def another_byte(rows):
+    rows[0]["image"]["bytes"] += b" "
+
+
+def another_label(rows):
+    rows[5]["label"] = 0
+
+
+def another_order(rows):
+    rows[:4] = [rows[2], rows[3], rows[0], rows[1]]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_fingerprint_knows_contents_labels_and_order(streamed, tmp_path):
+    known = print_of(encoded_rows(), streamed)
+    assert re.fullmatch("[0-9a-f]{16}", known)
+    assert print_of(encoded_rows(), streamed) == known
+    changes = [encoded_rows(change=change) for change in (another_byte, another_label, another_order)]
+    others = [print_of(rows, streamed) for rows in (*changes, encoded_rows(names="ba"))]
+    assert len({known, *others}) == 5
+    fewer = print_of(encoded_rows().select(range(129)), streamed)
+    assert (fewer == known) == streamed  # a stream's length is not known
+    # The same files by their paths, wherever they lie
+    for i in range(130):
+        (tmp_path / f"somewhere-{i}.png").write_bytes(tiny_png(i))
+    paths = [{"image": str(tmp_path / f"somewhere-{i}.png"), "label": i % 2} for i in range(130)]
+    by_path = datasets.Dataset.from_list(paths, features=encoded_rows().features)
+    assert print_of(by_path, streamed) == known
+    (tmp_path / "somewhere-0.png").unlink()
+    assert print_of(by_path, streamed) != known  # said by name when the row is read
+
+
+def test_the_fingerprint_of_other_rows(rows):
+    listed = [{"image": picture(i), "label": i % 3} for i in range(12)]
+    known = ImageClassificationDataset(listed, PREPROCESSING).content_fingerprint()
+    assert ImageClassificationDataset(listed, PREPROCESSING).content_fingerprint() == known
+    listed[3] = {"image": None, "label": 0}
+    assert ImageClassificationDataset(listed, PREPROCESSING).content_fingerprint() != known
+    dataset = ImageClassificationDataset(rows, PREPROCESSING, augmentation=CROPS, seed=3)
+    known = dataset.content_fingerprint()
+    assert ImageClassificationDataset(rows, PREPROCESSING).content_fingerprint() == known  # of the data alone
 
 
 # Augmentation

@@ -10,15 +10,12 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Features, Image, Value
 
+from hf_nullspace.image_files import DataError as DataError
+
 Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")  # the file endings: webdataset
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_label", "target", "cls")
-
-
-class DataError(ValueError):
-    """The data cannot be used as asked. The message is one line for a terminal: what came, what was expected, what
-    to do."""
 
 
 def find_columns(

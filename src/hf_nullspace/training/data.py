@@ -4,7 +4,6 @@ import copy
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import datasets
@@ -14,17 +13,14 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
 
-from hf_nullspace.models.preprocessing import Preprocessing, rgb_image
+from hf_nullspace.image_files import FINGERPRINT_ROWS, CorruptImageError, content_key, decoded_image, rows_fingerprint
+from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.training.augmentation import Augmentation, generator_for, seed_for
-from hf_nullspace.training.columns import DataError, check_labels, features_of, label_problem, labels_of
+from hf_nullspace.training.columns import DataError, check_labels, class_names, features_of, label_problem, labels_of
 
 logger = logging.getLogger(__name__)
 
 CORRUPT_IN_A_ROW = 100  # more is no bad file, but a bad disk, column or download
-
-
-class CorruptImageError(DataError):
-    """An image that cannot be decoded; the message names row and file."""
 
 
 class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -88,7 +84,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def raw_image(self, index: int) -> Image.Image:
         """The image of a row at its own size: PIL, RGB, neither resized nor augmented. Corruptions act here."""
-        return _decoded(self._rows[index][self._image_column], f"Row {index}")
+        return decoded_image(self._rows[index][self._image_column], f"Row {index}")
 
     def pixels_from_image(self, image: Image.Image) -> Tensor:
         """Pixels of any image at the model's size, not augmented: (C, H, W) float32 in [0, 1]."""
@@ -97,6 +93,20 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def label(self, index: int) -> int:
         """The label of a row, as the model numbers it."""
         return _label(self._rows[index][self._label_column], self._remap, self._num_labels, f"Row {index}")
+
+    def content_fingerprint(self) -> str:
+        """A hash (16 hexadecimal digits) that tells these images and labels from others, whatever their files' names.
+
+        It covers the number of rows, the classes' names, the files of 64 evenly spaced rows with their labels, and of a
+        `datasets.Dataset` all labels in their order: an image that changed between the 64 is not noticed.
+        """
+        rows, described = self._rows, [str(len(self))]
+        if isinstance(rows, datasets.Dataset):
+            labels = labels_of(rows, self._label_column)
+            described += [repr(class_names(rows, self._label_column)), hashlib.sha256(labels.tobytes()).hexdigest()]
+        places = sorted({round(place) for place in np.linspace(0, len(self) - 1, FINGERPRINT_ROWS)})
+        sample = (rows[place] for place in places)
+        return rows_fingerprint(((row[self._image_column], row[self._label_column]) for row in sample), *described)
 
     @property
     def corrupt_rows(self) -> list[int]:
@@ -127,7 +137,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 continue
             row = self._rows[place]
             try:
-                return row, _decoded(row[self._image_column], f"Row {place}")
+                return row, decoded_image(row[self._image_column], f"Row {place}")
             except CorruptImageError as error:
                 if self._corrupt is None:
                     raise
@@ -202,6 +212,15 @@ class StreamingImageClassificationDataset(torch.utils.data.IterableDataset[dict[
         view._node = (rank, world_size)
         return view
 
+    def content_fingerprint(self) -> str:
+        """A hash (16 hexadecimal digits) of the classes' names and of the first 64 rows: their files and their labels.
+
+        A stream's other rows would have to be read once more; a change among them is not noticed.
+        """
+        first = _told_when_broken(self._rows.take(FINGERPRINT_ROWS))
+        rows = ((row[self._image_column], row[self._label_column]) for row in first)
+        return rows_fingerprint(rows, "stream", class_names(self._rows, self._label_column))
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         key = ("epoch", int(self._epoch)) if self._stream is None else ("stream", *self._stream)
         turn = 0
@@ -226,7 +245,7 @@ class StreamingImageClassificationDataset(torch.utils.data.IterableDataset[dict[
         for position, row in enumerate(_told_when_broken(rows)):
             where = f"Row {position} of this stream"
             try:
-                image = _decoded(row[self._image_column], where)
+                image = decoded_image(row[self._image_column], where)
             except CorruptImageError as error:
                 if not self._skip_corrupt:
                     raise
@@ -234,7 +253,7 @@ class StreamingImageClassificationDataset(torch.utils.data.IterableDataset[dict[
                 continue
             label = _label(row[self._label_column], self._remap, self._num_labels, where)
             if self.augmentation is not None:
-                generator = generator_for(self.seed, *key, _content_key(row[self._image_column]))
+                generator = generator_for(self.seed, *key, content_key(row[self._image_column]))
                 image = self.augmentation.apply(image, generator)
             yield _item(image, label, self.preprocessing, self._normalize, augmented=self.augmentation is not None)
 
@@ -269,39 +288,6 @@ def _undecoded(rows: Any, image_column: str) -> Any:
         return rows
     is_image = isinstance(features_of(rows).get(image_column), datasets.Image)
     return rows.cast_column(image_column, datasets.Image(decode=False)) if is_image else rows
-
-
-def _decoded(value: Any, where: str) -> Image.Image:
-    if isinstance(value, str):
-        value = {"bytes": None, "path": value}
-    path = value.get("path") if isinstance(value, Mapping) else None
-    named = f"{where} ({path})" if path else where
-    if value is None or (isinstance(value, Mapping) and value.get("bytes") is None and not path):
-        raise CorruptImageError(f"{named} has no image. Remove the row, or pass on_corrupt='skip'.")
-    try:
-        if isinstance(value, np.ndarray):
-            return rgb_image(Image.fromarray(value))
-        if isinstance(value, Image.Image):  # decode_example of datasets 4 does not take it
-            return rgb_image(value)
-        if path and value.get("bytes") is None and "://" not in path:
-            # Read here: decode_example leaves a local file open when it cannot be decoded.
-            value = {"bytes": Path(path).read_bytes(), "path": path}
-        return rgb_image(datasets.Image().decode_example(value))
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        raise CorruptImageError(
-            f"{named} cannot be decoded: {type(error).__name__}: {error}. "
-            "Replace or remove the file, or pass on_corrupt='skip'."
-        ) from error
-
-
-def _content_key(value: Any) -> str:
-    """What the image is, wherever it lies: a digest of the file, or its name and folder when it is only a path."""
-    if isinstance(value, Mapping) and value.get("bytes") is not None:
-        return hashlib.sha256(value["bytes"]).hexdigest()
-    if isinstance(value, (str, Mapping)):
-        path = value if isinstance(value, str) else value["path"]
-        return "/".join(PurePosixPath(path.replace("\\", "/")).parts[-2:])
-    return hashlib.sha256(np.asarray(value).tobytes()).hexdigest()
 
 
 def _told_when_broken(rows: datasets.IterableDataset) -> Iterator[Mapping[str, Any]]:
