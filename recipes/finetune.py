@@ -20,6 +20,7 @@ from transformers import AutoModelForImageClassification, set_seed
 
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
 from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.files import only_run_in
 from hf_nullspace.noise.plots import plot_history
 from hf_nullspace.robustness.attacks.gradient import FGSM
 from hf_nullspace.robustness.pixel_model import PixelModel
@@ -36,7 +37,7 @@ from hf_nullspace.training.loading import (
     load_rows,
     training_images,
 )
-from hf_nullspace.training.run_settings import claim_folder
+from hf_nullspace.training.run_settings import check_folder, claim_folder
 from hf_nullspace.uploads import check_ready
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
@@ -89,6 +90,14 @@ def main() -> None:
     )
     if config.push_to_hub:
         check_ready(config.hub_token)
+    with only_run_in(str(config.output_dir)):
+        run_all(recipe, model_args, data_args, config)
+
+
+def run_all(
+    recipe: FinetuneArguments, model_args: ModelArguments, data_args: DataArguments, config: NullspaceConfig
+) -> None:
+    """Load, measure, fine-tune, measure what was written, report, publish."""
     state = PartialState()
 
     def say(text: str) -> None:
@@ -98,14 +107,21 @@ def main() -> None:
     conditions = recipe.conditions()
     output = Path(config.output_dir)
     settings = {key: asdict(part) for key, part in (("recipe", recipe), ("model", model_args), ("data", data_args))}
+    settings["training"] = config.to_dict()
+    if not recipe.overwrite:
+        check_folder(output, settings)
     with state.main_process_first():
-        claim_folder(output, settings | {"training": config.to_dict()}, overwrite=recipe.overwrite)
         train_rows = load_rows(data_args, data_args.train_split, streaming=data_args.streaming)
         eval_rows = load_rows(data_args, data_args.eval_split, streaming=data_args.streaming)
     set_seed(config.seed)
     classifier = load_classifier(model_args, train_rows, say)
     train_set = training_images(data_args, train_rows, classifier, config.seed)
     eval_set = evaluation_images(eval_rows, classifier, recipe.max_eval_images)
+    contents = {"training images": train_set.content_fingerprint(), "test images": eval_set.content_fingerprint()}
+    if classifier.weights is not None:
+        contents["base weights"] = classifier.weights
+    with state.main_process_first():
+        claim_folder(output, settings, contents, overwrite=recipe.overwrite, say=say)
     if model_args.model_name_or_path is None:
         train_base_model(
             classifier,
@@ -172,7 +188,7 @@ def main() -> None:
     if state.is_main_process:
         context = {
             "images": f"{data_args.dataset_name}, split {data_args.eval_split}, first {len(eval_set)}",
-            "settings": settings | {"training": config.to_dict()},
+            "settings": settings,
             "rounds": [{key: value for key, value in entry.items() if key != "trace"} for entry in trainer.history],
         }
         paths = write_report(results, output, context=context)

@@ -7,7 +7,9 @@ import dataclasses
 import difflib
 import json
 import os
+import signal
 import sys
+import threading
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -74,18 +76,38 @@ def parse(
 def run(main: Callable[[], None]) -> None:
     """Run a recipe; what its user can mend is one line on standard error and exit code 2, not a traceback.
 
-    ``HF_NULLSPACE_TRACEBACK=1`` shows the traceback all the same. The process ends when its launcher has died.
+    ``HF_NULLSPACE_TRACEBACK=1`` shows the traceback all the same. Ctrl-C and SIGTERM end it with one line and exit code
+    130 or 143. The process ends when its launcher has died.
     """
     end_with_launcher()
     transformers.logging.disable_progress_bar()  # one per file that is read or written; downloads keep theirs
     huggingface_hub.utils.enable_progress_bars()
+    before = signal.signal(signal.SIGTERM, _stop) if threading.current_thread() is threading.main_thread() else None
     try:
         main()
+    except (KeyboardInterrupt, _Terminated) as error:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        name, number = ("SIGTERM", signal.SIGTERM) if isinstance(error, _Terminated) else ("Ctrl-C", signal.SIGINT)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped by {name}. Start the same command again: what is finished is kept", file=sys.stderr)
+        sys.exit(128 + number)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if os.environ.get("HF_NULLSPACE_TRACEBACK") or not _is_for_users(error):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(BaseException):
+    """A SIGTERM came; not an Exception, so that nothing on the way takes it for an error that it can handle."""
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise _Terminated
 
 
 def _is_for_users(error: BaseException) -> bool:

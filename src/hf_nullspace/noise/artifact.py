@@ -296,10 +296,15 @@ def load_noise_bank(folder: Path | str) -> list[NullspaceNoise]:
     return [NullspaceNoise.load(path) for path in paths]
 
 
-def model_hash(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes and bytes of all parameters and buffers: equal weights, equal hash."""
+def model_hash(model: nn.Module, *, without: Sequence[str] = ()) -> str:
+    """SHA-256 over names, dtypes and bytes of all parameters and buffers: equal weights, equal hash.
+
+    ``without`` names modules whose weights do not count.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(unwrap(model).state_dict().items()):
+        if any(name.startswith(f"{module}.") for module in without):
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -8,6 +8,8 @@ from typing import Any
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
+from hf_nullspace.files import MANIFEST_NAME, DamagedFileError, damaged_files, write_manifest
+from hf_nullspace.training.checkpoints import one_clear_error
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import Classifier
 
@@ -25,8 +27,19 @@ def train_base_model(
 ) -> None:
     """Train ``classifier.model`` with the plain Trainer and keep it in ``folder``, or take what an earlier run left.
 
-    Seed, precision and machine are those of ``run``; ``batch_size`` counts the images of all processes.
+    Seed, precision and machine are those of ``run``; ``batch_size`` counts the images of all processes. One whose files
+    are damaged is trained again.
+
+    Raises:
+        NotWrittenError: if it cannot be written.
     """
+    state = PartialState()
+    if folder.is_dir() and (damaged := _damaged(folder)):
+        say(f"{folder} is damaged, it lacks {', '.join(damaged)}")
+        state.wait_for_everyone()  # all have looked
+        if state.is_main_process:
+            shutil.rmtree(folder)
+        state.wait_for_everyone()
     if not folder.is_dir():
         say(f"Training a small ViT for {epochs:g} epochs")
         unfinished = folder.with_name(folder.name + ".part")
@@ -56,11 +69,20 @@ def train_base_model(
             processing_class=classifier.image_processor,
         )
         trainer.train()
-        trainer.save_model()
-        trainer.accelerator.wait_for_everyone()
-        if PartialState().is_main_process:
-            shutil.move(unfinished, folder)
-        trainer.accelerator.wait_for_everyone()
+        with one_clear_error(folder):
+            trainer.save_model()
+            state.wait_for_everyone()
+            if state.is_main_process:
+                write_manifest(unfinished)
+                unfinished.rename(folder)
+        state.wait_for_everyone()
     model: Any = classifier.model
     model.to("cpu").load_state_dict(type(model).from_pretrained(folder).state_dict())
     model.config._name_or_path = str(folder)
+
+
+def _damaged(folder: Path) -> list[str]:
+    try:
+        return damaged_files(folder)
+    except (OSError, DamagedFileError):
+        return [f"a readable {MANIFEST_NAME}"]

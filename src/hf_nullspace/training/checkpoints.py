@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +108,10 @@ def restore_noises(checkpoint: Path, run: Path, history: Sequence[Mapping[str, A
 
 
 def _copy(source: Path, target: Path) -> None:
-    write_whole(target, lambda temporary: temporary.write_bytes(source.read_bytes()) and None)
+    def write(temporary: Path) -> None:
+        shutil.copyfile(source, temporary)
+
+    write_whole(target, write)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from transformers import (
 from hf_nullspace.command_line import option
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
-from hf_nullspace.noise.artifact import hub_commit
+from hf_nullspace.noise.artifact import hub_commit, model_hash
 from hf_nullspace.training.augmentation import Augmentation
 from hf_nullspace.training.columns import DataError, class_names, num_classes
 from hf_nullspace.training.data import ImageClassificationDataset, StreamingImageClassificationDataset
@@ -87,6 +87,8 @@ class Classifier:
     image_processor: Any
     preprocessing: Preprocessing
     labels: LabelAlignment
+    weights: str | None = None
+    """Hash of the weights that were loaded, without a head that is new; None for a small ViT."""
 
 
 def load_rows(args: DataArguments, split: str, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
@@ -125,12 +127,19 @@ def load_classifier(
         except OSError as error:
             raise OSError(f"cannot load the model {args.model_name_or_path!r}: {error}") from error
         say(labels.message)
+    weights = None if args.model_name_or_path is None else _fingerprint(model, labels.new_head)
     if args.attn_implementation is not None:
         model.set_attn_implementation(args.attn_implementation)
     find_patch_embedding(model)
     preprocessing = Preprocessing.from_processor(processor)
     preprocessing.check_fits(model.config)
-    return Classifier(model, processor, preprocessing, labels)
+    return Classifier(model, processor, preprocessing, labels, weights)
+
+
+def _fingerprint(model: PreTrainedModel, new_head: bool) -> str:
+    """Equal for equal weights; a new head is random, and not part of what was loaded."""
+    without = [name for name, _ in _heads(model)] if new_head else []
+    return model_hash(model, without=without)[:16]
 
 
 def _pretrained(
@@ -148,9 +157,12 @@ def _pretrained(
     return model, AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil"), labels
 
 
+def _heads(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in _HEAD_NAMES]
+
+
 def _new_head(model: PreTrainedModel) -> None:
-    heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] in _HEAD_NAMES]
-    linear = [layer for head in heads for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
+    linear = [layer for _, head in _heads(model) for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
     if not linear:
         raise ValueError(
             f"{type(model).__name__} has no module named {' or '.join(_HEAD_NAMES)}; name a model with one"
