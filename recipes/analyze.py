@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.figures.canvas import canvas, save
 from hf_nullspace.figures.table_4 import HEADER, line_of, plot_table_4, remark, table_4
-from hf_nullspace.files import write_json
+from hf_nullspace.files import only_run_in, write_json
 from hf_nullspace.linear.attention import constructed_noise, head_changes, layer_conditions, null_direction
 from hf_nullspace.linear.layer_norm import NotANullspaceError, check_direction, exact_encoder_nullspace
 from hf_nullspace.linear.patch import PatchNullspace
@@ -70,6 +70,12 @@ def main() -> None:
     output = Path(args.output_dir)
     if (args.model_name_or_path is None) == (args.table4 is None):
         raise UsageError("name what to look at: either --model_name_or_path M, or --table4 with models or D:patch")
+    with only_run_in(output):
+        look(args, output)
+
+
+def look(args: AnalyzeArguments, output: Path) -> None:
+    """Load, look, keep."""
     if args.table4 is not None:
         rows = table_4_report(args)
         write_json(output / "table4.json", {"command": asdict(args), "rows": rows})

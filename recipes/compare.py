@@ -24,8 +24,9 @@ import torch
 
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
 from hf_nullspace.command_line import UsageError, option, parse, run
+from hf_nullspace.files import only_run_in
 from hf_nullspace.noise.artifact import model_hash
-from hf_nullspace.study.design import Run, make_study
+from hf_nullspace.study.design import Run, Study, make_study
 from hf_nullspace.study.estimate import overview, seconds_left, work
 from hf_nullspace.study.flow import content_of, standing, work_through
 from hf_nullspace.study.images import ImageStore
@@ -103,6 +104,18 @@ def main() -> None:
     )
     if unknown := set(args.only) - {*study.arms, "before"}:
         raise UsageError(f"--only {', '.join(sorted(unknown))}: no such arm; arms: before, {', '.join(study.arms)}")
+    with only_run_in(args.output_dir):
+        work_on(study, args, model_args, data_args, deadline)
+
+
+def work_on(
+    study: Study,
+    args: CompareArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    deadline: float | None,
+) -> None:
+    """Load, do the pieces that are left, report."""
     output = Path(args.output_dir)
 
     # Load

@@ -23,6 +23,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nullspace.command_line import UsageError, option, parse, run
+from hf_nullspace.files import only_run_in
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.checks import Check, run_checks
 from hf_nullspace.robustness.image_sets import ImageSet, InMemory, Part
@@ -84,6 +85,12 @@ def main() -> None:
     plan = load_plan(args.suite)
     if any(planned.images == BASE for planned in plan) and args.dataset_name is None:
         raise UsageError(f"suite {args.suite} measures your own images: name them with --dataset_name")
+    with only_run_in(args.output_dir):
+        measure_all(args, plan)
+
+
+def measure_all(args: EvaluationArguments, plan: list[Planned]) -> None:
+    """Every checkpoint, condition by condition, then the report."""
     state = PartialState(cpu=args.use_cpu or not torch.cuda.is_available())
     records = Records(Path(args.output_dir) / "records")
     results: dict[str, list[ConditionResult]] = {}

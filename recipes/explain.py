@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.explain.grid import BATCH, TITLES, all_maps, correlation_text, correlations_with_first, plot_grid
 from hf_nullspace.explain.maps import check_has_cls
-from hf_nullspace.files import write_json
+from hf_nullspace.files import only_run_in, write_json
 from hf_nullspace.models.preprocessing import Preprocessing
 
 
@@ -53,8 +53,12 @@ class ExplainArguments:
 def main() -> None:
     (args,) = parse((ExplainArguments,), str(__doc__))
     args.check()
-    output = Path(args.output_dir)
+    with only_run_in(args.output_dir):
+        explain(args, Path(args.output_dir))
 
+
+def explain(args: ExplainArguments, output: Path) -> None:
+    """Load, look, keep."""
     # Load
     model, preprocessing = load_model(args.model_name_or_path, args.model_revision)
     labels: dict[int, str] = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from hf_nullspace.command_line import UsageError, parse, run
-from hf_nullspace.files import write_json
+from hf_nullspace.files import only_run_in, write_json
 from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name, check_own_folder, provenance_of
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
@@ -29,7 +29,7 @@ from hf_nullspace.noise.plots import plot_history
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import DataArguments, ModelArguments, load_classifier, load_rows, training_images
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
-from hf_nullspace.training.run_settings import claim_folder
+from hf_nullspace.training.run_settings import check_folder, claim_folder
 from hf_nullspace.uploads import check_ready
 
 
@@ -102,18 +102,34 @@ def main() -> None:
     if args.push_to_hub:
         check_ready()
     state = PartialState(cpu=args.use_cpu)
+    check_own_folder(Path(args.output_dir))
+    with only_run_in(args.output_dir):
+        learn(args, settings, model_args, data_args, state)
+
+
+def learn(
+    args: NoiseArguments,
+    settings: NoiseSettings | BoundarySettings,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    state: PartialState,
+) -> None:
+    """Load, learn what is left, publish."""
     output = Path(args.output_dir)
-    check_own_folder(output)
 
     # Load
+    described = {"noise": asdict(args), "model": asdict(model_args), "data": asdict(data_args)}
+    check_folder(output, described)
     with state.main_process_first():
-        claim_folder(output, {"noise": asdict(args), "model": asdict(model_args), "data": asdict(data_args)})
         rows = load_rows(data_args, data_args.train_split, streaming=data_args.streaming)
     classifier = load_classifier(model_args, rows, lambda text: state.print(text))
     if classifier.labels.new_head:
         raise UsageError("the model's head is not for these classes; a noise is learned on a model that is trained")
     model = classifier.model.to(state.device).eval()
     images = training_images(data_args, rows, classifier, args.seed)
+    contents = {"weights": str(classifier.weights), "images": images.content_fingerprint()}
+    with state.main_process_first():
+        claim_folder(output, described, contents)
     known = provenance_of(model)
     pictured = {"model": model, "image_processor": classifier.image_processor}  # a card shows the noise in pixels
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from hf_nullspace.command_line import UsageError, option, parse, run
+from hf_nullspace.files import only_run_in
 from hf_nullspace.hub.metric import write_space
 from hf_nullspace.hub.recheck import IMAGES, recheck, what_is_missing
 from hf_nullspace.hub.release import keep_records, listing, push_and_verify, render_cards, stage
@@ -65,19 +66,20 @@ def main() -> None:
     if args.metric:
         release_metric(args)
     elif args.repo:
-        release_run(args, Path(args.run))
+        check_complete(Path(args.run))
+        with only_run_in(args.run):
+            release_run(args, Path(args.run))
     elif args.keep:
         check_complete(Path(args.run))
-        about = {"license": args.license, "note": args.note}
-        print(f"Records: {keep_records(Path(args.run), args.keep, Path(args.records), **about)}")
+        with only_run_in(args.run):
+            about = {"license": args.license, "note": args.note}
+            print(f"Records: {keep_records(Path(args.run), args.keep, Path(args.records), **about)}")
     if not args.metric:
         cards = render_cards(Path(args.records), (HERE / "configs").glob(PLANNED), Path(args.cards))
         print(f"Cards in {args.cards}: {', '.join(card.name for card in cards)}")
 
 
 def release_run(args: ReleaseArguments, folder: Path) -> None:
-    check_complete(folder)
-
     if args.recheck_images:
         print(f"Loading it afresh and measuring again on at most {args.recheck_images} images")
         answers = recheck(folder, args.recheck_images, args.dataset_name)

@@ -30,6 +30,7 @@ from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.figures import closure_pictures, influence_against_norm, progress, table_4
 from hf_nullspace.figures.bench import embedding_norm
 from hf_nullspace.figures.setting import FigureArguments, FigureConfig, Setting, claim, load_as_it_is
+from hf_nullspace.files import only_run_in
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.robustness.pixel_model import PixelModel
@@ -53,7 +54,7 @@ def main() -> None:
     )
     state = PartialState()
     bar = Progress(shown=state.is_main_process and not config.disable_tqdm)
-    with contextlib.closing(bar):  # an error stands on a line of its own
+    with only_run_in(str(config.output_dir)), contextlib.closing(bar):  # an error stands on a line of its own
         FIGURES[figure](Setting(args, model_args, data_args, config, state, bar))
 
 

@@ -23,7 +23,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.explain.agreement import METHODS, Explanations, explain_change
 from hf_nullspace.explain.grid import TITLES, correlation_text
-from hf_nullspace.files import write_json
+from hf_nullspace.files import only_run_in, write_json
 from hf_nullspace.images import Judge, closeness, difference, marked, side_by_side, strongest_invisible, write_png
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import rgb_image
@@ -72,8 +72,12 @@ class WatermarkArguments:
 def main() -> None:
     (args,) = parse((WatermarkArguments,), str(__doc__))
     args.check()
-    output = Path(args.output_dir)
+    with only_run_in(args.output_dir):
+        hide(args, Path(args.output_dir))
 
+
+def hide(args: WatermarkArguments, output: Path) -> None:
+    """Load, solve, check the saved file, keep."""
     # Load
     image, other = load_image(args.image), load_image(args.mark or args.target)
     judge, labels = load_judge(args.model_name_or_path, args.model_revision)
