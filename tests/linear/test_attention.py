@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.special
 import torch
 
 from hf_nullspace.linear.attention import (
@@ -139,9 +140,30 @@ def test_a_query_bias_is_seen_where_q_has_dependent_columns():
     value[2] = key[2] @ torch.diag(torch.arange(FEATURES // HEADS, 0, -1).double() - 1)
     deficient = dataclasses.replace(weights, query=query, key=key, value=value)
     assert layer_conditions(deficient).asymmetry[2] < 1e-14
-    assert changes(deficient)[2] > 0.1
+    # The null space has three dimensions and no basis of its own. What of K_2 b lies in it is the direction that the
+    # bias sees most, whatever basis SciPy returns: each key's score moves by its multiple of that part's length.
+    space = scipy.linalg.null_space(np.concatenate([(q @ k.T).numpy() for q, k in zip(query, key, strict=True)]))
+    assert space.shape == (FEATURES, 3)
+    seen = space @ (space.T @ (key[2] @ deficient.query_bias[2]).numpy())
+    length = np.linalg.norm(seen)
+    inputs = normal(2, TOKENS, FEATURES, seed=9)
+    noise = constructed_noise(torch.tensor(seen / length), TOKENS, torch.Generator().manual_seed(10), 100.0)
+    multiples = (noise[0].numpy() @ seen) / length
+    queries, keys, values = (
+        inputs.numpy() @ matrix[2].numpy() + bias[2].numpy()
+        for matrix, bias in ((query, deficient.query_bias), (key, deficient.key_bias), (value, deficient.value_bias))
+    )
+    scores = queries @ keys.transpose(0, 2, 1)
+    before, after = (
+        scipy.special.softmax(moved * deficient.scaling, axis=-1) @ values
+        for moved in (scores, scores + multiples * length)
+    )
+    expected = np.linalg.norm(after - before) / np.linalg.norm(before)
+    assert expected > 0.1
+    assert head_changes(deficient, inputs, noise)[2].item() == pytest.approx(expected, rel=1e-9)
     without = dataclasses.replace(deficient, query_bias=torch.zeros_like(weights.query_bias))
-    assert changes(without)[2] < 1e-11
+    assert head_changes(without, inputs, noise)[2] < 1e-11
+    assert changes(without)[2] < 1e-11, "of the null space's other directions as well"
 
 
 @torch.no_grad()
