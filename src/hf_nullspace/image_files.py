@@ -24,6 +24,21 @@ class CorruptImageError(DataError):
     """An image that cannot be decoded; the message names row and file."""
 
 
+def undecoded(rows: Any, column: str) -> Any:
+    """The same rows with the images of ``column`` as bytes and path: so we decode, and can say which row is broken.
+
+    A stream must come here before anything maps or renames its columns: `datasets` decodes for that, and what it then
+    has as a PIL image it encodes once more, a JPEG with a loss (datasets 5.2).
+    """
+    if not isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
+        return rows
+    if not isinstance((rows.features or {}).get(column), datasets.Image):
+        return rows
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.decode(False)  # takes the threads away as well that decode what comes from the Hub
+    return rows.cast_column(column, datasets.Image(decode=False))
+
+
 def decoded_image(value: Any, where: str) -> Image.Image:
     if isinstance(value, str):
         value = {"bytes": None, "path": value}

@@ -4,17 +4,21 @@
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets import ClassLabel, Features, Image, Value
 
 from hf_nullspace.image_files import DataError as DataError
+from hf_nullspace.image_files import undecoded
 
 Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")  # the file endings: webdataset
+STREAM_BATCH = 16  # rows whose columns are named at once
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_label", "target", "cls")
 
 
@@ -83,13 +87,38 @@ def standard_columns(
             f"Column {label_column!r} has its own class names {_some(label.names)}, not the class_names that were "
             f"passed, {_some(class_names)}. Leave class_names out; labels are matched to a model by name."
         )
+    names = list(class_names) if isinstance(label, Value) and class_names is not None else None
+    if isinstance(rows, datasets.IterableDataset):
+        return _standard_stream(rows, image_column, label_column, names)
     rows = rows.select_columns([image_column, label_column])
-    if isinstance(label, Value) and class_names is not None:
-        rows = _with_class_label(rows, label_column, list(class_names), is_text(label))
-    if not isinstance(features[image_column], Image):
-        rows = rows.cast_column(image_column, Image())
-    names = {image_column: "image", label_column: "label"}
-    return rows.rename_columns({old: new for old, new in names.items() if old != new})
+    if names is not None:
+        # Not `map` or `cast`: both would write all images to the cache once more.
+        numbers = _numbers(rows[label_column], 0, label_column, names, is_text(label))
+        rows = rows.remove_columns([label_column]).add_column(label_column, numbers, feature=ClassLabel(names=names))
+    renamed = {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
+    rows = rows.rename_columns(renamed) if renamed else rows
+    return rows if isinstance(rows.features["image"], Image) else rows.cast_column("image", Image())
+
+
+def _standard_stream(
+    rows: datasets.IterableDataset, image_column: str, label_column: str, names: list[str] | None
+) -> datasets.IterableDataset:
+    """On Arrow tables: `rename_columns` and a `map` of rows decode every image, and encode it anew (datasets 5.2)."""
+    label = features_of(rows)[label_column]
+    feature = label if names is None else ClassLabel(names=names)
+    standard = partial(_standard_table, image=image_column, label=label_column, names=names, text=is_text(label))
+    stream = undecoded(rows, image_column).with_format("arrow")
+    stream = stream.map(standard, with_indices=True, batched=True, batch_size=STREAM_BATCH).with_format(None)
+    return stream.cast(Features({"image": Image(), "label": feature}))
+
+
+def _standard_table(
+    table: pa.Table, places: list[int], *, image: str, label: str, names: list[str] | None, text: bool
+) -> pa.Table:
+    labels = table[label]
+    if names is not None:
+        labels = pa.array(_numbers(labels.to_pylist(), places[0], label, names, text), pa.int64())
+    return pa.table({"image": table[image], "label": labels})
 
 
 def features_of(rows: datasets.Dataset | datasets.IterableDataset) -> Features:
@@ -106,27 +135,17 @@ def text_classes(splits: Mapping[str, datasets.Dataset], column: str) -> list[st
     return sorted({name for rows in splits.values() for name in rows.unique(column)} - {None})
 
 
-def _with_class_label(rows: Rows, column: str, names: list[str], text: bool) -> Rows:
+def _numbers(labels: Sequence[Any], first: int, column: str, names: list[str], text: bool) -> list[int]:
+    """Labels by name or number as numbers; ``first`` is the row of the first."""
     label_ids = {name: index for index, name in enumerate(names)}
-
-    def number(name: str | int | None, row: int) -> int:
-        if name is None:
+    numbers = []
+    for row, label in enumerate(labels, first):
+        if label is None:
             raise DataError(f"Row {row} has no label (column {column!r}). Remove such rows, or use a labelled split.")
-        if text and name not in label_ids:
-            raise DataError(f"Row {row} has label {name!r}, which is not one of the class names {_some(names)}.")
-        return label_ids[str(name)] if text else int(name)
-
-    feature = ClassLabel(names=names)
-    if isinstance(rows, datasets.Dataset):
-        # Not `map` or `cast`: both would write all images to the cache once more.
-        numbers = [number(name, row) for row, name in enumerate(rows[column])]
-        return rows.remove_columns([column]).add_column(column, numbers, feature=feature)
-    return rows.map(
-        lambda name, row: {column: number(name, row)},
-        with_indices=True,
-        input_columns=[column],
-        features=Features({**features_of(rows), column: feature}),
-    )
+        if text and label not in label_ids:
+            raise DataError(f"Row {row} has label {label!r}, which is not one of the class names {_some(names)}.")
+        numbers.append(label_ids[label] if text else int(label))
+    return numbers
 
 
 def _some(names: Sequence[str]) -> str:

@@ -13,10 +13,17 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
 
-from hf_nullspace.image_files import FINGERPRINT_ROWS, CorruptImageError, content_key, decoded_image, rows_fingerprint
+from hf_nullspace.image_files import (
+    FINGERPRINT_ROWS,
+    CorruptImageError,
+    content_key,
+    decoded_image,
+    rows_fingerprint,
+    undecoded,
+)
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.training.augmentation import Augmentation, generator_for, seed_for
-from hf_nullspace.training.columns import DataError, check_labels, class_names, features_of, label_problem, labels_of
+from hf_nullspace.training.columns import DataError, check_labels, class_names, label_problem, labels_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +68,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.preprocessing = preprocessing
         self.augmentation = augmentation
         self.seed = seed
-        self._rows = _undecoded(rows, image_column)
+        self._rows = undecoded(rows, image_column)
         self._image_column, self._label_column = image_column, label_column
         self._remap, self._num_labels, self._normalize = remap, num_labels, normalize
         if isinstance(rows, datasets.Dataset):
@@ -183,7 +190,7 @@ class StreamingImageClassificationDataset(torch.utils.data.IterableDataset[dict[
         self.preprocessing = preprocessing
         self.augmentation = augmentation
         self.seed = seed
-        self._rows = _undecoded(rows, image_column)
+        self._rows = undecoded(rows, image_column)
         self._image_column, self._label_column = image_column, label_column
         self._remap, self._num_labels, self._normalize = remap, num_labels, normalize
         self._skip_corrupt, self._shuffle_buffer, self._repeat = on_corrupt == "skip", shuffle_buffer, repeat
@@ -280,14 +287,6 @@ def _item(
             "labels": label,
         }
     )
-
-
-def _undecoded(rows: Any, image_column: str) -> Any:
-    """The same rows with the image as bytes and path, so that we decode, and can say which row is broken."""
-    if not isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
-        return rows
-    is_image = isinstance(features_of(rows).get(image_column), datasets.Image)
-    return rows.cast_column(image_column, datasets.Image(decode=False)) if is_image else rows
 
 
 def _told_when_broken(rows: datasets.IterableDataset) -> Iterator[Mapping[str, Any]]:

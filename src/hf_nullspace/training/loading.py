@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_nullspace.command_line import option
+from hf_nullspace.image_files import undecoded
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.noise.artifact import hub_commit, model_hash
@@ -221,7 +222,7 @@ def evaluation_images(
     if isinstance(rows, datasets.IterableDataset):
         if count is None:
             raise DataError("a streamed evaluation split has no end that is known; set max_eval_images")
-        chosen = list(rows.cast_column("image", datasets.Image(decode=False)).take(count))
+        chosen = list(undecoded(rows, "image").take(count))
     elif count is not None and count < len(rows):
         chosen = rows.select(range(count))
     return ImageClassificationDataset(
