@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification
 from hf_nullspace import NullspaceNoise
 from hf_nullspace.hub.card import model_card
 from hf_nullspace.hub.planned import header, planned_card
-from hf_nullspace.hub.recheck import First, recheck, what_is_missing
+from hf_nullspace.hub.recheck import First, Recheck, recheck, what_is_missing
 from hf_nullspace.hub.release import differing_files
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, Part
@@ -176,6 +176,15 @@ def test_the_base_model_in_place_of_the_fine_tuned_one_is_noticed(run):
     assert answers[1].condition.startswith("generated ")
     shutil.copy(run / "base" / "model.safetensors", run / "model.safetensors")
     assert not all(answer.passed for answer in recheck(run))
+
+
+@pytest.mark.parametrize(("images", "allowed"), [(1, 1), (99, 1), (199, 1), (200, 2), (1000, 10)])
+def test_one_answer_in_a_hundred_may_differ(images, allowed):
+    for differing, same, passed in [(allowed, None, True), (allowed, True, True), (allowed + 1, True, False),
+                                    (0, False, False)]:  # fmt: skip
+        found = Recheck("clean", images, images, images - differing, differing, same)
+        assert found.passed == passed
+        assert f"{differing} answers differ, {allowed} may" in str(found)
 
 
 def test_data_that_are_not_there_are_asked_for(run, release, capsys):

@@ -171,6 +171,27 @@ def test_null_patterns_in_pixels_know_the_std_of_every_channel():
         normalised.in_pixels((0.5,))
 
 
+@pytest.mark.parametrize("std", [0.25, 2.0])
+def test_one_std_for_all_channels_scales_the_spectrum_and_the_tolerance(std):
+    """Then diag(1 / std) is a number: the counts at a tenth and at ten times of the tolerance stay what they are."""
+    normalised = PatchNullspace.from_weight(weight_of_rank(40, features=48, size=48))
+    pixels = normalised.in_pixels((std,) * 3)
+    assert pixels.tolerance == pytest.approx(normalised.tolerance / std, rel=1e-12)
+    np.testing.assert_allclose(pixels.singular_values[:40], normalised.singular_values[:40] / std, rtol=1e-6)
+    assert pixels.dimension(pixels.tolerance) == pixels.dimension() == normalised.dimension() == 8
+
+
+def test_the_tolerance_in_pixels_covers_what_the_smallest_std_lifts():
+    """theta sees the third channel alone, whose std is the smallest: a zero of theta grows by 1 / min(std)."""
+    lone = torch.zeros(6, 3, 2, 2, dtype=torch.float64)
+    lone[:, 2] = torch.randn(6, 2, 2, generator=generator(14), dtype=torch.float64)
+    smallest = float(PatchNullspace.from_weight(lone).singular_values[3])
+    normalised = PatchNullspace.from_weight(lone, tolerance=1.001 * smallest)
+    pixels = normalised.in_pixels((0.5, 0.4, 0.1))
+    assert pixels.dimension(pixels.tolerance) == pixels.dimension() == normalised.dimension() == 9
+    assert pixels.dimension(pixels.tolerance / 1.01) == 8
+
+
 def test_patches_come_in_the_order_of_the_embeddings():
     images = torch.randn(2, 3, 8, 12, generator=generator(12))
     patches = split_patches(images, (3, 4, 4))

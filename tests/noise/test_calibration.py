@@ -1,5 +1,7 @@
 """Scaling a noise to a wanted influence, against SciPy's root finder and on real models."""
 
+import itertools
+
 import pytest
 import scipy.optimize
 import torch
@@ -41,6 +43,29 @@ def test_forward_passes_are_few():
     asked = []
     find_factor(lambda factor: asked.append(factor) or (factor / 37) ** 2, 0.03)
     assert len(asked) == find_factor(lambda factor: (factor / 37) ** 2, 0.03)[2] < 15
+
+
+@pytest.mark.parametrize("largest", [3.0, 10.0, 37.0])
+@pytest.mark.parametrize("start", [0.01, 1.0, 50.0])
+def test_no_factor_is_larger_than_allowed(largest, start):
+    """Not asked for while bracketing, and the largest that is inside is told where epsilon is beyond it."""
+    asked = []
+
+    def influence(factor):
+        asked.append(factor)
+        return (factor / 37) ** 2 * 0.03
+
+    if largest == 37:
+        _, found, count = find_factor(influence, 0.03, start=start, largest=largest)
+        assert 0.98 * 0.03 <= found <= 0.03
+        assert count == len(asked)
+    else:
+        with pytest.raises(NoiseNotCalibratedError, match="no factor between") as caught:
+            find_factor(influence, 0.03, start=start, largest=largest)
+        assert caught.value.inside == (largest, (largest / 37) ** 2 * 0.03)
+    assert max(asked) <= largest
+    steps = [after / before for before, after in itertools.pairwise(asked)]
+    assert all(0.5 <= step <= 2 for step in steps)
 
 
 def test_what_cannot_be_reached_is_an_error():

@@ -101,6 +101,40 @@ def test_it_is_algorithm_1_step_by_step(squared, weight_decay):
     assert history.stopped == "epsilon"
 
 
+@pytest.mark.parametrize("stop_on", ["minibatch", "held_out"])
+def test_it_stops_where_the_influences_are_first_below_epsilon_and_nowhere_else(stop_on):
+    """Epsilon a billionth above and below every influence of a known run, on the minibatch and on held-out images."""
+    given = {"max_steps": 4, "learning_rate": 0.1}
+    images, vit = next(stream()), tiny_model().double()
+    hook = RecordingHook(vit)
+    _, known = learn_noise(vit, itertools.repeat(images), NoiseSettings(epsilon=None, **given), seed=5, hook=hook)
+    with torch.no_grad():
+        z, pairs = forward(vit, torch.cat(held_out()), 0), []
+        for noise, seen in zip(hook.seen, known.influence, strict=True):
+            noisy = forward(vit, torch.cat(held_out()), noise)
+            pairs.append((seen, noise_influence(z, noisy).item() if stop_on == "held_out" else 0.0))
+    assert len(pairs) == 5
+    ends = set()
+    for value in {value for pair in pairs for value in pair} - {0.0}:
+        for epsilon in (value * (1 - 1e-9), value * (1 + 1e-9)):
+            settings = NoiseSettings(epsilon=epsilon, stop_on=stop_on, **given)
+            _, history = learn_noise(vit, itertools.repeat(images), settings, seed=5, held_out=held_out(), hook=hook)
+            first = next((step for step, pair in enumerate(pairs) if max(pair) < epsilon), None)
+            assert (history.steps, history.stopped) == ((4, "steps") if first is None else (first, "epsilon"))
+            ends.add(first)
+    assert len(ends) >= 4, "runs of several lengths"
+
+
+@pytest.mark.parametrize("stop_on", ["minibatch", "held_out"])
+def test_equal_to_epsilon_is_not_below(stop_on):
+    vit, images = tiny_model().double(), next(stream())
+    given = {"stop_on": stop_on, "max_steps": 1}
+    batch = itertools.repeat(images)
+    _, known = learn_noise(vit, batch, NoiseSettings(epsilon=1e-9, **given), seed=5, held_out=[images])
+    settings = NoiseSettings(epsilon=known.influence[0], **given)
+    assert learn_noise(vit, batch, settings, seed=5, held_out=[images])[1].steps == 1
+
+
 @pytest.mark.parametrize("norm", ["centred", "raw"])
 def test_exploratory_form_descends_equation_6(norm):
     """Two steps of SGD-like AdamW against autograd on the written-out objective."""

@@ -41,6 +41,10 @@ def test_few_classes_need_fewer_targets_and_the_name_says_so(make_linear):
     five, pixels, labels = make_linear(classes=5), torch.rand(2, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"use AutoAttack\(targets=4\)"):
         AutoAttack(**SMALL)(five, pixels, labels, seeds=[0, 1])
+    with pytest.raises(ValueError, match=r"5 targets need 6 classes, the model has 5: use AutoAttack\(targets=4\)"):
+        AutoAttack(targets=5, **SMALL)(five, pixels, labels, seeds=[0, 1])
+    with pytest.raises(ValueError, match=r"use AutoAttack\(targets=3\)"):
+        AutoAttack(targets=4)(make_linear(classes=4), pixels, labels, seeds=[0, 1])
     attack = AutoAttack(targets=4, **SMALL)
     assert "targets=4" in repr(attack)
     assert attack(five, pixels, labels, seeds=[0, 1]).shape == pixels.shape

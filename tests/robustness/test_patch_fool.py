@@ -28,14 +28,18 @@ def labels(tiny_vit, pixels):
         return tiny_vit(pixels).argmax(1)
 
 
-@pytest.fixture
-def deep_vit():
+def vit_of(layers):
     torch.manual_seed(0)
-    config = transformers.ViTConfig(**(SIZES | {"num_hidden_layers": 6}), num_labels=10)
+    config = transformers.ViTConfig(**(SIZES | {"num_hidden_layers": layers}), num_labels=10)
     model = ViTForImageClassification(config).double()
     with torch.no_grad():
         model.classifier.weight.mul_(20)
     return PixelModel(model, MEAN, STD).eval()
+
+
+@pytest.fixture
+def deep_vit():
+    return vit_of(6)
 
 
 def transcription(model, image, label, noise, *, steps, conflict_power):
@@ -155,6 +159,42 @@ def test_patches_are_chosen_by_attention_or_saliency(tiny_vit, pixels, labels):
     for choice, expected in (("attention", by_attention), ("saliency", by_saliency)):
         adversarial = PatchFool(choice=choice, steps=1)(tiny_vit, pixels, labels, seeds=SEEDS)
         assert changed_patches(adversarial, pixels).int().argmax(1).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("layers", "index"), [(2, 1), (5, 2), (7, 3), (9, 4), (10, 4), (12, 4)])
+def test_the_layer_whose_attention_chooses(layers, index, pixels):
+    """Index 4, as the authors' code has it for 12 layers; the middle one of fewer than 10."""
+    model = vit_of(layers)
+    with torch.no_grad():  # sharper attention, so that layers differ in their choice
+        for layer in model.model.vit.layers:
+            layer.attention.q_proj.weight.mul_(30)
+            layer.attention.k_proj.weight.mul_(30)
+        with eager_attention(model.model):
+            attentions = model.outputs(pixels, output_attentions=True).attentions
+    choices = [a.mean((1, 2))[:, 1:].argmax(1).tolist() for a in attentions]
+    assert all(choices[other] != choices[index] for other in range(layers) if other != index)
+    labels = torch.zeros(6, dtype=torch.long)
+    for attack in (PatchFool(steps=1, attention_weight=0.0), PatchFool(steps=1, attention_layer=index)):
+        adversarial = attack(model, pixels, labels, seeds=SEEDS)
+        assert changed_patches(adversarial, pixels).int().argmax(1).tolist() == choices[index]
+
+
+def test_sparse_scores_are_frozen_at_their_step(tiny_vit, pixels, labels):
+    """Which pixels change after 6 steps that learn until step 3 is what 3 steps choose, and before any, the start."""
+
+    def places(steps, freeze):
+        attack = PatchFool(steps=steps, sparse=32, num_patch=4, sparse_freeze=freeze, choice="saliency")
+        return (attack(tiny_vit, pixels, labels, seeds=SEEDS) != pixels).any(1)
+
+    assert torch.equal(places(6, 3), places(3, 200))
+    assert torch.equal(places(6, 5), places(5, 200))
+    assert not torch.equal(places(6, 3), places(4, 200))
+    start = seeded_like(pixels[:, :1], [seed + 1 for seed in SEEDS], "uniform")[:, 0]
+    for chosen, frozen, score in zip(places(1, 0), places(6, 0), start, strict=True):
+        assert torch.equal(chosen, frozen)
+        patches = F.max_pool2d(chosen[None].double(), 4).repeat_interleave(4, 1).repeat_interleave(4, 2)[0] > 0
+        assert patches.sum() == 64
+        assert score[chosen].min() > score[patches & ~chosen].max()
 
 
 def test_sparse_scores_end_with_pixels_that_hurt_more(tiny_vit, pixels, labels):

@@ -121,8 +121,25 @@ def test_calibration_by_hand_and_for_a_calibrated_model():
     confidence = rng.uniform(0.1, 1, 200_000)
     assert expected_calibration_error(confidence, rng.random(200_000) < confidence) < 0.01
     assert expected_calibration_error([0.0, 1.0], [False, True]) == 0
-    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-        expected_calibration_error([1.2], [True])
+    for wrong in (1.2, -0.1):
+        with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+            expected_calibration_error([wrong], [True])
+    with pytest.raises(ValueError, match="one confidence"):
+        expected_calibration_error([0.5], [True, False])
+
+
+def test_a_bin_is_open_below_and_closed_above():
+    """Confidences that are edges of bins, exactly representable, against the definition written out."""
+    assert expected_calibration_error([0.5, 0.75], [True, False], bins=2) == (0.5 + 0.75) / 2
+    assert expected_calibration_error([0.0, 0.25], [True, False], bins=2) == (1 - 0.25) / 2, "0 is in the first bin"
+    assert expected_calibration_error([1.0, 0.75], [False, True], bins=2) == (1 - 0.25) / 2, "1 is in the last bin"
+    rng = np.random.default_rng(3)
+    confidence, correct = rng.integers(1, 61, 500) / 60, rng.random(500) < 0.5  # every fourth is an edge of 15 bins
+    total = 0.0
+    for upper in range(4, 61, 4):
+        inside = (confidence > (upper - 4) / 60) & (confidence <= upper / 60)
+        total += abs(confidence[inside].sum() - correct[inside].sum())
+    assert expected_calibration_error(confidence, correct) == pytest.approx(total / 500, abs=1e-12)
 
 
 def test_match_rate_influence_and_worst():

@@ -170,11 +170,35 @@ class Cheat(Attack):
         return {}
 
 
-def test_an_attack_is_clipped_and_judged_by_the_caller(tiny_vit, images):
-    (result,) = evaluate(tiny_vit, images, [Attacked(Cheat())], batch_size=4, progress=False)
+class Unclipped(Cheat):
+    """Leaves it without the clip of ``Attack.__call__``."""
+
+    def __call__(self, model, pixels, labels, *, seeds=None):
+        return self.perturb(model, pixels, labels, seeds)
+
+
+class Far(FGSM):
+    """Stays in [0, 1], far outside of its ball."""
+
+    def __call__(self, model, pixels, labels, *, seeds=None):
+        return torch.ones_like(pixels)
+
+
+@pytest.mark.parametrize("attack", [Cheat(), Unclipped()])
+def test_an_attack_is_clipped_and_judged_by_the_caller(tiny_vit, images, attack):
+    (result,) = evaluate(tiny_vit, images, [Attacked(attack)], batch_size=4, progress=False)
     with torch.no_grad():
         white = int(tiny_vit(torch.ones(1, 3, 16, 16)).argmax())
     assert result.correct.tolist() == [label == white for label in images.labels]
+
+
+def test_what_is_judged_lies_in_the_ball_of_the_attack(tiny_vit, half_right):
+    pixels = torch.stack([half_right.pixels_from_image(image) for image in half_right.images])
+    with torch.no_grad():
+        near, white = (tiny_vit(x).argmax(1).tolist() for x in ((pixels + 2 / 255).clamp(max=1), 0 * pixels + 1))
+    (result,) = evaluate(tiny_vit, half_right, [Attacked(Far(2 / 255))], batch_size=4, progress=False)
+    assert result.correct.tolist() == [a == label for a, label in zip(near, half_right.labels, strict=True)]
+    assert result.correct.tolist() != [a == label for a, label in zip(white, half_right.labels, strict=True)]
 
 
 def test_wrong_input_is_an_error(tiny_vit, images):

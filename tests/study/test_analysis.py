@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from hf_nullspace.robustness.records import bits
 from hf_nullspace.robustness.scores import paired_difference, paired_mean_difference
@@ -195,6 +196,11 @@ def test_power_in_closed_form():
     variance = sum(w**2 for w in WEIGHTS.values()) * 0.08
     assert found["average"]["spread_per_image"] == pytest.approx(variance**0.5, rel=0.05)
     assert found["average"]["smallest"] == pytest.approx(100 * 1.96 * (variance / 2000) ** 0.5, rel=0.05)
+    spread = found["average"]["spread_per_image"]  # rounded to 1e-5 of about 0.17, z to 1.96: 1e-4 in all
+    powerful = 100 * (norm.ppf(0.975) + norm.ppf(0.8)) * spread / 2000**0.5
+    assert found["average"]["smallest_with_80_percent_power"] == pytest.approx(powerful, rel=1e-4)
+    assert found["average"]["smallest"] == pytest.approx(100 * norm.ppf(0.975) * spread / 2000**0.5, rel=1e-4)
+    assert (found["selection_images"], found["report_images"], found["seeds"]) == (5000, 2000, 1)
     with pytest.raises(ValueError, match="no other arm"):
         power(control, {}, WEIGHTS, {})
     with pytest.raises(ValueError, match="different numbers"):

@@ -14,7 +14,15 @@ from hf_nullspace.noise.influence import centred_norm
 from hf_nullspace.noise.learning import derive_seed
 from hf_nullspace.training import objectives
 from hf_nullspace.training.noise_stream import noise_stream
-from hf_nullspace.training.objectives import Objective, View, forward_views, register_objective
+from hf_nullspace.training.objectives import (
+    Objective,
+    View,
+    check_labels,
+    forward_views,
+    mean_over_images,
+    register_objective,
+    view_loss,
+)
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
 from tiny_training import Images, Recorder, assert_differs, assert_same, config, parameters_of, train_batches
@@ -221,6 +229,26 @@ def test_controls_have_the_influence_epsilon_on_held_out_images(tmp_path, object
     if distribution == "normal":
         assert values.std() == pytest.approx(1, rel=0.1)
         assert values.abs().max() > 2
+
+
+def test_images_labelled_minus_100_count_for_nothing():
+    values, labels = torch.tensor([1.0, float("inf"), 5.0]), torch.tensor([0, -100, 2])
+    assert mean_over_images(values, labels, None) == 3
+    assert mean_over_images(values, labels, 4) == 1.5
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    expected = cross_entropy(logits[[0, 2]], labels[[0, 2]])
+    torch.testing.assert_close(view_loss(logits, labels, None), expected)
+    torch.testing.assert_close(view_loss(logits, labels, 4), expected / 2)
+    check_labels(labels, 3)
+    for wrong in (torch.tensor([0, -99]), torch.tensor([3]), torch.tensor([0.0]), torch.tensor([[0]])):
+        with pytest.raises(ValueError, match=r"expected one whole number per image, in \[0, 3\)"):
+            check_labels(wrong, 3)
+
+
+def test_the_loss_of_half_precision_logits_is_that_of_float32():
+    logits, labels = 8 * torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).bfloat16(), torch.arange(6) % 5
+    assert torch.equal(view_loss(logits, labels, None), cross_entropy(logits.float(), labels))
+    assert view_loss(logits.double(), labels, None).dtype == torch.float64
 
 
 def test_the_random_noise_is_drawn_anew_every_round(tmp_path):

@@ -139,8 +139,8 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bin
     correct, confidence = as_bools(correct), np.asarray(confidence, dtype=float)
     if confidence.shape != correct.shape or not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError(f"expected one confidence in [0, 1] for each of {correct.size} images")
-    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    surplus = np.bincount(which, weights=confidence - correct, minlength=bins)
+    which = np.maximum(np.ceil(confidence * bins).astype(int) - 1, 0)
+    surplus = np.bincount(which, weights=confidence - correct)
     return float(np.abs(surplus).sum() / correct.size)
 
 
