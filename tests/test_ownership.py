@@ -100,6 +100,16 @@ def test_the_score_is_the_median_ratio_of_influences(mark, pixels):
     assert math.isfinite(score)
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_model_whose_answers_are_no_numbers_is_neither_guilty_nor_innocent(broken, mark, pixels):
+    own, spoilt = tiny_model(), copy.deepcopy(tiny_model())
+    spoilt.classifier.weight.data[0, 0] = broken
+    own, spoilt = classifier(own), classifier(spoilt)
+    for suspect, others in ((spoilt, [own]), (own, [spoilt])):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            verify_owner(mark, suspect, others, pixels)
+
+
 def test_what_cannot_be_judged_is_said(mark, pixels):
     own = classifier(tiny_model())
     with pytest.raises(ValueError, match="no other models"):
@@ -108,6 +118,12 @@ def test_what_cannot_be_judged_is_said(mark, pixels):
         verify_owner(mark, own, [own], pixels[..., :12, :12])
     with pytest.raises(ValueError, match="invariant to everything, which proves nothing"):
         verify_owner(mark, lambda images: torch.zeros(len(images), 4), [own], pixels)
+    with pytest.raises(ValueError, match=r"threshold=nan: expected a number of at least 0"):
+        verify_owner(mark, own, [own], pixels, threshold=math.nan)
+    with pytest.raises(ValueError, match="0 patterns: expected at least 1"):
+        fingerprint(PatchNullspace.from_model(tiny_model()), (16, 16), 0, seeded(0))
+    with pytest.raises(ValueError, match="no images: expected at least one"):
+        verify_owner(mark, own, [own], pixels[:0])
     with pytest.raises(ValueError, match=r"amplitude=0\.5: expected"):
         fingerprint(PatchNullspace.from_model(tiny_model()), (16, 16), 1, seeded(0), amplitude=0.5)
     with pytest.raises(NoNullspaceError, match="full rank"):

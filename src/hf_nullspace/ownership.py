@@ -8,6 +8,7 @@ innocent model passes is measured, not assumed, on models that are given as inno
 knows the method: noise in the null directions of the weights hides a copy at no cost (docs/ownership.md).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -59,8 +60,10 @@ def fingerprint(
 
     Raises:
         NoNullspaceError: if there is no pattern that the model cannot see.
-        ValueError: for an amplitude outside of (0, 0.5).
+        ValueError: for an amplitude outside of (0, 0.5), or without any pattern.
     """
+    if count < 1:
+        raise ValueError(f"{count} patterns: expected at least 1")
     if not 0 < amplitude < 0.5:
         raise ValueError(f"amplitude={amplitude}: expected between 0 and 0.5, so that patterns fit into [0, 1]")
     if nullspace.dimension() == 0:
@@ -84,13 +87,21 @@ def invariance_score(model: PixelClassifier, mark: Fingerprint, pixels: Tensor) 
     image and pattern stay inside; both are rounded to 8 bits, as images that are sent to a service.
 
     Raises:
-        ValueError: if the model answers to the controls as little as to nothing, so that invariance means nothing.
+        ValueError: if the model answers to the controls as little as to nothing, so that invariance means nothing; if
+            its answers are no numbers; without images.
     """
+    if not len(pixels):
+        raise ValueError("no images: expected at least one")
     base = _eight_bit(mark.amplitude + (1 - 2 * mark.amplitude) * pixels)
     clean = model(base)
     ratios = []
     for pattern, control in zip(mark.patterns, mark.controls, strict=True):
         seen, reference = (float(noise_influence(clean, model(_eight_bit(base + each)))) for each in (pattern, control))
+        if not (math.isfinite(seen) and math.isfinite(reference)):
+            raise ValueError(
+                "the model's logits are NaN or infinite, so it can be neither recognised nor excluded; check its "
+                "weights and the images"
+            )
         if reference < 1e-8:
             raise ValueError(
                 f"the model's answer to a control pattern of amplitude {mark.amplitude:g} shifts by {reference:.1e} "
@@ -118,8 +129,11 @@ def verify_owner(
             embedding, so a fine-tuned copy lies above 0.
 
     Raises:
-        ValueError: without other models; if a model cannot be judged; if images and fingerprint differ in size.
+        ValueError: without other models; for a threshold below 0; if a model cannot be judged; if images and
+            fingerprint differ in size.
     """
+    if not threshold >= 0:
+        raise ValueError(f"threshold={threshold}: expected a number of at least 0, such as 0.1")
     if not others:
         raise ValueError("no other models: without them the false positive rate is not known; pass some in others=")
     if pixels.shape[1:] != mark.patterns.shape[1:]:

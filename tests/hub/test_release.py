@@ -16,8 +16,8 @@ from transformers import AutoModelForImageClassification
 from hf_nullspace import NullspaceNoise
 from hf_nullspace.hub.card import model_card
 from hf_nullspace.hub.planned import header, planned_card
-from hf_nullspace.hub.recheck import First, Recheck, recheck, what_is_missing
-from hf_nullspace.hub.release import differing_files
+from hf_nullspace.hub.recheck import First, Recheck, ReleaseError, recheck, what_is_missing
+from hf_nullspace.hub.release import differing_files, keep_records
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, Part
 from hf_nullspace.robustness.suite import seed_index
@@ -299,8 +299,15 @@ def test_kept_records_give_the_same_numbers(run, release, tmp_path):
     assert table[0] in kept
     assert {path.suffix for path in (tmp_path / "records" / "small").iterdir()} == {".json"}
     assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "records").rglob("*.json"))
-    with pytest.raises(SystemExit):
-        release("--run", run, "--keep", "../small")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../small", ".hidden", "a/b", ""])
+def test_records_are_kept_in_a_folder_of_their_own(name, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ReleaseError, match=f"^'{re.escape(name)}' is no name for a folder of records"):
+        keep_records(tmp_path / "run", name, tmp_path / "records")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_planned_card_has_the_configuration_and_no_result(tmp_path):

@@ -77,8 +77,7 @@ def _load(path: Path) -> Any:
         if needed := _needs_more(path, error):
             raise CheckpointError(
                 f"{path.name} needs more than tensors: {needed}. Reading that could run code that is in the file, so "
-                "it was not read. If you trust where it comes from, save its weights alone and convert those: "
-                f"torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'weights.pth')"
+                "it was not read. Expected tensors only: ask whoever made it for its state dict alone, as .safetensors"
             ) from error
         raise CheckpointError(
             f"{path.name} is no checkpoint that torch can read ({_reason(error)}); expected .safetensors, or a "

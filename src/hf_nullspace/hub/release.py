@@ -108,8 +108,11 @@ def keep_records(run: Path, name: str, records: Path, **released: str | None) ->
 
     ``released`` (repo_id, license, note) goes to the card with them.
     """
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ReleaseError(f"{name!r} is no name for a folder of records; letters, digits, '-', '_' and '.' only")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ReleaseError(
+            f"{name!r} is no name for a folder of records; expected letters, digits, '-', '_' and '.', starting with a "
+            "letter or a digit"
+        )
     folder = records / name
     for file in RECORDS:
         if (run / file).is_file():
