@@ -29,10 +29,10 @@ def test_adam_is_torchs():
     "attack",
     [
         CW(),
-        CW(c=20, steps=30, lr=0.02),
-        CW(c=20, kappa=0.5),
-        CW(c=1e-2, steps=20, lr=0.02, binary_search_steps=5),
-        CW(c=5, abort_early=False),
+        CW(c=20, steps=30, lr=0.02, abort_early=True),
+        CW(c=20, kappa=0.5, abort_early=True),
+        CW(c=1e-2, steps=20, lr=0.02, binary_search_steps=5, abort_early=True),
+        CW(c=5),
     ],
     ids=repr,
 )
@@ -61,6 +61,22 @@ def test_foolbox_agrees(tiny_vit, pixels, foolbox, attack):
         assert moved[5] == 0
 
 
+def test_the_default_takes_all_its_steps(tiny_vit, pixels, foolbox):
+    """With checks 5 steps apart, one swing of the loss around the boundary ends an image long before it is near."""
+    with torch.no_grad():
+        labels = tiny_vit(pixels).argmax(1)
+    oracle = foolbox.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=1, steps=50, stepsize=0.01, confidence=0, initial_const=20, abort_early=False
+    )
+    wrapped = foolbox.PyTorchModel(tiny_vit, bounds=(0, 1), device="cpu")
+    theirs = oracle.run(wrapped, pixels, foolbox.criteria.Misclassification(labels))
+    ours, stopped = CW(c=20)(tiny_vit, pixels, labels), CW(c=20, abort_early=True)(tiny_vit, pixels, labels)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    distance, longer = ((each - pixels).flatten(1).norm(dim=1) for each in (ours, stopped))
+    assert (distance <= longer).all(), "the same iterates, and more of them"
+    assert distance.sum() < longer.sum()
+
+
 def test_it_finds_the_nearest_point_of_a_linear_boundary(linear):
     linear.weight.data, linear.bias.data = linear.weight.data[:2], linear.bias.data[:2]
     pixels = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.4 + 0.3
@@ -78,7 +94,7 @@ def test_it_finds_the_nearest_point_of_a_linear_boundary(linear):
     torch.testing.assert_close(distance, nearest, rtol=0.03, atol=1e-3)
 
 
-@pytest.mark.parametrize("attack", [CW(c=20), CW(c=1e-2, steps=20, binary_search_steps=3)], ids=repr)
+@pytest.mark.parametrize("attack", [CW(c=20), CW(c=1e-2, steps=20, binary_search_steps=3, abort_early=True)], ids=repr)
 def test_an_image_does_not_depend_on_its_batch(tiny_vit, pixels, attack):
     pixels = torch.cat([pixels, 1 - pixels, pixels.flip(3)])[:16]
     with torch.no_grad():
@@ -97,7 +113,7 @@ def test_finished_images_leave_the_batch(tiny_vit, pixels):
     labels[:3] = (labels[:3] + 1) % 10
     sizes = []
     handle = tiny_vit.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    CW(c=20, steps=100, lr=0.05)(tiny_vit, pixels, labels)
+    CW(c=20, steps=100, lr=0.05, abort_early=True)(tiny_vit, pixels, labels)
     handle.remove()
     assert sizes[0] == 6
     assert sizes[1] == 3
