@@ -120,10 +120,3 @@ def test_finished_images_leave_the_batch(tiny_vit, pixels):
     assert sizes[-1] < 3
     assert len(sizes) <= 101
     assert all(p.grad is None and p.requires_grad for p in tiny_vit.parameters())
-
-
-def test_bad_settings():
-    with pytest.raises(ValueError, match="must be positive"):
-        CW(c=0)
-    with pytest.raises(ValueError, match="kappa not negative"):
-        CW(kappa=-1)

@@ -177,12 +177,6 @@ def test_bad_arguments_are_named(linear):
         PGD()(linear, pixels, labels, seeds=[1])
     with pytest.raises(ValueError, match="one label per image"):
         FGSM()(linear, pixels, labels[:1])
-    with pytest.raises(ValueError, match="such as 8 / 255"):
-        FGSM(8)
-    with pytest.raises(ValueError, match="expected 'linf' or 'l2'"):
-        PGD(norm="l1")
-    with pytest.raises(ValueError, match="at least 1"):
-        MIM(steps=0)
 
 
 @pytest.mark.parametrize(

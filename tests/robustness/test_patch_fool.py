@@ -297,8 +297,8 @@ def test_bad_settings_are_named(linear, tiny_vit, pixels, labels):
         PatchFool(choice="best")
     with pytest.raises(ValueError, match="expected both"):
         PatchFool(mild="linf")
-    with pytest.raises(ValueError, match="too small"):
-        PatchFool(num_patch=0)
+    with pytest.raises(ValueError, match=r"attention_layer=2, but the model has 2 layers"):
+        PatchFool(attention_layer=2)(tiny_vit, pixels, labels, seeds=SEEDS)
     with pytest.raises(ValueError, match="the image has 16 patches"):
         PatchFool(num_patch=17)(tiny_vit, pixels, labels, seeds=SEEDS)
     with pytest.raises(TypeError, match="needs a PixelModel"):

@@ -134,7 +134,7 @@ def make_attack(name: str, settings: Mapping[str, Any], suite: str) -> Attack:
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:
-        raise PlanError(f"{suite}: {name}: {error}") from error
+        raise PlanError(f"{suite}: {error}") from error
 
 
 def number(value: Any) -> float | None:

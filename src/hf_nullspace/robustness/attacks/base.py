@@ -1,14 +1,24 @@
 """What every attack shares: its name, its threat model, seeded starts, and leaving the model as it was."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from typing import Any
+from dataclasses import Field, fields
+from numbers import Integral, Real
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# What the settings of all attacks may be, by name; numbers are finite.
+AT_LEAST = {
+    **dict.fromkeys(("steps", "binary_search_steps", "num_patch", "targets", "queries", "iterations"), 1),
+    **dict.fromkeys(("eps", "kappa", "decay", "attention_weight", "attention_layer", "sparse", "sparse_freeze"), 0),
+}
+ABOVE_ZERO = ("step", "c", "lr")
+CHOICES = {"norm": ("linf", "l2"), "mild": ("linf", "l2"), "choice": ("attention", "saliency", "random")}
 
 
 class Attack(ABC):
@@ -17,10 +27,19 @@ class Attack(ABC):
     Subclasses are frozen dataclasses with ``repr=False``: the repr of this class is the condition's name in results,
     with every setting in it. The result is clipped to the threat model by ``project``; whether it succeeded is for the
     caller to judge.
+
+    Raises:
+        ValueError: for a setting with which it would be no attack, or not the one that its name says.
     """
 
     seeded = False  # whether it draws random numbers, and so needs one seed per image
     batch_dependent = False  # whether the result for an image depends on the others of its batch
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if wanted := _wanted(field, value):
+                raise ValueError(f"{type(self).__name__}: {field.name} is {value!r}; expected {wanted}")
 
     def __call__(
         self, model: nn.Module, pixels: Tensor, labels: Tensor, *, seeds: Sequence[int] | None = None
@@ -65,6 +84,33 @@ class Attack(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={readable(v)}' for k, v in self.settings().items())})"
+
+
+def _wanted(field: Field[Any], value: Any) -> str | None:
+    """What a setting has to be; None if it is that."""
+    kinds = get_args(field.type) or (field.type,)
+    if value is None and type(None) in kinds:
+        return None
+    if bool in kinds:
+        return None if isinstance(value, bool) else "True or False"
+    if choices := CHOICES.get(field.name):
+        return None if value in choices else f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+    if not {int, float} & set(kinds):
+        return None
+    low, above = AT_LEAST.get(field.name, -math.inf), field.name in ABOVE_ZERO
+    number = isinstance(value, Real if float in kinds else Integral) and not isinstance(value, bool)
+    if number and math.isfinite(value) and value >= low and (value > 0 or not above):
+        return None
+    kind = "a number" if float in kinds else "a whole number"
+    return f"{kind} above 0" if above else f"{kind} of at least {low}" if low > -math.inf else f"{kind}, not infinite"
+
+
+def check_radius(attack: Attack, eps: float, norm: str) -> None:
+    """Raise ``ValueError`` for an L-inf radius above 1: no pixel in [0, 1] is that far from another."""
+    if norm == "linf" and eps > 1:
+        raise ValueError(
+            f"{type(attack).__name__}: eps is {eps}; expected a radius for pixels in [0, 1], such as 8 / 255"
+        )
 
 
 def readable(value: Any) -> str:

@@ -31,10 +31,6 @@ class CW(Attack):
     binary_search_steps: int = 1
     abort_early: bool = False
 
-    def __post_init__(self) -> None:
-        if not (self.c > 0 and self.kappa >= 0 and self.steps >= 1 and self.lr > 0 and self.binary_search_steps >= 1):
-            raise ValueError(f"{self}: c, steps, lr and binary_search_steps must be positive, kappa not negative")
-
     @property
     def cost(self) -> float:
         return 3.0 * self.steps * self.binary_search_steps

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_nullspace.robustness.attacks.base import Attack, loss_gradient, norms, seeded_like
+from hf_nullspace.robustness.attacks.base import Attack, check_radius, loss_gradient, norms, seeded_like
 
 
 class BoundedAttack(Attack):
@@ -17,12 +17,8 @@ class BoundedAttack(Attack):
     norm: str = "linf"
 
     def __post_init__(self) -> None:
-        if self.norm not in ("linf", "l2"):
-            raise ValueError(f"norm is {self.norm!r}; expected 'linf' or 'l2'")
-        if not self.eps >= 0 or (self.norm == "linf" and self.eps > 1):
-            raise ValueError(f"eps is {self.eps}; expected a radius for pixels in [0, 1], such as 8 / 255")
-        if getattr(self, "steps", 1) < 1:
-            raise ValueError(f"steps is {getattr(self, 'steps', 1)}; expected at least 1")
+        super().__post_init__()
+        check_radius(self, self.eps, self.norm)
 
     def project(self, adversarial: Tensor, pixels: Tensor) -> Tensor:
         if self.norm == "linf":

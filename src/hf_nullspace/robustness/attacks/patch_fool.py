@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_nullspace.robustness.attacks.base import Adam, Attack, loss_gradient, seeded_like
+from hf_nullspace.robustness.attacks.base import Adam, Attack, check_radius, loss_gradient, seeded_like
 from hf_nullspace.robustness.pixel_model import PixelModel
 
 
@@ -49,12 +49,11 @@ class PatchFool(Attack):
     seeded = True
 
     def __post_init__(self) -> None:
-        if self.choice not in ("attention", "saliency", "random"):
-            raise ValueError(f"choice is {self.choice!r}; expected 'attention', 'saliency' or 'random'")
-        if self.mild not in (None, "linf", "l2") or (self.mild is None) != (self.eps is None):
-            raise ValueError(f"mild={self.mild!r} with eps={self.eps}; expected both, with 'linf' or 'l2', or neither")
-        if min(self.num_patch, self.steps) < 1 or self.sparse < 0:
-            raise ValueError(f"num_patch={self.num_patch}, steps={self.steps}, sparse={self.sparse}: too small")
+        super().__post_init__()
+        if (self.mild is None) != (self.eps is None):
+            raise ValueError(f"PatchFool: mild={self.mild!r} with eps={self.eps}; expected both or neither")
+        if self.mild is not None and self.eps is not None:
+            check_radius(self, self.eps, self.mild)
 
     def settings(self) -> dict[str, Any]:
         """Without the variants that are switched off: their absence says so."""
@@ -106,6 +105,8 @@ class PatchFool(Attack):
                 attentions = grid.attentions(model.outputs(pixels, output_attentions=True), model)
             middle = 4 if len(attentions) >= 10 else len(attentions) // 2
             layer = middle if self.attention_layer is None else self.attention_layer
+            if layer >= len(attentions):
+                raise ValueError(f"attention_layer={layer}, but the model has {len(attentions)} layers, from 0")
             per_patch = attentions[layer].mean(dim=(1, 2))[:, -grid.count :]
         return per_patch.topk(self.num_patch, dim=1).indices
 
