@@ -44,6 +44,8 @@ dataloader_pin_memory: false
 use_cpu: true
 """
 
+TOKEN = "hf_givenonthecommandline"
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -51,9 +53,10 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "small.yaml").write_text(SMALL)
     command = [sys.executable, str(RECIPES / "finetune.py"), "--config", str(folder / "small.yaml")]
-    done = subprocess.run([*command, "--output_dir", str(folder / "out")], capture_output=True, text=True, timeout=300)
+    command += ["--output_dir", str(folder / "out"), "--hub_token", TOKEN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, done.stdout + done.stderr
 
 
 def test_it_prints_a_table(finished):
@@ -89,6 +92,14 @@ def test_results_are_those_of_the_saved_model(finished):
         correct = sum(int(a == row["label"]) for a, row in zip(predicted.tolist(), rows, strict=True))
         record = next(r for r in records if r["checkpoint"] == name and r["condition"] == "clean")
         assert (record["correct"], record["n"]) == (correct, 40)
+
+
+def test_a_token_of_the_command_line_lands_in_no_file(finished):
+    folder, said = finished
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"run.json", "results.json", "training_args.bin", "trainer_state.json"} <= {path.name for path in files}
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    assert TOKEN not in said
 
 
 def test_pictures_noises_and_history_are_there(finished):

@@ -210,6 +210,14 @@ def test_replace(tmp_path):
     assert dataclasses.replace(args, rounds=5, max_steps=None, num_train_epochs=None).max_steps == 10
 
 
+def test_it_shows_no_token(tmp_path):
+    args = config(tmp_path, hub_token="hf_secret")
+    assert args.hub_token == "hf_secret"
+    shown = [f"{args!r}", f"{args}", args.to_json_string(), str(args.to_dict()), str(args.to_sanitized_dict())]
+    assert not [text for text in shown if "hf_secret" in text]
+    assert all("epsilon" in text for text in shown)
+
+
 def test_it_travels_as_training_args_bin(tmp_path):
     args = config(tmp_path, ema_decay=0.9)
     torch.save(args, tmp_path / "training_args.bin")

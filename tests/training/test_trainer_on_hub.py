@@ -52,7 +52,9 @@ def commits(hub):
 
 
 def test_at_the_end_everything_is_one_commit(hub_here, tmp_path):
-    trainer = make_trainer(tmp_path / "run", hub_strategy="end", hub_private_repo=True, **every_step())
+    trainer = make_trainer(
+        tmp_path / "run", hub_strategy="end", hub_private_repo=True, hub_token=TOKEN, **every_step()
+    )
     assert hub_here.repository("models", REPO).private
     trainer.train()
     assert files(hub_here) == {}
@@ -61,6 +63,8 @@ def test_at_the_end_everything_is_one_commit(hub_here, tmp_path):
     trainer.save_model()
     assert hub_here.history("models", REPO) == ["Model save", "initial commit"]
     assert set(files(hub_here)) == MODEL | NOISE | ROUNDS
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert trainer.args.hub_token == TOKEN
     model = AutoModelForImageClassification.from_pretrained(REPO)
     for name, parameter in parameters_of(model).items():
         assert torch.equal(parameter, parameters_of(trainer.model)[name])

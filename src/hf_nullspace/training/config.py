@@ -62,7 +62,7 @@ def _preset(text: str) -> Any:
     return field(default=None, metadata={"help": f"{text} Default: from the preset."})
 
 
-@dataclass
+@dataclass(repr=False)  # TrainingArguments' own does not show the token
 class NullspaceConfig(TrainingArguments):
     """TrainingArguments for :class:`NullspaceTrainer`, with the settings of Algorithm 1 of the paper.
 

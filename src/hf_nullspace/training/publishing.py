@@ -2,7 +2,7 @@
 
 Pushed are the model, its image processor, the noises, the histories, the results and the card. Left here are
 checkpoints (unless the strategy asks for them), the base model and the control, and ``training_args.bin``: a pickle
-that holds the token, and that nothing reads. What is pushed is without the paths of this machine.
+that nothing reads. What is pushed is without the paths of this machine. The token is in no file.
 """
 
 import logging
@@ -100,6 +100,16 @@ class PublishingTrainer(Trainer):
             afterwards=f"{output} is as it was; without push_to_hub everything stays here",
         )
         self.push_in_progress: Any = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's, but ``training_args.bin`` is without the token of the Hub."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super().save_model(output_dir, _internal_call=True)
+        finally:
+            self.args.hub_token = token
+        if self.args.push_to_hub and not _internal_call:  # as the Trainer's
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, language: Any = None, license: str | None = None, *more: Any, **named: Any) -> None:
         """Write README.md from what the run left in the folder; of the Trainer's arguments only the license is used."""
