@@ -117,16 +117,17 @@ def test_pictures_noises_and_history_are_there(finished):
 
 def test_started_again_it_goes_on_and_with_other_settings_it_refuses(finished, capsys):
     folder = finished[0]
-    before = (folder / "out" / "model.safetensors").read_bytes()
+    names = ("model.safetensors", "config.json", "control/config.json")
+    before = [(folder / "out" / name).read_bytes() for name in names]
     words = ["--config", folder / "small.yaml", "--output_dir", folder / "out"]
     call_recipe("finetune", *words)
     assert "Going on from" in capsys.readouterr().out
-    assert (folder / "out" / "model.safetensors").read_bytes() == before
+    assert [(folder / "out" / name).read_bytes() for name in names] == before
     with pytest.raises(SystemExit):
         call_recipe("finetune", *words, "--epsilon", "0.5")
     error = capsys.readouterr().err
     assert "holds a run with other settings (epsilon: 0.03 there, 0.5 now)" in error
-    assert (folder / "out" / "model.safetensors").read_bytes() == before
+    assert (folder / "out" / "model.safetensors").read_bytes() == before[0]
 
 
 @pytest.fixture(scope="module")

@@ -52,9 +52,7 @@ def commits(hub):
 
 
 def test_at_the_end_everything_is_one_commit(hub_here, tmp_path):
-    trainer = make_trainer(
-        tmp_path / "run", hub_strategy="end", hub_private_repo=True, hub_token=TOKEN, **every_step()
-    )
+    trainer = make_trainer(tmp_path / "run", hub_strategy="end", hub_private_repo=True, hub_token=TOKEN, **every_step())
     assert hub_here.repository("models", REPO).private
     trainer.train()
     assert files(hub_here) == {}

@@ -186,6 +186,7 @@ def _small_vit(args: ModelArguments, names: list[str]) -> ViTConfig:
         attention_probs_dropout_prob=0.0,
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
+        problem_type="single_label_classification",  # else it depends on whether this process has trained it
     )
 
 
