@@ -18,6 +18,8 @@ from hf_nullspace.noise.probe import Probe, frozen
 from tiny_models import FAMILIES, tiny_model
 
 EPSILON = 0.01
+UNMOVED = {"steps": 1, "learning_rate": 1e-9}
+"""A step that leaves the direction where it was."""
 
 
 def stream(batch_size=6, seed=0):
@@ -115,7 +117,7 @@ def test_within_epsilon_on_held_out_images_for_every_family(family):
 
 def test_it_reaches_a_larger_norm_than_a_random_direction():
     vit = tiny_model().double()
-    (random,), _ = follow(vit, steps=0)
+    (random,), _ = follow(vit, **UNMOVED)
     (found,), _ = follow(vit, steps=25)
     assert found.centred_norm > 1.2 * random.centred_norm
 
@@ -123,10 +125,10 @@ def test_it_reaches_a_larger_norm_than_a_random_direction():
 def test_a_start_is_where_it_starts_and_missing_ones_are_random():
     vit = tiny_model().double()
     start = 100 * torch.randn(1, 16, 24, generator=torch.Generator().manual_seed(8))
-    (given, random), _ = follow(vit, steps=0, count=2, start=start)
+    (given, random), _ = follow(vit, **UNMOVED, count=2, start=start)
     cosine = torch.nn.functional.cosine_similarity
     assert cosine(given.tensor.flatten(), centre(start).flatten(), dim=0) > 1 - 1e-6
-    assert cosine(random.tensor.flatten(), follow(vit, steps=0, count=2)[0][1].tensor.flatten(), dim=0) > 1 - 1e-6
+    assert cosine(random.tensor.flatten(), follow(vit, **UNMOVED, count=2)[0][1].tensor.flatten(), dim=0) > 1 - 1e-6
 
 
 def test_several_noises_differ_and_each_is_within_epsilon():
@@ -208,9 +210,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_another_noise():
     ("given", "message"),
     [
         ({"epsilon": 3.0}, r"epsilon=3\.0: expected a number in \(0, 2\]"),
-        ({"steps": -1}, "steps=-1"),
+        ({"steps": 0}, r"steps=0: expected at least 1 noise step \(T\)"),
         ({"learning_rate": 0}, "learning_rate=0"),
         ({"noise_limit": 0}, "noise_limit=0"),
+        ({"noise_limit": math.inf}, "noise_limit=inf: expected a positive number"),
+        ({"learning_rate": math.nan}, "learning_rate=nan: expected a positive number"),
         ({"pool_images": -1}, "pool_images=-1"),
         ({"count": 0}, "count=0: expected at least 1 noise"),
         ({"loss": "l1"}, "loss='l1'"),
@@ -237,6 +241,6 @@ def test_what_is_missing_is_said():
 
 def test_a_scaled_random_direction_agrees_with_the_calibration_of_the_controls():
     vit = tiny_model().double()
-    (ours,), _ = follow(vit, steps=0)
+    (ours,), _ = follow(vit, **UNMOVED)
     theirs = calibrate(vit, ours.tensor, EPSILON * 0.98, HELD_OUT, tolerance=0.001)
     assert ours.centred_norm == pytest.approx(float(centred_norm(theirs.noise)), rel=0.03)

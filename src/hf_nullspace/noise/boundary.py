@@ -59,9 +59,9 @@ class BoundarySettings:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
         require(0 < self.epsilon <= 2, "epsilon", "a number in (0, 2]")
-        require(self.steps >= 0, "steps", "a number >= 0")
-        require(self.learning_rate > 0, "learning_rate", "a positive number")
-        require(self.noise_limit > 0, "noise_limit", "a positive number (A)")
+        require(self.steps >= 1, "steps", "at least 1 noise step (T)")
+        require(0 < self.learning_rate < math.inf, "learning_rate", "a positive number")
+        require(0 < self.noise_limit < math.inf, "noise_limit", "a positive number (A)")
         require(self.pool_images >= 0, "pool_images", "a number >= 0")
         require(self.count >= 1, "count", "at least 1 noise")
         require(self.loss in ("l2", "squared_l2"), "loss", "'l2' or 'squared_l2'")
@@ -238,7 +238,7 @@ def _follow(
     count, patches, features = noises.directions.shape
     rate = settings.learning_rate / math.sqrt(patches * features)  # a unit vector's elements are that large
     optimizer = torch.optim.Adam([noises.directions], lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(settings.steps, 1))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.steps)
     for step in range(settings.steps):
         batch, clean = pool.draw()
         noise = noises.tensor()
@@ -271,7 +271,7 @@ class _Pool:
         self._order: list[int] = []
         self._times = 0
         images = 0
-        while images < settings.pool_images and settings.steps:
+        while images < settings.pool_images:
             batch = self._next()
             images += max(probe.over_processes(len(batch), "sum"), 1)
             self._kept.append((batch, probe.clean_logits(batch)))

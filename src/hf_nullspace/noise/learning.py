@@ -58,12 +58,13 @@ class NoiseSettings:
 
         require(self.epsilon is None or 0 < self.epsilon <= 2, "epsilon", "a number in (0, 2], or None")
         require(self.max_steps >= 1, "max_steps", "at least 1 noise step (T)")
-        require(self.noise_limit > 0, "noise_limit", "a positive start range (A)")
-        require(self.learning_rate > 0, "learning_rate", "a positive number")
-        require(self.weight_decay >= 0, "weight_decay", "a number >= 0")
+        require(0 < self.noise_limit < math.inf, "noise_limit", "a positive start range (A)")
+        require(0 < self.learning_rate < math.inf, "learning_rate", "a positive number")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "a number >= 0")
         require(self.loss in ("l2", "squared_l2"), "loss", "'l2' or 'squared_l2'")
         require(self.stop_on in ("held_out", "minibatch"), "stop_on", "'held_out' or 'minibatch'")
         require(self.on_limit in ("use", "rescale", "error"), "on_limit", "'use', 'rescale' or 'error'")
+        require(0 <= self.norm_weight < math.inf, "norm_weight", "a number >= 0 (lambda)")
         require(self.norm in ("centred", "raw"), "norm", "'centred' or 'raw'")
 
 

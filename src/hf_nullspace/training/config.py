@@ -262,9 +262,10 @@ class NullspaceConfig(TrainingArguments):
             "noise_bank_size", (self.noise_bank_size or 0) >= (self.noises_at_once or 1), "at least noises_at_once"
         )
         self._check("noises_at_once", 1 <= (self.noises_at_once or 0) <= (self.noise_batch_size or 0), "1 to a batch")
+        descent = self.descent_settings()  # raises on values out of range, for either learner
         if self.noise_learner == "descent":
             self._check("noises_at_once", self.noises_at_once == 1, "1, or noise_learner='boundary'")
-            return self.descent_settings()
+            return descent
         shared = self._shared_settings()
         with _said_of_the_noise():
             return BoundarySettings(
