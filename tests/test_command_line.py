@@ -79,6 +79,16 @@ def test_a_misspelt_key_in_the_file_is_an_error(tmp_path):
     path.write_text("rate: [1\n")
     with pytest.raises(UsageError, match="no valid YAML"):
         parse_options("--config", str(path))
+    path.write_text("rate: 1\nlimit: 2\nrate: 3\n")
+    with pytest.raises(UsageError, match=r"no valid YAML: .*the key 'rate' twice"):
+        parse_options("--config", str(path))
+    path.write_bytes("names: [é]\n".encode("latin-1"))
+    with pytest.raises(UsageError, match="no text in UTF-8"):
+        parse_options("--config", str(path))
+    with pytest.raises(UsageError, match="expected one file"):
+        parse_options("--config", str(path), f"--config={path}")
+    with pytest.raises(UsageError, match="'2' belongs to no option"):
+        parse_options("--rate", "1", "2")
     with pytest.raises(UsageError, match=f"{tmp_path} has y"):
         parse_options("--config", str(tmp_path / "z.yaml"))
 

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "hf_nullspace"
 ORDER = [
     "files",
     "launcher",
+    "validation",
     "command_line",
     "uploads",
     "models.patch_embedding",
@@ -66,6 +67,7 @@ ORDER = [
     "training.objectives",
     "training.noise_objectives",
     "training.adversarial_objectives",
+    "training.preflight",
     "training.config",
     "training.run_settings",
     "training.augmentation",

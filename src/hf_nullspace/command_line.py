@@ -12,6 +12,7 @@ import sys
 import threading
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def parse(
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:
         option = next((word for word in unknown if word.startswith("-")), unknown[0])
+        if not option.startswith("-"):
+            raise UsageError(f"{option!r} belongs to no option that takes it; expected --option value")
         name = option.lstrip("-").partition("=")[0]
         raise UsageError(_unknown(f"option {option!r}", name, [*names, "config", "help"], "--"))
     made = []
@@ -152,24 +155,47 @@ def _group(parser: ArgumentParser, types: Sequence[Any]) -> None:
                 group._group_actions.append(action)
 
 
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file, of plain values only.
+
+    Raises:
+        UsageError: if it is no YAML in UTF-8, or has a key twice.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is no valid YAML: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """A key that stands twice is an error: YAML says so, and PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated[0]!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _config_path(arguments: list[str]) -> Path | None:
-    for index, word in enumerate(arguments):
-        if word == "--config" and index + 1 < len(arguments):
-            return Path(arguments[index + 1])
-        if word.startswith("--config="):
-            return Path(word.partition("=")[2])
-    return None
+    given = [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
+    given += [after for word, after in pairwise(arguments) if word == "--config"]
+    if len(given) > 1:
+        raise UsageError(f"--config {' and '.join(given)}: expected one file")
+    return Path(given[0]) if given else None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except FileNotFoundError:
         others = sorted(other.stem for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(others)}" if others else ""
         raise UsageError(f"no configuration file {path}{hint}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds {type(content).__name__}; expected lines of the form 'key: value'")
     return content

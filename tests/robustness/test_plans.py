@@ -67,8 +67,15 @@ conditions:
         ("{attack: FGSM, epsilon: 1}", "unknown key 'epsilon'; did you mean eps"),
         ("{attack: FGSM, eps: a/255}", "'a/255' is no number"),
         ("{attack: FGSM, eps: 8}", "expected a radius"),
-        ("{corruption: fogg}", "'fogg' is no corruption or severity; did you mean fog"),
-        ("{corruption: fog, severity: 6}", "6 is no corruption or severity; valid: 1, 2, 3, 4, 5"),
+        ("{corruption: fogg}", "unknown corruption 'fogg'; did you mean 'fog'"),
+        ("{corruption: fog, severity: 6}", "severity=6 of fog: expected 1, 2, 3, 4 or 5"),
+        ("{corruption: fog, severity: 2.0}", "severity=2.0 of fog"),
+        ("{corruption: fog, severity: true}", "severity=True of fog"),
+        ("{attack: [PGD]}", "unknown attack"),
+        ("{set: [imagenet]}", "unknown set"),
+        ("{attack: PGD, steps: 2.5}", "steps 2.5; expected a whole number"),
+        ("{attack: PGD, random_start: 1}", "random_start 1; expected true or false"),
+        ("{corruption: fog, limit: 0}", "limit 0; expected a whole number of at least 1"),
         ("{corruption: fog, severty: 1}", "did you mean severity"),
         ("{set: imagenet-b}", "unknown set 'imagenet-b'; did you mean imagenet"),
         ("{set: imagenet-a, clen: true}", "unknown key 'clen'; did you mean clean"),
@@ -86,5 +93,10 @@ def test_bad_files(tmp_path):
         load_plan(write(tmp_path, "condition: []"))
     with pytest.raises(PlanError, match="did you mean limit"):
         load_plan(write(tmp_path, "conditions: []\nlimits: 3"))
+    for content in ("conditions:\n\t- clean", "conditions: !!python/object:os.system []", "limit: 1\nlimit: 2"):
+        with pytest.raises(PlanError, match="no valid YAML"):
+            load_plan(write(tmp_path, content))
+    with pytest.raises(PlanError, match="is empty"):
+        load_plan(write(tmp_path, "conditions: []"))
     with pytest.raises(PlanError, match="given twice: clean"):
         load_plan(write(tmp_path, "conditions: [clean, clean]"))

@@ -450,7 +450,7 @@ def test_a_noise_of_another_model_in_a_checkpoint(tmp_path):
 
 
 def test_held_out_images_are_needed_where_epsilon_is_tested(tmp_path):
-    with pytest.raises(ValueError, match="held_out_images=0: this preset tests epsilon on held-out images"):
+    with pytest.raises(ValueError, match="held_out_images=0: expected at least 1: epsilon is tested on them"):
         trained(tmp_path, held_out_images=0)
     trained(tmp_path, held_out_images=0, preset="paper")
 

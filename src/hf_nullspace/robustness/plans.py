@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from hf_nullspace.command_line import UsageError, read_yaml
 from hf_nullspace.robustness.attacks.auto import AutoAttack
 from hf_nullspace.robustness.attacks.base import Attack
 from hf_nullspace.robustness.attacks.carlini_wagner import CW
@@ -60,12 +61,14 @@ def load_plan(suite: str) -> list[Planned]:
     for anything else, naming the nearest valid word.
     """
     if suite in NAMED:
-        text = files("hf_nullspace.robustness").joinpath(f"suites/{suite}.yaml").read_text(encoding="utf-8")
+        content = yaml.safe_load(files("hf_nullspace.robustness").joinpath(f"suites/{suite}.yaml").read_bytes())
     elif Path(suite).is_file():
-        text = Path(suite).read_text(encoding="utf-8")
+        try:
+            content = read_yaml(Path(suite))
+        except UsageError as error:
+            raise PlanError(str(error)) from error
     else:
         raise PlanError(f"no suite {suite!r}: expected {', '.join(NAMED)}, or a YAML file")
-    content = yaml.safe_load(text)
     if not isinstance(content, dict) or not isinstance(content.get("conditions"), list):
         raise PlanError(f"{suite}: expected a list 'conditions'")
     known({"conditions", "limit"}, content, suite)
@@ -73,6 +76,8 @@ def load_plan(suite: str) -> list[Planned]:
     titles = [planned.title for planned in plan]
     if repeated := sorted({title for title in titles if titles.count(title) > 1}):
         raise PlanError(f"{suite}: given twice: {', '.join(repeated)}")
+    if not plan:
+        raise PlanError(f"{suite}: the list 'conditions' is empty; expected at least one, such as clean")
     return plan
 
 
@@ -83,20 +88,22 @@ def parse_entry(entry: Any, limit: int | None, suite: str) -> list[Planned]:
         raise PlanError(f"{suite}: {entry!r} is no condition; expected 'clean' or a mapping")
     entry = dict(entry)
     where, limit = entry.pop("set", BASE), entry.pop("limit", limit)
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise PlanError(f"{suite}: limit {limit!r}; expected a whole number of at least 1")
     valid = {BASE, *SETS, *GROUPS, *GROUPS["cifar10-c"]}
     if "dataset" in entry:
         where = f"{OWN}{entry.pop('dataset')}"
-    elif where not in valid:
+    elif not isinstance(where, str) or where not in valid:
         raise PlanError(f"{suite}: unknown set {where!r}{nearest(where, valid)}")
     if "attack" in entry:
         conditions: list[Condition] = [Attacked(make_attack(entry.pop("attack"), entry, suite))]
     elif "corruption" in entry:
         known({"corruption", "severity"}, entry, suite)
         names, levels = choices(entry["corruption"], CORRUPTIONS), choices(entry.get("severity", "all"), SEVERITIES)
-        for value, allowed in [*((n, CORRUPTIONS) for n in names), *((level, SEVERITIES) for level in levels)]:
-            if value not in allowed:
-                raise PlanError(f"{suite}: {value!r} is no corruption or severity{nearest(value, allowed)}")
-        conditions = [Corrupted(name, severity) for name in names for severity in levels]
+        try:
+            conditions = [Corrupted(name, severity) for name in names for severity in levels]
+        except ValueError as error:
+            raise PlanError(f"{suite}: {error}") from error
     else:
         known({"clean"}, entry, suite)
         conditions = [Clean()]
@@ -125,14 +132,20 @@ def choices(value: Any, everything: Any) -> list[Any]:
 
 def make_attack(name: str, settings: Mapping[str, Any], suite: str) -> Attack:
     """An attack from its name and settings as YAML gives them; "8/255" is a number."""
-    if name not in ATTACKS:
+    if not isinstance(name, str) or name not in ATTACKS:
         raise PlanError(f"{suite}: unknown attack {name!r}{nearest(name, ATTACKS)}")
-    kind = ATTACKS[name]
-    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    attack = ATTACKS[name]
+    declared = {field.name: field.type for field in dataclasses.fields(attack)}  # type: ignore[arg-type]
+    fields = {key: kind.__name__ if isinstance(kind, type) else str(kind) for key, kind in declared.items()}
     known(set(fields), settings, f"{suite}: {name}")
     values = {key: number(value) if "float" in fields[key] else value for key, value in settings.items()}
+    for key, value in values.items():
+        kind, _, optional = fields[key].partition(" | ")
+        wanted = {"int": (int, "a whole number"), "bool": (bool, "true or false"), "str": (str, "a word")}.get(kind)
+        if wanted is not None and type(value) is not wanted[0] and not (optional and value is None):
+            raise PlanError(f"{suite}: {name}: {key} {value!r}; expected {wanted[1]}")
     try:
-        return kind(**values)
+        return attack(**values)
     except (TypeError, ValueError) as error:
         raise PlanError(f"{suite}: {error}") from error
 

@@ -1,6 +1,7 @@
 """The one evaluation loop: conditions over a set of images, counted exactly on any number of processes."""
 
 import contextlib
+import difflib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_nullspace.robustness.attacks.base import Attack, frozen
-from hf_nullspace.robustness.corruptions import SMALL, corrupt
+from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES, SMALL, corrupt
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.scores import Interval, accuracy
@@ -56,6 +57,14 @@ class Corrupted:
     corruption: str
     severity: int
     cost = 1.0
+
+    def __post_init__(self) -> None:
+        if self.corruption not in CORRUPTIONS:
+            near = difflib.get_close_matches(str(self.corruption), CORRUPTIONS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the 15 are {', '.join(CORRUPTIONS)}"
+            raise ValueError(f"unknown corruption {self.corruption!r}; {hint}")
+        if type(self.severity) is not int or self.severity not in SEVERITIES:
+            raise ValueError(f"severity={self.severity!r} of {self.corruption}: expected 1, 2, 3, 4 or 5")
 
     def __str__(self) -> str:
         return f"generated {self.corruption} {self.severity}"

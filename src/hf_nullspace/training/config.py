@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +15,8 @@ from hf_nullspace.noise.learning import NoiseSettings
 from hf_nullspace.training import adversarial_objectives as _adversarial  # noqa: F401  (they register themselves)
 from hf_nullspace.training.noise_objectives import DISTRIBUTIONS, MIXES
 from hf_nullspace.training.objectives import check_objective
+from hf_nullspace.training.preflight import RANGES, check_trackers
+from hf_nullspace.validation import check_numbers, check_output_dir
 
 _PAPER: dict[str, Any] = {
     "rounds": 20,
@@ -147,25 +148,23 @@ class NullspaceConfig(TrainingArguments):
             raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(map(repr, PRESETS))}")
         check_objective(self.objective)
         self._check("noise_distribution", self.noise_distribution in DISTRIBUTIONS, "'uniform' or 'normal'")
-        self._check("trades_beta", self.trades_beta >= 0, "a number >= 0")
+        check_numbers(self, RANGES)
         self.attack_settings()  # raises on values out of range
-        for path in (Path(self.output_dir or "."), *Path(self.output_dir or ".").parents):
-            if path.exists() and not path.is_dir():
-                raise NotADirectoryError(f"output_dir={self.output_dir!r}: {path} is a file; choose a folder")
+        check_output_dir(self.output_dir)
         self._settle_length()
-        self._check("held_out_images", self.held_out_images >= 0, "a number >= 0")
-        self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "a number in (0, 1)")
         batch_size, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
         global_batch_size = self.global_batch_size
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self._check("noise_batch_size", (self.noise_batch_size or 0) >= 1, "at least 1 image")
         self.noise_settings()  # raises on values out of range
+        if self.needs_held_out():
+            self._check("held_out_images", self.held_out_images >= 1, "at least 1: epsilon is tested on them")
         self.per_device_train_batch_size = batch_size or 1
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate 1.15 does not see the other processes, and each trains by itself
         super().__post_init__()
+        check_trackers(list(self.report_to or []))
         views = self.world_size * accumulation
         if batch_size is None:
             total = self.global_batch_size or 0
@@ -193,8 +192,6 @@ class NullspaceConfig(TrainingArguments):
     def _settle_length(self) -> None:
         """Make rounds K, steps_per_round S and max_steps agree: K * S = max_steps."""
         preset = PRESETS[self.preset]
-        self._check("rounds", self.rounds is None or self.rounds >= 1, "at least 1 round (K)")
-        self._check("steps_per_round", self.steps_per_round is None or self.steps_per_round >= 1, "at least 1 step (S)")
         given = self.max_steps if self.max_steps is not None and self.max_steps != -1 else None
         if given is None:
             if self.num_train_epochs is not None:
@@ -229,8 +226,17 @@ class NullspaceConfig(TrainingArguments):
         else:
             self.rounds = None
         self.num_train_epochs = None
+        check_numbers(self, RANGES)
         self._settle_length()
         self.noise_settings()
+
+    def needs_held_out(self) -> bool:
+        """Whether a round needs held-out images: to test epsilon on, or to scale a noise to it."""
+        made = {"nullspace", "random", "permuted"} & set(check_objective(self.objective))
+        paper = (
+            self.noise_learner == "descent" and self.noise_stop_on != "held_out" and self.noise_on_limit != "rescale"
+        )
+        return bool(made - {"nullspace"} if paper else made)
 
     def attack_settings(self) -> dict[str, Any]:
         """Radius, step and steps of the attack in adversarial training, as numbers for pixels in [0, 1].
@@ -238,7 +244,6 @@ class NullspaceConfig(TrainingArguments):
         Raises:
             ValueError: if one is no number, or out of range.
         """
-        self._check("attack_steps", self.attack_steps >= 1, "at least 1 step")
         numbers: dict[str, Any] = {"steps": self.attack_steps}
         for name in ("attack_eps", "attack_step"):
             value = getattr(self, name)
@@ -256,7 +261,9 @@ class NullspaceConfig(TrainingArguments):
         Raises:
             ValueError: if one is out of range.
         """
-        for name, choices in (("noise_learner", ("boundary", "descent")), ("noise_mix", MIXES)):
+        known = {"noise_learner": ("boundary", "descent"), "noise_mix": MIXES}
+        known |= {"noise_stop_on": ("held_out", "minibatch"), "noise_on_limit": ("use", "rescale", "error")}
+        for name, choices in known.items():
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
         self._check(
             "noise_bank_size", (self.noise_bank_size or 0) >= (self.noises_at_once or 1), "at least noises_at_once"

@@ -1,0 +1,68 @@
+"""Settings in their ranges: one check, one message, before anything else is done."""
+
+import re
+from collections.abc import Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+_INTERVAL = re.compile(r"(int )?([\[(])(\S+), (\S+)([\])])")
+
+
+def check_numbers(settings: Any, ranges: Mapping[str, str]) -> None:
+    """Check attributes of ``settings`` that are numbers, lists of numbers, or None (which is not checked).
+
+    ``ranges`` gives each an interval, such as "[0, inf)", "(0, 1]" or, for whole numbers, "int [1, inf)". An infinite
+    bound is never reached: infinity and NaN are in no interval.
+
+    Raises:
+        ValueError: for the first value that is outside, naming it.
+    """
+    for name, interval in ranges.items():
+        value = getattr(settings, name)
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if number is not None and not _inside(number, interval):
+                raise ValueError(f"{name}={value!r}: expected {_words(interval)}")
+
+
+def check_output_dir(folder: str | None) -> None:
+    """Check the name of a folder that is going to be written to; None is not checked.
+
+    Raises:
+        ValueError: if the name is empty.
+        NotADirectoryError: if it is a file, or lies under one.
+    """
+    if folder is None:
+        return
+    if not folder.strip():
+        raise ValueError(f"output_dir={folder!r}: expected the name of a folder")
+    for path in (Path(folder), *Path(folder).parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"output_dir={folder!r}: {path} is a file; choose a folder")
+
+
+def _inside(number: Any, interval: str) -> bool:
+    whole, left, least, most, right = _parts(interval)
+    if not isinstance(number, Integral if whole else Real):
+        return False
+    value = float(number)
+    above = value >= float(least) if left == "[" else value > float(least)
+    below = value <= float(most) if right == "]" else value < float(most)
+    return above and below
+
+
+def _words(interval: str) -> str:
+    whole, left, least, most, right = _parts(interval)
+    kind = "a whole number" if whole else "a number"
+    if most != "inf":
+        return f"{kind} in {left}{least}, {most}{right}"
+    return f"{kind} of at least {least}" if left == "[" else f"{kind} above {least}"
+
+
+def _parts(interval: str) -> tuple[bool, str, str, str, str]:
+    match = _INTERVAL.fullmatch(interval)
+    if match is None:
+        raise TypeError(f"{interval!r} is no interval; expected one like '[0, inf)' or 'int [1, inf)'")
+    whole, *others = match.groups()
+    left, least, most, right = others
+    return whole is not None, left, least, most, right
