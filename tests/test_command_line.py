@@ -1,6 +1,9 @@
 """YAML gives defaults, options win, typos name their neighbours, and errors are one line."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,6 +133,27 @@ def test_run_prints_one_line_for_what_its_user_can_mend(capsys):
     with pytest.raises(SystemExit):
         run(missing)
     assert "No such file or directory: '/nowhere/at/all'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)])
+def test_a_signal_is_one_line_and_its_exit_code(capsys, monkeypatch, number, name, code):
+    def main():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        except Exception:
+            pytest.fail("a signal is no error to be handled")
+
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stopped:
+            run(main)
+        assert stopped.value.code == code
+        error = capsys.readouterr().err
+        assert error.count("\n") == lines
+        assert error.count(f"stopped by {name}. Start the same command again") == lines
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
 
 
 def test_run_lets_bugs_through(monkeypatch):

@@ -89,8 +89,6 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (KeyboardInterrupt, _Terminated) as error:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
         name, number = ("SIGTERM", signal.SIGTERM) if isinstance(error, _Terminated) else ("Ctrl-C", signal.SIGINT)
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped by {name}. Start the same command again: what is finished is kept", file=sys.stderr)

@@ -217,6 +217,27 @@ def test_a_damaged_record_is_an_error(tiny_vit, images, tmp_path):
         result_from_record(entry)
 
 
+@pytest.mark.parametrize("content", ["", '{"condition": "clean"}', "[]"])
+def test_a_damaged_record_on_the_disk_is_said_and_measured_again(tiny_vit, images, tmp_path, caplog, content):
+    records = Records(tmp_path)
+    first = finished(records, tiny_vit, images)
+    (path,) = tmp_path.iterdir()
+    path.write_text(content)
+    again = finished(records, tiny_vit, images)
+    assert f"{path} is damaged" in caplog.text
+    assert "measured again" in caplog.text
+    assert (again.correct == first.correct).all()
+    assert records.load(path.stem) is not None
+
+
+def finished(records, tiny_vit, images):
+    conditions = {"clean": Clean()}
+    results, _ = evaluate_resumably(
+        records, tiny_vit, images, conditions, batch_size=8, seed=0, dtype="float32", progress=False
+    )
+    return results["clean"]
+
+
 def test_a_subsets_second_judgement_survives(images, tiny_vit, tmp_path):
     images.subset = list(range(10))
     found, _ = evaluate_resumably(Records(tmp_path), tiny_vit, images, {"clean": Clean()}, **USUAL)

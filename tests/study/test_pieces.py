@@ -56,6 +56,7 @@ def workshop(folder, made=None, **changed):
 def whole(tmp_path_factory):
     """A run with its measurements, done at once."""
     shop = workshop(tmp_path_factory.mktemp("whole"))
+    shop.claim(RUN)
     for piece in pieces_of(RUN, PLAN, WHERE):
         assert shop.finished(piece) is None
         assert shop.do(piece)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -15,11 +16,13 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.files import DamagedFileError, read_json, write_json, write_whole
 from hf_nullspace.robustness.image_sets import content_digest, modification_stamp
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.suite import Attacked, Condition, ConditionResult, Images, evaluate, is_stream, process
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 3  # another one where the same protocol would give other numbers
 LIBRARIES = ("hf-nullspace", "torch", "transformers", "datasets", "accelerate", "numpy", "pillow")
@@ -80,23 +83,37 @@ class Records:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def load(self, key: str) -> ConditionResult | None:
-        """The result under ``key``, or None."""
+        """The result under ``key``, or None; a damaged one is said, and counts as none."""
         entry = self.read(key)
-        return None if entry is None else result_from_record(entry)
+        try:
+            return None if entry is None else result_from_record(entry)
+        except (ValueError, KeyError, TypeError) as error:
+            self._say_damaged(f"{self.folder / key}.json is damaged ({type(error).__name__}: {error})")
+            return None
 
     def save(self, key: str, result: ConditionResult) -> None:
         self.write(key, record(result))
 
     def read(self, key: str) -> Any:
-        """What is under ``key``, or None: on the main process's word, so that no process goes another way."""
+        """What is under ``key``, or None: on the main process's word, so that no process goes another way.
+
+        A file that is no JSON is said, and counts as none.
+        """
         found: list[Any] = [None]
         rank, world = process()
         path = self.folder / f"{key}.json"
         if rank == 0 and path.is_file():
-            found = [json.loads(path.read_text(encoding="utf-8"))]
+            try:
+                found = [read_json(path)]
+            except DamagedFileError as error:
+                self._say_damaged(str(error))
         if world > 1:
             dist.broadcast_object_list(found, src=0)
         return found[0]
+
+    def _say_damaged(self, problem: str) -> None:
+        if process()[0] == 0:
+            logger.warning("%s; it is measured again", problem)
 
     def write(self, key: str, entry: Any) -> None:
         if process()[0] == 0:

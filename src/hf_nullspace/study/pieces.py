@@ -3,6 +3,7 @@ twice, and a piece whose settings changed is noticed."""
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForImageClassification, PrinterCallback, TrainerCallback
 
-from hf_nullspace.files import write_json
+from hf_nullspace.files import DamagedFileError, read_json, write_json
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.robustness.image_sets import InMemory
 from hf_nullspace.robustness.pixel_model import PixelModel
@@ -29,6 +30,7 @@ from hf_nullspace.training.run_settings import claim_folder
 from hf_nullspace.training.trainer import NullspaceTrainer
 
 FINISHED = "finished.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -236,4 +238,9 @@ def pieces_of(run: Run, plan: list[Planned], where: Slice) -> Iterator[Piece]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What a finished piece left, or None; a damaged file is said, and its piece done again."""
+    try:
+        return read_json(path) if path.is_file() else None
+    except DamagedFileError as error:
+        logger.warning("%s; it is made again", error)
+        return None
