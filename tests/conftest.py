@@ -1,11 +1,20 @@
 """For all tests: one thread each. That is faster for tiny models, and two test processes do not wait for each other."""
 
+import gc
+
 import pytest
 import torch
 
 from loopback_hub import TOKEN, LoopbackHub
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection():
+    """What was imported is not searched for garbage: accelerate collects after every training; that took half of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
