@@ -29,6 +29,7 @@ ORDER = [
     "noise.pixels",
     "noise.pictures",
     "noise.card",
+    "noise.provenance",
     "noise.artifact",
     "noise.bank",
     "noise.probe",

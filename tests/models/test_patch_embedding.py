@@ -195,3 +195,33 @@ def test_wrappers_are_looked_through():
     module = find_patch_embedding(model)
     assert find_patch_embedding(nn.DataParallel(model)) is module
     assert find_patch_embedding(torch.compile(model, backend="eager")) is module
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_model_is_refused(in_place):
+    model, inputs = tiny_model(), images(dtype=torch.float32)
+    if in_place:
+        compiled = model
+        model.compile(backend="eager")
+    else:
+        compiled = torch.compile(model, backend="eager")
+    compiled(pixel_values=inputs)
+    with (
+        pytest.raises(RuntimeError, match="ViTForImageClassification is compiled, and a compiled model that ran"),
+        patch_embedding_noise(compiled, torch.ones(1, 16, 24)),
+    ):
+        compiled(pixel_values=inputs)
+    assert not find_patch_embedding(model)._forward_hooks
+    torch.compiler.reset()
+
+
+def test_a_noise_that_no_forward_pass_had_is_said():
+    model, inputs = tiny_model(), images(dtype=torch.float32)
+    compiled = torch.compile(model, backend="eager")
+    clean = compiled(pixel_values=inputs).logits
+    with (
+        pytest.warns(UserWarning, match="no forward pass of ViTForImageClassification .* had the noise"),
+        patch_embedding_noise(model, torch.ones(1, 16, 24)),
+    ):
+        assert torch.equal(compiled(pixel_values=inputs).logits, clean)
+    torch.compiler.reset()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_nullspace.models.patch_embedding import EmbeddingShape
+from hf_nullspace.models.patch_embedding import EmbeddingShape, patch_embedding_noise
 from hf_nullspace.noise.artifact import (
     NoiseMismatchError,
     NoiseProvenance,
@@ -14,6 +14,9 @@ from hf_nullspace.noise.artifact import (
     load_noise_bank,
     save_noise_bank,
 )
+from hf_nullspace.noise.bank import NoiseBank
+from hf_nullspace.noise.provenance import model_hash
+from tiny_models import tiny_model
 
 
 def make_noise(grid=(4, 4), features=24, seed=0, **provenance):
@@ -54,6 +57,16 @@ def test_bank(tmp_path):
     assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(again, noises, strict=True))
     with pytest.raises(FileNotFoundError, match="no noises"):
         load_noise_bank(tmp_path)
+    (tmp_path / "noises" / "round-004.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"11 noises up to round-011.*no round-004\.safetensors: bring it back"):
+        load_noise_bank(tmp_path / "noises")
+
+
+def test_the_last_noise_of_a_bank_is_missed_too(tmp_path):
+    NoiseBank(tuple(make_noise(seed=seed) for seed in range(3))).save_pretrained(tmp_path)
+    (tmp_path / "noises" / "round-002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has 2 noises, its config\.json says 3: bring back the missing"):
+        NoiseBank.from_pretrained(tmp_path)
 
 
 def test_another_model_says_what_differs():
@@ -93,8 +106,69 @@ def test_wrong_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ([], r"format \[\], expected"),
+        ({"shape": None}, "header says None"),
+        ({"shape": "?"}, "header says '\\?'"),
+        ({"grid": None}, "grid None, expected two numbers"),
+        ({"grid": [4]}, r"grid \[4\], expected two numbers"),
+        ({"grid": [4.0, 4]}, r"grid \[4\.0, 4\], expected two numbers"),
+        ({"grid": [-4, -4]}, "a grid of -4 x -4 patches"),
+        ({"grid": ["4", "4"]}, r"grid \['4', '4'\]"),
+        ({"provenance": None}, "a provenance None, expected a dictionary"),
+        ({"provenance": [1]}, r"a provenance \[1\], expected"),
+        ({"provenance": {"base_model": 7}}, "its provenance has base_model=7"),
+        ({"provenance": {"settings": "x"}}, "its provenance has settings='x'"),
+        ({"provenance": {"influence": "a" * 500}}, "its provenance has influence='a{30}"),
+        ("[" * 100_000, "is no noise, or a damaged one"),
+        ("{", "is no noise, or a damaged one"),
+    ],
+)
+def test_a_crafted_header_is_refused_in_a_line(tmp_path, changed, message):
+    noise = make_noise()
+    header = changed if isinstance(changed, str) else json.dumps(changed and noise.config() | changed)
+    save_file({"noise": noise.tensor}, tmp_path / "v.safetensors", metadata={"hf_nullspace": header})
+    with pytest.raises(ValueError, match=message) as refused:
+        NullspaceNoise.load(tmp_path / "v.safetensors")
+    assert "v.safetensors is no noise, or a damaged one" in str(refused.value)
+    assert len(str(refused.value)) < 400 + len(str(tmp_path))
+
+
+def test_a_header_of_a_later_version_is_read_as_far_as_it_is_known(tmp_path):
+    noise = make_noise(seed=2, influence=0)
+    header = noise.config()
+    header["provenance"]["moon"] = "full"
+    save_file({"noise": noise.tensor}, tmp_path / "v.safetensors", metadata={"hf_nullspace": json.dumps(header)})
+    assert NullspaceNoise.load(tmp_path / "v.safetensors").provenance == noise.provenance
+
+
+def test_a_noise_on_other_weights_warns_with_both_hashes(tmp_path):
+    model, images = tiny_model(), torch.zeros(1, 3, 16, 16)
+    noise = make_noise(model_sha256=model_hash(model), training_step=40)
+    with patch_embedding_noise(model, noise):
+        ours = model(pixel_values=images).logits
+    with patch_embedding_noise(model, noise.tensor):
+        assert torch.equal(ours, model(pixel_values=images).logits)
+    other = tiny_model(seed=1)
+    hashes = rf"org/vit after 40 steps.*weights {model_hash(model)[:12]}\).*other weights \({model_hash(other)[:12]}\)"
+    with pytest.warns(UserWarning, match=hashes), patch_embedding_noise(other, noise):
+        other(pixel_values=images)
+    with pytest.warns(UserWarning, match="other weights"):
+        noise.save_pretrained(tmp_path, model=other)
+    with torch.no_grad():
+        model.classifier.bias.add_(1)  # as an optimizer does: the hash that was kept is not that of these
+    with pytest.warns(UserWarning, match="other weights"), patch_embedding_noise(model, noise):
+        model(pixel_values=images)
+    with patch_embedding_noise(other, make_noise()):  # not known what it was learned on
+        other(pixel_values=images)
+
+
+@pytest.mark.parametrize(
     ("tensor", "grid", "message"),
     [
+        (torch.zeros(1, 16, 24), (-4, -4), "-4 x -4"),
+        (torch.zeros(1, 16, 24, dtype=torch.int64), (4, 4), "floating-point tensor, got torch.int64"),
         (torch.zeros(16, 24), (4, 4), "shape"),
         (torch.zeros(1, 16, 24), (4, 5), "4 x 5"),
         (torch.full((1, 16, 24), float("nan")), (4, 4), "NaN"),

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, constants
 from PIL import Image
 
 from hf_nullspace.models.preprocessing import make_image_processor
-from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, save_noise_bank
+from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, model_hash, save_noise_bank
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.influence import centred_norm
 from hf_nullspace.uploads import UploadError
@@ -140,8 +140,9 @@ def test_the_card_shows_what_the_noise_is(tmp_path):
 def test_the_four_lines_of_the_card_run(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
-    make_noise(revision=None).save_pretrained(tmp_path / "one")
-    NoiseBank((make_noise(0, revision=None),)).save_pretrained(tmp_path / "bank")
+    noise = make_noise(0, revision=None, model_sha256=model_hash(model))
+    noise.save_pretrained(tmp_path / "one")
+    NoiseBank((noise,)).save_pretrained(tmp_path / "bank")
     for folder in ("one", "bank"):
         text = (tmp_path / folder / "README.md").read_text()
         code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
@@ -163,7 +164,7 @@ def test_the_picture_is_the_preimage_in_pixels(tmp_path):
     with torch.no_grad():
         embed = model.get_input_embeddings()
         tensor = embed(change / std) - embed(zero)
-    noise = NullspaceNoise(tensor, (4, 4), make_noise().provenance)
+    noise = NullspaceNoise(tensor, (4, 4), make_noise(model_sha256=None).provenance)
     theta = embed.projection.weight.flatten(1)
     assert torch.linalg.matrix_rank(theta) == len(theta) < theta.shape[1]
     noise.save_pretrained(tmp_path, model=model, image_processor=processor)

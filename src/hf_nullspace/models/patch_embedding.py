@@ -6,11 +6,12 @@ renames inside the encoder; it is registered once, before the first compiled cal
 hook that is added later.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,24 +160,58 @@ def _sum(embeddings: Tensor, noise: Tensor) -> Tensor:
     return embeddings + noise
 
 
+class LearnedNoise(Protocol):
+    """A noise that knows the weights it was learned on (:class:`~hf_nullspace.noise.artifact.NullspaceNoise`)."""
+
+    @property
+    def tensor(self) -> Tensor: ...
+    def check_weights(self, model: nn.Module) -> None: ...
+
+
 @contextmanager
 def patch_embedding_noise(
-    model: nn.Module, noise: Tensor, patch_embedding: nn.Module | None = None
+    model: nn.Module, noise: Tensor | LearnedNoise, patch_embedding: nn.Module | None = None
 ) -> Iterator[nn.Module]:
-    """Run ``model`` with ``noise`` (1, N, D) on its patch embeddings; leaves no trace, also after an exception.
+    """Run ``model`` with ``noise`` on its patch embeddings; leaves no trace, also after an exception.
 
-    For inference on a model that is not compiled (a compiled one ignores hooks that are added later).
+    ``noise`` is a NullspaceNoise, and a warning is given if it was learned on other weights than the model's; or a
+    tensor (1, N, D), of which that is not known. There is a warning, too, if no forward pass inside had the noise.
 
     Raises:
         NotAViTError: if the model has no patch embedding.
+        RuntimeError: if the model is compiled: once it ran, it ignores hooks that are added later.
         ValueError: in the forward pass, if the noise has another shape than the embeddings.
     """
+    if not isinstance(noise, Tensor):
+        noise.check_weights(model)
+        noise = noise.tensor
     hook = PatchEmbeddingNoise(model, patch_embedding)
+    name = type(unwrap(model)).__name__
+    added: set[bool] = set()
+    watch = hook.module.register_forward_hook(lambda *given: added.add(True), prepend=True)
     try:
+        if _is_compiled(model, hook.module):
+            raise RuntimeError(
+                f"{name} is compiled, and a compiled model that ran before ignores a noise: put it on the model that "
+                "torch.compile was given (model._orig_mod) and call that one, or load the model again"
+            )
         with hook.adding(noise):
             yield model
+        if not added:
+            warnings.warn(
+                f"no forward pass of {name} inside of patch_embedding_noise had the noise: call this model there, and "
+                "not a compiled one made of it",
+                stacklevel=3,
+            )
     finally:
         hook.remove()
+        watch.remove()
+
+
+def _is_compiled(model: nn.Module, module: nn.Module) -> bool:
+    """Whether ``module`` runs inside a part of ``model`` that ``torch.compile`` or ``model.compile()`` has compiled."""
+    parts = (part for part in model.modules() if any(each is module for each in part.modules()))
+    return any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in parts)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """A learned noise as a thing to keep: the tensor, and where it came from."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import tempfile
@@ -17,9 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_nullspace.files import write_json, write_whole
-from hf_nullspace.models.patch_embedding import EmbeddingShape, unwrap
+from hf_nullspace.models.patch_embedding import EmbeddingShape
 from hf_nullspace.noise.card import write_noise_card
 from hf_nullspace.noise.influence import centred_norm
+from hf_nullspace.noise.provenance import NoiseProvenance, warn_of_other_weights
+from hf_nullspace.noise.provenance import hub_commit as hub_commit
+from hf_nullspace.noise.provenance import model_hash as model_hash
+from hf_nullspace.noise.provenance import provenance_of as provenance_of
 from hf_nullspace.uploads import push_folder, whole_name
 
 WEIGHTS_NAME = "nullspace_noise.safetensors"
@@ -30,34 +33,6 @@ _FORMAT = "hf-nullspace noise v1"
 
 class NoiseMismatchError(ValueError):
     """The noise belongs to a model of another shape."""
-
-
-@dataclass(frozen=True)
-class NoiseProvenance:
-    """Where a noise came from, and what was measured of it. ``None`` means: not known, not measured."""
-
-    base_model: str | None = None
-    """Name or path of the model that the noise was learned on."""
-    revision: str | None = None
-    """Commit of that model on the Hub."""
-    model_sha256: str | None = None
-    """Hash of the weights it was learned on (:func:`model_hash`)."""
-    training_step: int | None = None
-    """Optimizer steps of the fine-tuning that came before."""
-    round: int | None = None
-    """The round k of Algorithm 1."""
-    seed: int | None = None
-    epsilon: float | None = None
-    influence: float | None = None
-    """sigma on held-out images, in [0, 2]."""
-    influence_images: int | None = None
-    """How many images that is the mean over."""
-    steps: int | None = None
-    """Gradient steps t that were taken."""
-    stopped: str | None = None
-    """Why it ended: "epsilon", "steps", "rescaled"; "calibrated" where a noise was scaled to epsilon."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    library: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +50,10 @@ class NullspaceNoise:
     def __post_init__(self) -> None:
         if self.tensor.dim() != 3 or self.tensor.shape[0] != 1:
             raise ValueError(f"a noise has the shape (1, patches, features), got {tuple(self.tensor.shape)}")
-        if self.grid[0] * self.grid[1] != self.tensor.shape[1]:
+        if min(self.grid) < 1 or self.grid[0] * self.grid[1] != self.tensor.shape[1]:
             raise ValueError(f"a grid of {self.grid[0]} x {self.grid[1]} patches, but {self.tensor.shape[1]} rows")
+        if not self.tensor.is_floating_point():
+            raise ValueError(f"a noise is a floating-point tensor, got {self.tensor.dtype}")
         if not self.tensor.isfinite().all():
             raise ValueError("the noise has NaN or infinite entries")
 
@@ -103,6 +80,14 @@ class NullspaceNoise:
         if differences:
             source = f" (learned on {self.provenance.base_model})" if self.provenance.base_model else ""
             raise NoiseMismatchError(f"the noise{source} has " + "; and ".join(differences))
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Warn if the weights of ``model`` are not those that the noise was learned on, by their SHA-256.
+
+        Nothing is said where the weights were not recorded, or are spread over processes (FSDP2). A model is hashed
+        once, and again when its weights have changed.
+        """
+        warn_of_other_weights(self.provenance, model)
 
     def interpolate(self, grid: tuple[int, int]) -> Self:
         """The noise for another image size of the same model: bicubic over the grid, like a position embedding.
@@ -154,14 +139,10 @@ class NullspaceNoise:
             raise ValueError(
                 f"{path} is damaged or no safetensors file ({error}); download or learn it again"
             ) from None
-        config = json.loads(header)
-        if config.get("format") != _FORMAT:
-            raise ValueError(f"{path} has the format {config.get('format')!r}, expected {_FORMAT!r}")
-        if list(tensor.shape) != config["shape"]:
-            raise ValueError(f"{path}: tensor of shape {tuple(tensor.shape)}, header says {tuple(config['shape'])}")
-        known = {item.name for item in dataclasses.fields(NoiseProvenance)}
-        provenance = {key: value for key, value in config["provenance"].items() if key in known}
-        return cls(tensor, (config["grid"][0], config["grid"][1]), NoiseProvenance(**provenance))
+        try:
+            return cls(tensor, *_read_header(header, tensor))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no noise, or a damaged one: {error}; download or learn it again") from None
 
     def save_beside_model(self, folder: Path | str) -> Path:
         """Write ``nullspace_noise.safetensors`` and, for people, ``nullspace_noise.json`` into a model's folder."""
@@ -190,6 +171,8 @@ class NullspaceNoise:
         """
         folder = Path(folder)
         check_own_folder(folder)
+        if model is not None:
+            self.check_weights(model)
         write_noise_card(self.config(), self.tensor, folder, repo_id, model, image_processor)
         write_json(folder / "config.json", self.config())
         return self.save(folder / WEIGHTS_NAME)
@@ -264,6 +247,20 @@ class NullspaceNoise:
             ) from error
 
 
+def _read_header(header: str, tensor: Tensor) -> tuple[tuple[int, int], NoiseProvenance]:
+    """Grid and provenance from what :meth:`NullspaceNoise.config` wrote. Raises ValueError if it is anything else."""
+    config = json.loads(header)
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        found = config.get("format") if isinstance(config, dict) else config
+        raise ValueError(f"its header has the format {found!r:.80}, expected {_FORMAT!r}")
+    if config.get("shape") != list(tensor.shape):
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)}, but its header says {config.get('shape')!r:.80}")
+    match config.get("grid"):
+        case [int(rows), int(columns)]:
+            return (rows, columns), NoiseProvenance.from_json(config.get("provenance"))
+    raise ValueError(f"its header has the grid {config.get('grid')!r:.80}, expected two numbers")
+
+
 def check_own_folder(folder: Path, format: str = _FORMAT) -> None:
     """Raise ValueError if the ``config.json`` in ``folder`` is something else's than a noise's or a bank's."""
     path = folder / "config.json"
@@ -288,51 +285,16 @@ def load_noise_bank(folder: Path | str) -> list[NullspaceNoise]:
     """All noises of a folder that :func:`save_noise_bank` or a training run wrote, in the order of their rounds.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is none, or one between the first and the last is missing.
+        ValueError: if a file is no noise.
     """
     paths = sorted(Path(folder).glob("round-*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"no noises (round-*.safetensors) in {folder}")
+    missing = [name for name in map(bank_file_name, range(len(paths))) if not (Path(folder) / name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} has {len(paths)} noises up to {paths[-1].name}, and no {missing[0]}: bring it back (the run or "
+            "the repository has it), or load single noises with NullspaceNoise.load"
+        )
     return [NullspaceNoise.load(path) for path in paths]
-
-
-def model_hash(model: nn.Module, *, without: Sequence[str] = ()) -> str:
-    """SHA-256 over names, dtypes and bytes of all parameters and buffers: equal weights, equal hash.
-
-    ``without`` names modules whose weights do not count.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(unwrap(model).state_dict().items()):
-        if any(name.startswith(f"{module}.") for module in without):
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def hub_commit(model: nn.Module, revision: str | None = None) -> str | None:
-    """Commit of the Hub repository that ``model`` was loaded from, as the local cache knows it; None for a folder.
-
-    transformers 5.23 does not keep it. ``revision`` is what was asked for; by default the main branch.
-    """
-    name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
-    if not name or Path(name).exists():
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        file = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:  # not the name of a repository
-        return None
-    return Path(file).parent.name if isinstance(file, str) else None
-
-
-def provenance_of(model: nn.Module, *, hashed: bool = True) -> NoiseProvenance:
-    """Where ``model`` comes from: its name, its commit on the Hub, and the hash of its weights if ``hashed``."""
-    config: Any = getattr(unwrap(model), "config", None)
-    return NoiseProvenance(
-        base_model=getattr(config, "_name_or_path", None) or None,
-        revision=getattr(config, "_commit_hash", None) or hub_commit(model),
-        model_sha256=model_hash(model) if hashed else None,
-    )

@@ -1,5 +1,6 @@
 """A bank: several noises of one model, in order, as one folder or one repository."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -60,13 +61,14 @@ class NoiseBank(Sequence[NullspaceNoise]):
         """Load from a folder or a Hub repository: a bank's own, or a model's that was fine-tuned with these noises.
 
         Raises:
-            FileNotFoundError: if there is no bank, or the Hub cannot be asked and the cache does not have it.
+            FileNotFoundError: if there is no bank, a noise of it is missing, or the Hub cannot be asked and the cache
+                does not have it.
             ValueError: if a file is no noise, or the noises do not belong together.
         """
         path = Path(name_or_path)
         if not path.is_dir():
             try:
-                patterns = [_FILES, f"{FOLDER}/{_FILES}"]
+                patterns = [_FILES, f"{FOLDER}/{_FILES}", "config.json"]
                 path = Path(
                     snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=patterns)
                 )
@@ -75,7 +77,14 @@ class NoiseBank(Sequence[NullspaceNoise]):
                     f"no noises at {str(name_or_path)!r}: neither a folder here nor a repository on the Hub "
                     f"({' '.join(str(error).split())})"
                 ) from error
-        return cls(tuple(load_noise_bank(path / FOLDER if (path / FOLDER).is_dir() else path)))
+        bank = cls(tuple(load_noise_bank(path / FOLDER if (path / FOLDER).is_dir() else path)))
+        config = json.loads((path / "config.json").read_text("utf-8")) if (path / "config.json").is_file() else {}
+        if config.get("format") == _FORMAT and config.get("count") != len(bank):
+            raise FileNotFoundError(
+                f"{name_or_path} has {len(bank)} noises, its config.json says {config.get('count')}: bring back the "
+                f"missing ones in {FOLDER}/ (the run has them), or save what there is as a bank of its own"
+            )
+        return bank
 
     def save_pretrained(self, folder: Path | str, *, repo_id: str | None = None) -> Path:
         """Write ``noises/round-000.safetensors`` ..., ``config.json``, and a card with a table of all.

@@ -14,11 +14,11 @@ CARD_NAME, PICTURE, BANK_PICTURE = "README.md", "noise.png", "noises.png"
 TAGS = ["nullspace-noise", "hf-nullspace", "vision", "robustness"]
 _USE_ONE = """\
 noise = NullspaceNoise.from_pretrained("{repo_id}")
-with patch_embedding_noise(model, noise.tensor):
+with patch_embedding_noise(model, noise):
     logits = model(pixel_values).logits"""
 _USE_BANK = """\
 noises = NoiseBank.from_pretrained("{repo_id}")  # {count} of them
-with patch_embedding_noise(model, noises[0].tensor):
+with patch_embedding_noise(model, noises[0]):
     logits = model(pixel_values).logits"""
 _LIMITS = """\
 * The influence is a mean over the images named above; on other images, and for single images, it may be larger.
