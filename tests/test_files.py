@@ -8,11 +8,14 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from hf_nullspace.files import (
     DamagedFileError,
     FolderInUseError,
+    NotWrittenError,
     damaged_files,
+    one_clear_error,
     only_run_in,
     read_json,
     write_json,
@@ -51,6 +54,37 @@ def test_a_full_disk_names_the_file(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert path.read_text() == "[\n  1\n]\n"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_errors_of_the_disk_are_reworded(tmp_path):
+    def fail(error):
+        with one_clear_error(tmp_path / "checkpoint-3"):
+            raise error
+
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory.$"):
+        fail(RuntimeError("CUDA out of memory."))
+    with pytest.raises(ConnectionError, match=r"^the Hub$"):
+        fail(ConnectionError("the Hub"))
+    with pytest.raises(
+        NotWrittenError, match=r"checkpoint-3 .*No space left.*goes on from its last whole checkpoint"
+    ) as told:
+        fail(OSError(28, "No space left on device"))
+    for error in (
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"),
+    ):
+        with pytest.raises(NotWrittenError) as other:
+            fail(error)
+        assert (other.value.errno, str(other.value)) == (told.value.errno, str(told.value))
+
+
+def test_a_full_disk_below_safetensors_names_the_file(tmp_path):
+    def fail(path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match=r"cannot write .*noise\.safetensors: No space left on device") as told:
+        write_whole(tmp_path / "noise.safetensors", fail)
+    assert told.value.errno == 28
 
 
 def test_a_path_under_a_regular_file(tmp_path):

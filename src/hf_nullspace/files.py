@@ -4,9 +4,11 @@ A file is written to a temporary name beside the target, forced to the disk, and
 gets a manifest of sizes and hashes, so that a file that power loss or a full disk has cut off is noticed.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import tempfile
 import time
@@ -16,14 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
 _OWNER_NAME = ".lock.json"
+_DISK_ERRORS = (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+_DISK_ERROR_NUMBERS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 class DamagedFileError(ValueError):
     """A file that an earlier run wrote cannot be read; the message names it."""
+
+
+class NotWrittenError(OSError):
+    """The disk is full, or cannot be written for another reason."""
 
 
 class FolderInUseError(OSError):
@@ -52,6 +61,11 @@ def write_whole(path: Path | str, write: Callable[[Path], None]) -> Path:
             _to_disk(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+    except SafetensorError as error:
+        number = _error_number(str(error))
+        raise OSError(
+            number or errno.EIO, f"cannot write {path}: {os.strerror(number) if number else error}"
+        ) from error
     except FileExistsError as error:
         raise NotADirectoryError(f"cannot write {path}: a folder of its path is a regular file") from error
     except OSError as error:
@@ -93,6 +107,44 @@ def make_lasting(folder: Path | str, *, below: bool = False) -> None:
         _to_disk(path)
     for path in {path.parent for path in paths} | {folder.parent}:
         _to_disk(path)
+
+
+@contextmanager
+def one_clear_error(folder: Path | str) -> Iterator[None]:
+    """Turn what several libraries raise when a disk is full, or cannot be written, into one error that says it.
+
+    Raises:
+        NotWrittenError: naming the folder, the cause, and how to go on.
+    """
+    try:
+        yield
+    except NotWrittenError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error, OSError):
+            # The Hub's errors are OSErrors, too.
+            other = not isinstance(error, _DISK_ERRORS) and error.errno not in _DISK_ERROR_NUMBERS
+        elif isinstance(error, RuntimeError):
+            other = "inline_container" not in lines[0] and "PytorchStreamWriter" not in lines[0]  # torch.save
+        else:
+            other = False
+        if other:
+            raise
+        number = error.errno if isinstance(error, OSError) else _error_number(lines[0])
+        reason = lines[0] if number is None else os.strerror(number)
+        raise NotWrittenError(
+            number or errno.EIO,
+            f"could not write {folder} ({reason}). Check the disk's free space and permissions, then start again: a "
+            "recipe goes on from its last whole checkpoint by itself, your own script with resume_from_checkpoint=True",
+        ) from error
+
+
+def _error_number(message: str) -> int | None:
+    """The errno in what safetensors says; torch does not say any, a full disk is the usual cause."""
+    if found := re.search(r"os error (\d+)", message):
+        return int(found[1])
+    return errno.ENOSPC if "unexpected pos" in message else None
 
 
 def write_manifest(folder: Path | str) -> None:

@@ -5,17 +5,14 @@ import logging
 import shutil
 
 import pytest
-from safetensors import SafetensorError
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_nullspace.files import MANIFEST_NAME, write_manifest
+from hf_nullspace.files import MANIFEST_NAME, NotWrittenError, write_manifest
 from hf_nullspace.training.checkpoints import (
     NoCheckpointError,
-    NotWrittenError,
     check_complete,
     last_complete_checkpoint,
     load_weights,
-    one_clear_error,
     restore_noises,
 )
 from hf_nullspace.training.trainer import NullspaceTrainer
@@ -185,28 +182,6 @@ def test_weights_of_another_model_are_refused(tmp_path):
         NoCheckpointError, match=r"does not hold the weights of this ViTForImageClassification.*layers.2"
     ):
         load_weights(deeper, tmp_path)
-
-
-def test_only_errors_of_the_disk_are_reworded(tmp_path):
-    def fail(error):
-        with one_clear_error(tmp_path / "checkpoint-3"):
-            raise error
-
-    with pytest.raises(RuntimeError, match=r"^CUDA out of memory.$"):
-        fail(RuntimeError("CUDA out of memory."))
-    with pytest.raises(ConnectionError, match=r"^the Hub$"):
-        fail(ConnectionError("the Hub"))
-    with pytest.raises(
-        NotWrittenError, match=r"checkpoint-3 .*No space left.*goes on from its last whole checkpoint"
-    ) as told:
-        fail(OSError(28, "No space left on device"))
-    for error in (
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"),
-    ):
-        with pytest.raises(NotWrittenError) as other:
-            fail(error)
-        assert (other.value.errno, str(other.value)) == (told.value.errno, str(told.value))
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path):

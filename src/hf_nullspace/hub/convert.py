@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_nullspace.files import write_json
+from hf_nullspace.files import make_lasting, one_clear_error, write_json
 from hf_nullspace.hub.checkpoint_files import Checkpoint, CheckpointError
 from hf_nullspace.hub.timm_vit import Architecture
 from hf_nullspace.models.preprocessing import Preprocessing
@@ -167,11 +167,15 @@ def save_converted(model: Any, image_processor: Any, record: Mapping[str, Any], 
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part") as name:
+    with (
+        one_clear_error(folder),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part") as name,
+    ):
         whole = Path(name) / "whole"  # with the permissions of a folder that mkdir makes
         model.save_pretrained(whole)
         image_processor.save_pretrained(whole)
         write_json(whole / "conversion.json", dict(record))
+        make_lasting(whole)
         whole.replace(folder)
     return folder
 

@@ -8,8 +8,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from hf_nullspace.files import MANIFEST_NAME, DamagedFileError, damaged_files, write_manifest
-from hf_nullspace.training.checkpoints import one_clear_error
+from hf_nullspace.files import MANIFEST_NAME, DamagedFileError, damaged_files, one_clear_error, write_manifest
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import Classifier
 

@@ -1,17 +1,13 @@
 """Which checkpoint a killed run can go on from, and how its weights are loaded without losing any."""
 
-import errno
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -29,8 +25,6 @@ _WEIGHTS = (
     "latest",  # DeepSpeed's pointer to its own folder, which holds the optimizer as well
 )
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
-_DISK_ERRORS = (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
-_DISK_ERROR_NUMBERS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
 HISTORY_NAME = "nullspace_history.json"
 NOISES = "noises"
 """Folder of the noises of all rounds, in a run and in its checkpoints."""
@@ -38,10 +32,6 @@ NOISES = "noises"
 
 class NoCheckpointError(ValueError):
     """There is no checkpoint to go on from, or it is not whole."""
-
-
-class NotWrittenError(OSError):
-    """The disk is full, or cannot be written for another reason."""
 
 
 def missing_from(checkpoint: Path, processes: int, *, sealed: bool = True) -> list[str]:
@@ -112,44 +102,6 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
     write_whole(target, write)
-
-
-@contextmanager
-def one_clear_error(folder: Path | str) -> Iterator[None]:
-    """Turn what several libraries raise when a disk is full, or cannot be written, into one error that says it.
-
-    Raises:
-        NotWrittenError: naming the folder, the cause, and how to go on.
-    """
-    try:
-        yield
-    except NotWrittenError:
-        raise
-    except (OSError, SafetensorError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if isinstance(error, OSError):
-            # The Hub's errors are OSErrors, too.
-            other = not isinstance(error, _DISK_ERRORS) and error.errno not in _DISK_ERROR_NUMBERS
-        elif isinstance(error, RuntimeError):
-            other = "inline_container" not in lines[0] and "PytorchStreamWriter" not in lines[0]  # torch.save
-        else:
-            other = False
-        if other:
-            raise
-        number = error.errno if isinstance(error, OSError) else _error_number(lines[0])
-        reason = lines[0] if number is None else os.strerror(number)
-        raise NotWrittenError(
-            number or errno.EIO,
-            f"could not write {folder} ({reason}). Check the disk's free space and permissions, then start again: a "
-            "recipe goes on from its last whole checkpoint by itself, your own script with resume_from_checkpoint=True",
-        ) from error
-
-
-def _error_number(message: str) -> int | None:
-    """The errno in what safetensors says; torch does not say any, a full disk is the usual cause."""
-    if found := re.search(r"os error (\d+)", message):
-        return int(found[1])
-    return errno.ENOSPC if "unexpected pos" in message else None
 
 
 def last_complete_checkpoint(folder: Path | str, processes: int = 1) -> Path | None:

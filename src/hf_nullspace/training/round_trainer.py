@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from hf_nullspace.files import write_json
+from hf_nullspace.files import one_clear_error, write_json
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, bank_file_name, provenance_of
 from hf_nullspace.noise.learning import NoiseHistory, derive_seed
-from hf_nullspace.training.checkpoints import HISTORY_NAME, one_clear_error
+from hf_nullspace.training.checkpoints import HISTORY_NAME
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.cost import Cost
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness

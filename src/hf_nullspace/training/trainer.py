@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_nullspace.files import make_lasting, read_json, write_json, write_manifest
+from hf_nullspace.files import make_lasting, one_clear_error, read_json, write_json, write_manifest
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, NullspaceNoise, load_noise_bank, save_noise_bank
@@ -23,7 +23,6 @@ from hf_nullspace.training.checkpoints import (
     checkpoint_to_resume,
     copy_noises,
     load_weights,
-    one_clear_error,
     restore_noises,
 )
 from hf_nullspace.training.config import NullspaceConfig, usable_config
