@@ -1,25 +1,20 @@
 """recipes/compare.py end to end: a tiny study on digits, killed, stopped and resumed, ends with the same JSON."""
 
 import json
-import os
 import re
 import runpy
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 
+from forked import script, start
 from hf_nullspace.robustness.records import from_bits
 from hf_nullspace.study.report import complete
 from recipe_calls import RECIPES, call_recipe
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "compare.py"
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as this process has: sums in another order differ in the last digit
 TINY = """
 dataset_name: digits
 horizontal_flip: false
@@ -125,16 +120,15 @@ def test_killed_and_resumed_it_ends_with_the_same_json(whole, tmp_path):
     """SIGKILL once a few pieces are there; then stopped by the clock; then to the end."""
     words = [str(word) for word in settings(tmp_path)]
     shutil.copytree(whole / "base", tmp_path / "study" / "base")
-    command = [sys.executable, str(RECIPE), *words]
-    with (tmp_path / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD)
-        begin = time.monotonic()
-        while process.poll() is None and time.monotonic() < begin + 240:
-            if len(list((tmp_path / "study").glob("runs/**/selection/*.json"))) >= 4:
-                process.send_signal(signal.SIGKILL)
-            time.sleep(0.02)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+    process = start(script, "compare", *words, log=tmp_path / "log.txt")
+    end = time.monotonic() + 240
+    while process.exitcode is None and time.monotonic() < end:
+        if len(list((tmp_path / "study").glob("runs/**/selection/*.json"))) >= 4:
+            break
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
     left = len(list((tmp_path / "study").glob("runs/**/selection/*.json")))
     assert 4 <= left < 12
     call_recipe("compare", *words, "--max_minutes", "0")

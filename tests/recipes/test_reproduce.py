@@ -1,7 +1,6 @@
 """recipes/reproduce.py on tiny models: its JSON against loops that share no code with it, and its resuming."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import ViTForImageClassification
 
+from forked import script, start
 from hf_nullspace.figures.closure_pictures import pairs_of
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank
@@ -183,13 +183,14 @@ def test_figure_2_is_equation_6_in_a_loop_of_its_own(figure_2, saved):
 
 def test_a_killed_figure_goes_on_to_the_same_numbers(figure_2, saved, tiny, tmp_path):
     words = ["figure2", "--config", str(tiny), "--model_name_or_path", str(saved), "--output_dir", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, str(RECIPES / "reproduce.py"), *words], stdout=subprocess.DEVNULL)
+    process = start(script, "reproduce", *words, log=tmp_path / "log.txt")
     points = tmp_path / "points"
     end = time.monotonic() + 120
-    while not list(points.glob("[0-9a-f]*.json")) and process.poll() is None and time.monotonic() < end:
+    while not list(points.glob("[0-9a-f]*.json")) and process.exitcode is None and time.monotonic() < end:
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
     kept = {path.name: path.stat().st_mtime_ns for path in points.glob("[0-9a-f]*.json")}
     assert 1 <= len(kept) < 4
     assert not (tmp_path / "figure2.json").exists()

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
+from forked import script, start
 from hf_nullspace.command_line import run
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.robustness.label_spaces import wnids
@@ -210,16 +211,15 @@ def test_a_killed_run_goes_on_where_it_stopped(digits, tmp_path, capsys):
     (tmp_path / "plan.yaml").write_text(f"limit: 20\nconditions: [clean, {conditions}]")
     words = ["--model_name_or_path", digits[0], "--dataset_name", "digits", "--suite", tmp_path / "plan.yaml"]
     words += ["--no_checks", "--batch_size", 4]
-    command = [sys.executable, RECIPE, *words, "--output_dir", tmp_path / "out", "--use_cpu"]
     records = tmp_path / "out" / "records"
-    with open(tmp_path / "log", "w") as log:
-        child = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env=os.environ | ONE_THREAD)
-        deadline = time.monotonic() + 100
-        while len(list(records.glob("*.json"))) < 2 and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        child.kill()
-        child.wait()
-    assert child.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    command = [*words, "--output_dir", tmp_path / "out", "--use_cpu"]
+    child = start(script, "evaluate_robustness", *command, log=tmp_path / "log")
+    deadline = time.monotonic() + 100
+    while len(list(records.glob("*.json"))) < 2 and child.exitcode is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     kept = {path.name: path.read_bytes() for path in records.glob("*.json")}
     assert 2 <= len(kept) < 7
     assert call(*words, "--output_dir", tmp_path / "out") == 0

@@ -4,7 +4,6 @@ The model has dropout and the data set draws an augmentation from (seed, epoch, 
 the same weights only if random states, epochs and the place in the data are all restored.
 """
 
-import contextlib
 import os
 import resource
 import signal
@@ -78,18 +77,16 @@ def kill_this_process():
 
 
 def run(folder, resume=False, die=None, **given):
-    """Train in ``folder``; leave ``final/`` there, or ``error.txt``. What is printed goes to ``log.txt``."""
+    """Train in ``folder``; leave ``final/`` there, or ``error.txt``."""
     folder = Path(folder)
-    folder.mkdir(exist_ok=True, parents=True)
-    with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        try:
-            _train(folder, resume, die, given)
-        except BaseException as error:
-            lines = [type(error).__name__, type(error.__cause__).__name__, str(error)]
-            sys.stderr.write("\n".join(lines) + "\n")
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            (folder / "error.txt").write_text("\n".join(lines))
-            raise SystemExit(3) from None
+    try:
+        _train(folder, resume, die, given)
+    except BaseException as error:
+        lines = [type(error).__name__, type(error.__cause__).__name__, str(error)]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        sys.stderr.write("\n".join(lines) + "\n")
+        (folder / "error.txt").write_text("\n".join(lines))
+        raise SystemExit(3) from None
 
 
 def _train(folder, resume, die, given):

@@ -5,12 +5,9 @@ The runs are real processes of their own (run_for_resume.py), forked from a serv
 
 import itertools
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +15,7 @@ from run_for_resume import STEPS, run
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+from forked import start
 from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
 from hf_nullspace.training.trainer import NullspaceTrainer
@@ -27,31 +25,17 @@ from tiny_training import Images, assert_differs, assert_same, config
 EMA = {"ema_decay": 0.7}
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Starts ``run`` in a process; importing happens once, in the fork server."""
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent), str(here.parents[1] / "src")]
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths + ([before] if before else []))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["run_for_resume"])
-
-    def start(folder, timeout=300, **options):
-        process = context.Process(target=run, args=(str(folder),), kwargs=options)
-        process.start()
-        process.join(timeout)
-        assert process.exitcode is not None, "the run hangs"
-        return process.exitcode
-
-    yield start
-    os.environ.pop("PYTHONPATH")
-    if before is not None:
-        os.environ["PYTHONPATH"] = before
+def processes(folder, timeout=300, **options):
+    """The exit code of ``run`` in a process of its own."""
+    folder.mkdir(exist_ok=True, parents=True)
+    process = start(run, str(folder), log=folder / "log.txt", **options)
+    process.join(timeout)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode
 
 
 @pytest.fixture(scope="module")
-def whole(processes, tmp_path_factory):
+def whole(tmp_path_factory):
     """Folder of a run that was never killed."""
     folder = tmp_path_factory.mktemp("whole")
     assert processes(folder) == 0, (folder / "log.txt").read_text()
@@ -59,7 +43,7 @@ def whole(processes, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole_ema(processes, tmp_path_factory):
+def whole_ema(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole_ema")
     assert processes(folder, **EMA) == 0, (folder / "log.txt").read_text()
     return folder
@@ -83,7 +67,7 @@ def assert_same_end(folder, whole):
     assert losses[0] == losses[1]
 
 
-def killed_and_resumed(processes, folder, die, **given):
+def killed_and_resumed(folder, die, **given):
     assert processes(folder, die=die, **given) == -signal.SIGKILL
     assert not (folder / "final").exists()
     state = {path.name for path in folder.glob("checkpoint-*")}
@@ -102,19 +86,19 @@ def test_the_run_is_worth_resuming(whole):
     assert not (bank[1] == bank[2]).all()
 
 
-def test_killed_at_a_random_moment(processes, whole, tmp_path):
+def test_killed_at_a_random_moment(whole, tmp_path):
     first_saved, total = map(int, (whole / "forwards.txt").read_text().split())
     moment = random.SystemRandom().randint(first_saved + 1, total)
     print(f"killed at forward pass {moment} of {total}")
-    found = killed_and_resumed(processes, tmp_path / "run", ("forward", moment))
+    found = killed_and_resumed(tmp_path / "run", ("forward", moment))
     assert found, "a checkpoint had been written before"
     assert_same_end(tmp_path / "run", whole)
 
 
-def test_killed_while_a_noise_is_learned(processes, whole, tmp_path):
+def test_killed_while_a_noise_is_learned(whole, tmp_path):
     """In round 2, after checkpoint 6 was written at its very beginning."""
     folder = tmp_path / "run"
-    found = killed_and_resumed(processes, folder, ("noise", 2, 5), save_total_limit=1)
+    found = killed_and_resumed(folder, ("noise", 2, 5), save_total_limit=1)
     assert found == {"checkpoint-6"}
     assert_same_end(folder, whole)
 
@@ -127,10 +111,10 @@ def test_killed_while_a_noise_is_learned(processes, whole, tmp_path):
         (("truncate", 8, "rng"), "lacks a readable trainer_state.json"),
     ],
 )
-def test_killed_while_a_checkpoint_is_written(processes, whole, tmp_path, die, missing):
+def test_killed_while_a_checkpoint_is_written(whole, tmp_path, die, missing):
     """Checkpoint 8 is half there; the run goes on from 6, in the second epoch and with round 2 about to begin."""
     folder = tmp_path / "run"
-    found = killed_and_resumed(processes, folder, die, save_total_limit=1)
+    found = killed_and_resumed(folder, die, save_total_limit=1)
     assert found == {"checkpoint-6", "checkpoint-8"}
     said = (folder / "log.txt").read_text()
     assert "skipped" in said
@@ -138,7 +122,7 @@ def test_killed_while_a_checkpoint_is_written(processes, whole, tmp_path, die, m
     assert_same_end(folder, whole)
 
 
-def test_resumed_within_a_round_it_uses_the_noise_of_the_checkpoint(processes, whole, tmp_path):
+def test_resumed_within_a_round_it_uses_the_noise_of_the_checkpoint(whole, tmp_path):
     """From checkpoint 4, after step 3 began round 1: nothing is learned again until round 2."""
     folder = tmp_path / "run"
     shutil.copytree(whole / "checkpoint-4", folder / "checkpoint-4")
@@ -149,9 +133,9 @@ def test_resumed_within_a_round_it_uses_the_noise_of_the_checkpoint(processes, w
     assert_same_end(folder, whole)
 
 
-def test_with_ema(processes, whole, whole_ema, tmp_path):
+def test_with_ema(whole, whole_ema, tmp_path):
     folder = tmp_path / "run"
-    killed_and_resumed(processes, folder, ("save", 8, "optimizer"), save_total_limit=1, **EMA)
+    killed_and_resumed(folder, ("save", 8, "optimizer"), save_total_limit=1, **EMA)
     assert_same_end(folder, whole_ema)
     ours, theirs = (load_file(path / "final" / "ema" / "model.safetensors") for path in (folder, whole_ema))
     assert_same(ours, theirs)
@@ -160,7 +144,7 @@ def test_with_ema(processes, whole, whole_ema, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(processes, whole, tmp_path):
+def test_killed_again_and_again(whole, tmp_path):
     """By a clock, wherever that is: also between the files of a checkpoint, or while an old one is deleted."""
     folder, seconds = tmp_path / "run", float((whole / "seconds.txt").read_text())
     codes = []
@@ -178,7 +162,7 @@ def test_killed_again_and_again(processes, whole, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["the noise", "the weights", "the optimizer"])
-def test_a_full_disk_is_one_clear_error(processes, whole, tmp_path, file):
+def test_a_full_disk_is_one_clear_error(whole, tmp_path, file):
     """RLIMIT_FSIZE while checkpoint 4 is written: the noise, the weights or the optimizer no longer fit."""
     folder, example = tmp_path / "run", whole / "checkpoint-4"
     sizes = {
