@@ -1,10 +1,9 @@
 """Run by every process of a launch: evaluate 103 images under several conditions and write down what this rank got.
 
-``python run_evaluation.py FOLDER``. FOLDER/rank-R.json holds the results of rank R.
+``main(FOLDER)``; FOLDER/rank-R.json holds the results of rank R.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import evaluate as hf_evaluate
@@ -62,6 +61,7 @@ def Kept(model: nn.Module) -> InMemory:
 
 
 def main(folder: Path) -> None:
+    hf_evaluate.config.HF_MODULES_CACHE = str(folder / "modules")
     state = PartialState(cpu=True)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -98,7 +98,3 @@ def main(folder: Path) -> None:
     found["metric"] = None if answer is None else answer["accuracy"]
     (folder / f"rank-{state.process_index}.json").write_text(json.dumps(found))
     state.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,23 +1,20 @@
 """103 images on two real processes (gloo): every image once, the same counts as on one, whatever the batch size."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import evaluate
 import pytest
 import run_evaluation
 import torch
 
-WORKER = Path(__file__).parent / "run_evaluation.py"
+from forked import start
+
 LIMIT_S = 120
 
 
 def launch(processes, folder):
-    """What each rank got, and standard error; one process is this one."""
+    """What each rank got, and what they printed; one process is this one."""
     folder.mkdir()
     if processes == 1:
         with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
@@ -28,15 +25,15 @@ def launch(processes, folder):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # what torchrun sets
-    environment = os.environ | group | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
-    running = []
-    for rank in map(str, range(processes)):
-        ranks = {"RANK": rank, "LOCAL_RANK": rank}
-        pipe = {"stderr": subprocess.PIPE, "text": True}
-        running.append(subprocess.Popen([sys.executable, WORKER, folder], env=environment | ranks, **pipe))
-    errors = [process.communicate(timeout=LIMIT_S)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * processes, "\n".join(errors)[-3000:]
-    return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(processes)], "\n".join(errors)
+    running, logs = [], [folder / f"log-{rank}.txt" for rank in range(processes)]
+    for rank, log in enumerate(logs):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        running.append(start(run_evaluation.main, folder, log=log, environment=group | ranks))
+    for process in running:
+        process.join(LIMIT_S)
+    said = "\n".join(log.read_text() for log in logs)
+    assert [process.exitcode for process in running] == [0] * processes, said[-3000:]
+    return [json.loads((folder / f"rank-{r}.json").read_text()) for r in range(processes)], said
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +62,7 @@ def test_the_metric_pools_on_process_0(runs):
 
 
 def test_one_progress_bar_on_the_main_process(runs):
-    _, errors = runs[1]
-    done = [line for line in errors.replace("\r", "\n").splitlines() if "0%|" in line and "clean" in line]
+    _, said = runs[1]
+    done = [line for line in said.replace("\r", "\n").splitlines() if "0%|" in line and "clean" in line]
     assert len(done) <= 2
-    assert "fwd" in errors
+    assert "fwd" in said
