@@ -1,5 +1,7 @@
 """recipes/finetune.py on real images: what it writes loads, resumes and is true; and what it says of bad input."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -52,11 +54,10 @@ def finished(tmp_path_factory):
     """A run on the digits, and what it printed."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "small.yaml").write_text(SMALL)
-    command = [sys.executable, str(RECIPES / "finetune.py"), "--config", str(folder / "small.yaml")]
-    command += ["--output_dir", str(folder / "out"), "--hub_token", TOKEN]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout + done.stderr
+    words = ["--config", folder / "small.yaml", "--output_dir", folder / "out", "--hub_token", TOKEN]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        call_recipe("finetune", *words)
+    return folder, out.getvalue()
 
 
 def test_it_prints_a_table(finished):

@@ -1,11 +1,7 @@
-"""Sets from a Hub: the recipe in a process of its own, `datasets` as it is, and a real server on this machine."""
+"""Sets from a Hub: the recipe and `datasets` as it is, and a real server on this machine."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import datasets
 import pyarrow.parquet
@@ -15,9 +11,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.robustness.label_spaces import wnids
-from loopback_hub import LoopbackHub
+from recipe_calls import call_recipe
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate_robustness.py"
 COLOURS = 12
 
 
@@ -33,17 +28,16 @@ def publish(folder, names, labels):
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "test-00000-of-00001.parquet")
 
 
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
+@pytest.fixture
+def hub(hub_here, tmp_path):
     """someone/adversarial with ImageNet-A's wnids backwards, someone/wrong with two of ImageNet-R's; 12 images."""
-    folder = tmp_path_factory.mktemp("hub")
+    folder = tmp_path / "hub" / "datasets" / "someone"
     datasets.disable_progress_bars()
     right = list(wnids("imagenet-a"))[::-1]
-    publish(folder / "datasets" / "someone" / "adversarial", right, [right[7 * i] for i in range(COLOURS)])
+    publish(folder / "adversarial", right, [right[7 * i] for i in range(COLOURS)])
     wrong = [wnid for wnid in wnids("imagenet-r") if wnid not in right]
-    publish(folder / "datasets" / "someone" / "wrong", [*right[:3], *wrong[:2]], right[:3] * 4)
-    with LoopbackHub(folder) as server:
-        yield server
+    publish(folder / "wrong", [*right[:3], *wrong[:2]], right[:3] * 4)
+    return hub_here
 
 
 @pytest.fixture(scope="module")
@@ -58,44 +52,27 @@ def model(tmp_path_factory):
     return folder
 
 
-SEVERAL = """
-import json, runpy, sys
-main, codes = runpy.run_path(sys.argv[1])["main"], []
-run = runpy.run_path(sys.argv[1])["run"]
-for sys.argv in json.loads(sys.argv[2]):
-    try:
-        run(main)
-        codes.append(0)
-    except SystemExit as stop:
-        codes.append(stop.code)
-print(codes)
-"""
-
-
-def evaluate(hub, model, folder, *calls):
-    """The recipe's exit codes and standard error for each of ``calls``, (place, output folder, options)."""
+def evaluate(model, folder, place, out, *words):
+    """The recipe's exit code."""
     (folder / "plan.yaml").write_text("conditions: [{set: imagenet-a}]")
-    usual = ["recipe", "--model_name_or_path", model, "--suite", folder / "plan.yaml", "--no_checks", "--use_cpu"]
-    calls = [
-        [*map(str, usual), "--location", f"imagenet-a={place}", "--output_dir", str(folder / out), *words]
-        for place, out, *words in calls
-    ]
-    environment = os.environ | hub.environment(folder / "cache") | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SEVERAL, str(RECIPE), json.dumps(calls)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+    usual = ["--model_name_or_path", model, "--suite", folder / "plan.yaml", "--no_checks", "--use_cpu"]
+    try:
+        call_recipe(
+            "evaluate_robustness", *usual, "--location", f"imagenet-a={place}", "--output_dir", folder / out, *words
+        )
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
-def test_a_hub_set_is_read_mapped_and_counted(hub, model, tmp_path):
+def test_a_hub_set_is_read_mapped_and_counted(hub, model, tmp_path, capfd):
     """Downloaded and as a stream; and what is not the set is an error of one line."""
-    place, samples = "someone/adversarial", "--per_sample"
-    codes, errors = evaluate(
-        hub, model, tmp_path,
-        (place, "whole", samples, "--allow_partial"), (place, "stream", samples, "--streaming"),
-        ("someone/wrong", "wrong"), ("someone/nowhere", "nowhere"), (place, "partial"),
-    )  # fmt: skip
-    assert codes == [0, 0, 2, 2, 2], errors[-3000:]
+    place = "someone/adversarial"
+    assert evaluate(model, tmp_path, place, "whole", "--per_sample", "--allow_partial") == 0
+    assert evaluate(model, tmp_path, place, "stream", "--per_sample", "--streaming") == 0
+    for wrong, out in (("someone/wrong", "wrong"), ("someone/nowhere", "nowhere"), (place, "partial")):
+        assert evaluate(model, tmp_path, wrong, out) == 2
+    errors = capfd.readouterr().err
     assert any("/datasets/someone/adversarial/resolve/" in asked and "parquet" in asked for asked in hub.asked)
     backwards = list(wnids("imagenet-a"))[::-1]
     for out in ("whole", "stream"):
