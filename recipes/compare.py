@@ -122,7 +122,9 @@ def work_on(
     train_rows = load_rows(data_args, data_args.train_split)
     torch.manual_seed(args.seeds[0])
     classifier = load_classifier(model_args, train_rows, say)
-    test_set = evaluation_images(load_rows(data_args, data_args.eval_split), classifier, None)
+    test_set = evaluation_images(
+        load_rows(data_args, data_args.eval_split), classifier, None, skip_corrupt=data_args.skip_corrupt_images
+    )
 
     def config_of(one: Run, folder: Path) -> NullspaceConfig:
         rate = {"learning_rate": one.learning_rate, "seed": one.seed, "output_dir": str(folder)}

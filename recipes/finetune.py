@@ -116,7 +116,9 @@ def run_all(
     set_seed(config.seed)
     classifier = load_classifier(model_args, train_rows, say)
     train_set = training_images(data_args, train_rows, classifier, config.seed)
-    eval_set = evaluation_images(eval_rows, classifier, recipe.max_eval_images)
+    eval_set = evaluation_images(
+        eval_rows, classifier, recipe.max_eval_images, skip_corrupt=data_args.skip_corrupt_images
+    )
     contents = {"training images": train_set.content_fingerprint(), "test images": eval_set.content_fingerprint()}
     if classifier.weights is not None:
         contents["base weights"] = classifier.weights

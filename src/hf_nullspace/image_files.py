@@ -1,18 +1,25 @@
 """Images as data sets hold them: encoded, as bytes or as the path of a file."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
+from datasets import Features
 from PIL import Image
 
 from hf_nullspace.models.preprocessing import rgb_image
 
+Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
+
 FINGERPRINT_ROWS = 64
+STREAM_BATCH = 16  # rows of a stream that are one table
 
 
 class DataError(ValueError):
@@ -21,14 +28,13 @@ class DataError(ValueError):
 
 
 class CorruptImageError(DataError):
-    """An image that cannot be decoded; the message names row and file."""
+    """An image that cannot be decoded; the message names row, split and file, where they are known."""
 
 
 def undecoded(rows: Any, column: str) -> Any:
     """The same rows with the images of ``column`` as bytes and path: so we decode, and can say which row is broken.
 
-    A stream must come here before anything maps or renames its columns: `datasets` decodes for that, and what it then
-    has as a PIL image it encodes once more, a JPEG with a loss (datasets 5.2).
+    A stream must come here before `datasets` maps or renames its columns (see ``on_tables``).
     """
     if not isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
         return rows
@@ -39,26 +45,106 @@ def undecoded(rows: Any, column: str) -> Any:
     return rows.cast_column(column, datasets.Image(decode=False))
 
 
-def decoded_image(value: Any, where: str) -> Image.Image:
+def on_tables(
+    rows: datasets.IterableDataset, change: Callable[[pa.Table, list[int]], pa.Table], features: Features
+) -> datasets.IterableDataset:
+    """A stream with ``change`` made to Arrow tables of a few rows and their numbers: images stay the bytes they are.
+
+    `rename_columns` and a `map` of rows decode every image, and encode it anew (datasets 5.2). ``change`` must pickle.
+    """
+    tables = rows.with_format("arrow").map(change, with_indices=True, batched=True, batch_size=STREAM_BATCH)
+    return tables.with_format(None).cast(features)
+
+
+def chosen_columns(rows: Rows, names: Mapping[str, str]) -> Rows:
+    """The columns that are keys of ``names``, under their new names; the images of a stream stay the bytes they are."""
+    if isinstance(rows, datasets.Dataset):
+        rows = rows.select_columns(list(names))
+        renamed = {old: new for old, new in names.items() if old != new}
+        return rows.rename_columns(renamed) if renamed else rows
+    known = features_of(rows)
+    for column in names:
+        rows = undecoded(rows, column)
+    return on_tables(
+        rows, partial(_chosen, names=dict(names)), Features({new: known[old] for old, new in names.items()})
+    )
+
+
+def _chosen(table: pa.Table, places: list[int], names: Mapping[str, str]) -> pa.Table:
+    return pa.table({new: table[old] for old, new in names.items()})
+
+
+def features_of(rows: datasets.Dataset | datasets.IterableDataset) -> Features:
+    """The features, also of json and csv streams, which know them only after their first rows."""
+    return rows.features if rows.features is not None else rows._resolve_features().features
+
+
+def decoded_image(value: Any, where: str, hint: str = "") -> Image.Image:
+    """The RGB image of a row: of a PIL image, a uint8 array (H, W, 3), a path, or ``{"bytes": ..., "path": ...}``.
+
+    ``where`` names the row in errors, ``hint`` says there what else can be done. More pixels than Pillow warns of
+    (``PIL.Image.MAX_IMAGE_PIXELS``, 89 million) are refused: one such image takes minutes and gigabytes.
+
+    Raises ``CorruptImageError`` where there is no image or it cannot be decoded, ``DataError`` where a remote file
+    cannot be read.
+    """
     if isinstance(value, str):
         value = {"bytes": None, "path": value}
     path = value.get("path") if isinstance(value, Mapping) else None
     named = f"{where} ({path})" if path else where
     if value is None or (isinstance(value, Mapping) and value.get("bytes") is None and not path):
-        raise CorruptImageError(f"{named} has no image. Remove the row, or pass on_corrupt='skip'.")
+        raise CorruptImageError(f"{named} has no image. Remove the row{hint}.")
+    try:
+        content = encoded_bytes(value) if isinstance(value, Mapping) else None
+    except Exception as error:
+        message = f"{named} cannot be read: {_line(error)}."
+        if "://" in str(path):  # no fault of the file's
+            raise DataError(f"{message} Check the connection, and start again.") from error
+        raise CorruptImageError(f"{message} Replace or remove the file{hint}.") from error
     try:
         if isinstance(value, np.ndarray):
             return rgb_image(Image.fromarray(value))
-        if isinstance(value, Image.Image):  # decode_example of datasets 4 does not take it
+        if content is None:  # decode_example of datasets 4 does not take a PIL image
             return rgb_image(value)
-        if path and value.get("bytes") is None and "://" not in path:
-            # Read here: decode_example leaves a local file open when it cannot be decoded.
-            value = {"bytes": Path(path).read_bytes(), "path": path}
-        return rgb_image(datasets.Image().decode_example(value))
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        raise CorruptImageError(
-            f"{named} cannot be decoded: {type(error).__name__}: {error}. "
-            "Replace or remove the file, or pass on_corrupt='skip'."
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return rgb_image(datasets.Image().decode_example({"bytes": content, "path": None}))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        size = str(error).partition(", could be")[0]
+        raise CorruptImageError(f"{named} is too large: {size}. Resize or remove it{hint}.") from error
+    except Exception as error:  # Pillow's decoders raise many kinds
+        message = f"{named} cannot be decoded: {_line(error)}. Replace or remove the file{hint}."
+        raise CorruptImageError(message) from error
+
+
+def _line(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or ["no message"])[0].partition(" <_io.BytesIO")[0]  # Pillow's words
+    return f"{type(error).__name__}: {text}"
+
+
+def check_names(paths: Iterable[str]) -> None:
+    """``DataError`` for a path that is no UTF-8: Arrow, and so `datasets`, cannot hold it."""
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            shown = path.encode("utf-8", "backslashreplace").decode()
+            raise DataError(f"{shown}: the name of this file or folder is no UTF-8. Rename it.") from error
+
+
+def told_when_broken(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The rows of a stream; what breaks it is a ``DataError`` of one line."""
+    position = 0
+    try:
+        for row in rows:
+            yield row
+            position += 1
+    except DataError:
+        raise
+    except Exception as error:  # the network, the file system and the parsers of several libraries
+        raise DataError(
+            f"The stream broke after {position} rows: {_line(error)}. "
+            "Check the connection and resume from the last checkpoint."
         ) from error
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.robustness.image_sets import Part
+from hf_nullspace.robustness.image_sets import ImageSet, ImageStream, Part
 from hf_nullspace.robustness.label_spaces import LabelError, indices, wnids
 from hf_nullspace.robustness.records import images_fingerprint
 from hf_nullspace.robustness.sets import (
@@ -97,7 +97,7 @@ def test_damagenet_is_a_flat_folder_and_a_list(tmp_path):
     classes = [65, 970, 230]
     for i, c in enumerate(classes, 1):
         marked(c).save(folder / f"ILSVRC2012_val_0000000{i}.png")
-    with pytest.raises(MissingData, match=r"no val.txt .* development kit"):
+    with pytest.raises(MissingData, match=r"no val.txt .* caffe_ilsvrc12"):
         load_set("damagenet", PROCESSOR, data_root=tmp_path, allow_partial=True)
     lines = [f"ILSVRC2012_val_0000000{i}.JPEG {c}" for i, c in enumerate(classes, 1)]
     (tmp_path / "val.txt").write_text("\n".join(lines) + "\n")
@@ -105,6 +105,27 @@ def test_damagenet_is_a_flat_folder_and_a_list(tmp_path):
     marked(1).save(folder / "other.png")
     with pytest.raises(LabelError, match=r"other\.png are not in"):
         load_set("damagenet", PROCESSOR, data_root=tmp_path, allow_partial=True)
+
+
+@pytest.mark.parametrize("line", ["x.JPEG 1000", "x.JPEG 0 0", "65", "x.JPEG -1", "x.JPEG n01440764"])
+def test_a_list_that_is_not_caffes_is_refused(tmp_path, line):
+    """The development kit has ids alone, 1 to 1000, in an order of its own."""
+    (tmp_path / "damagenet").mkdir()
+    marked(1).save(tmp_path / "damagenet" / "x.png")
+    (tmp_path / "val.txt").write_text(f"x.JPEG 999\n\n{line}\n")
+    with pytest.raises(LabelError, match=f"val.txt, line 3: '{line}'; expected an image and its class"):
+        load_set("damagenet", PROCESSOR, data_root=tmp_path, allow_partial=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_without_a_class_is_named(tmp_path, streaming):
+    """-1 marks an image without a label; as a Python index it would be the last class."""
+    for labels in ([0, -1], [0, 3], [0, None]):
+        rows = datasets.Dataset.from_dict({"image": [marked(0), marked(1)], "label": labels})
+        rows = rows.to_iterable_dataset() if streaming else rows
+        images = (ImageStream if streaming else ImageSet)("some", rows, PROCESSOR, labels=[5, 6, 7])
+        with pytest.raises(LabelError, match=f"some: row 1 has label {labels[1]}, expected 0 to 2"):
+            list(images) if streaming else images.label(1)
 
 
 def test_streaming_gives_the_same_images(tmp_path, tiny_vit):
@@ -141,7 +162,7 @@ def test_a_corrupt_file_is_named(tmp_path):
     tree(tmp_path / "imagenet-v2", {"0": 0, "1": 1})
     (tmp_path / "imagenet-v2" / "1" / "0.png").write_bytes(b"not an image")
     loaded = load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, allow_partial=True)
-    with pytest.raises(ValueError, match="imagenet-v2: image 2 cannot be decoded"):
+    with pytest.raises(ValueError, match=r"imagenet-v2: row 2 \(.*1/0\.png\) cannot be decoded: Unid"):
         loaded.raw_image(2)
 
 
@@ -236,6 +257,10 @@ def test_a_hub_set_is_mapped_by_its_names(tmp_path, monkeypatch, named):
         words = {"label_order": "imagenet", "allow_partial": True}
         loaded = load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", **words)
         assert [loaded.label(i) for i in range(3)] == [1, 2, 0]
+        beyond = rows.remove_columns("cls").add_column("cls", [1, 1000, 0])
+        monkeypatch.setattr(datasets, "load_dataset", lambda _, split, streaming, revision: beyond)
+        with pytest.raises(LabelError, match="has label 1000; ImageNet's class indices are 0 to 999"):
+            load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", **words)
     stream = rows.to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", lambda _, split, streaming, revision: stream)
     if named:

@@ -166,7 +166,8 @@ class Setting:
         elif self.classifier.labels.new_head:
             raise UsageError("the model's head is not for these classes; name a model that was trained on them")
         self.classifier.model.to(config.device).eval()
-        self.eval_set = evaluation_images(rows, self.classifier, args.max_eval_images)
+        skip = self.data_args.skip_corrupt_images
+        self.eval_set = evaluation_images(rows, self.classifier, args.max_eval_images, skip_corrupt=skip)
         mine = range(config.process_index, len(self.eval_set), config.world_size)
         size = config.per_device_eval_batch_size
         starts = range(0, len(mine), size)

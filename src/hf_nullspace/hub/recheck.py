@@ -171,7 +171,8 @@ def recorded_images(
         args = DataArguments(**named | ({"dataset_name": dataset_name} if dataset_name else {}))
         rows = load_rows(args, args.eval_split, streaming=args.streaming)
         labels = align_labels(class_names(rows), model.config)
-        return evaluation_images(rows, Classifier(model, None, preprocessing, labels), count)
+        classifier, skip = Classifier(model, None, preprocessing, labels), args.skip_corrupt_images
+        return evaluation_images(rows, classifier, count, skip_corrupt=skip)
     dataset, split = dataset_name or context.get("dataset_name"), context.get("split", "test")
     if dataset is None:
         raise ReleaseError("the report names no data set")

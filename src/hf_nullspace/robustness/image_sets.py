@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_nullspace.models.preprocessing import Preprocessing, rgb_image
+from hf_nullspace.image_files import decoded_image, told_when_broken, undecoded
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.robustness.label_spaces import LabelError
 
 
 class ImageSet:
@@ -35,7 +37,7 @@ class ImageSet:
         note: str = "",
         ready: bool = False,
     ):
-        self.name, self.rows, self.preprocessing = name, rows, preprocessing
+        self.name, self.rows, self.preprocessing = name, undecoded(rows, "image"), preprocessing
         self.labels, self.subset, self.note, self.ready = labels, subset, note, ready
         # Asking a row for its label would decode its image; so the column is read once.
         self.row_labels = rows["label"][:] if isinstance(rows, datasets.Dataset) else None
@@ -44,16 +46,21 @@ class ImageSet:
         return len(self.rows)
 
     def raw_image(self, index: int) -> Image.Image:
-        try:
-            return rgb_image(self.rows[index]["image"])
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{self.name}: image {index} cannot be decoded ({error}); repair or remove it") from error
+        """Raises ``CorruptImageError``, with the set, the row and the file, where it cannot be decoded."""
+        return decoded_image(self.rows[index]["image"], f"{self.name}: row {index}")
 
     def label(self, index: int) -> int:
-        return self.class_of(int(self.rows[index]["label"] if self.row_labels is None else self.row_labels[index]))
+        return self.class_of(self.rows[index]["label"] if self.row_labels is None else self.row_labels[index], index)
 
-    def class_of(self, label: int) -> int:
-        return label if self.labels is None else self.labels[label]
+    def class_of(self, label: int | None, index: int) -> int:
+        """The class of row ``index``; raises ``LabelError`` for no label, a negative one and one without a class."""
+        known = None if self.labels is None else len(self.labels)
+        if label is None or label < 0 or (known is not None and label >= known):
+            expected = "0 or more" if known is None else f"0 to {known - 1}"
+            raise LabelError(
+                f"{self.name}: row {index} has label {label}, expected {expected}. Use a split with labels (-1 is none)"
+            )
+        return int(label) if self.labels is None else self.labels[label]
 
     def pixels_from_image(self, image: Image.Image) -> Tensor:
         height, width = self.preprocessing.size
@@ -82,8 +89,9 @@ class ImageStream(ImageSet):
         raise TypeError(f"{self.name} is a stream; it has no length before it was read")
 
     def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        for row in self.rows:
-            yield rgb_image(row["image"]), self.class_of(row["label"])
+        for index, row in enumerate(told_when_broken(self.rows)):
+            image = decoded_image(row["image"], f"{self.name}: row {index} of the stream")
+            yield image, self.class_of(row["label"], index)
 
 
 class ArrayRows:

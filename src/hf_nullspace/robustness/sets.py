@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 
+from hf_nullspace.image_files import check_names, chosen_columns
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, ImageStream
@@ -169,22 +170,46 @@ def images_in(folder: Path) -> list[Path]:
 
 def rows_of(found: list[tuple[str, int]]) -> datasets.Dataset:
     """Rows of (path, class); an image is decoded when its row is read."""
+    check_names(path for path, _ in found)
     table = {"image": [path for path, _ in found], "label": [label for _, label in found]}
     return datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
 
 
 def listed_rows(folder: Path, name: str) -> datasets.Dataset:
-    """Images of a flat folder with the classes that ``val.txt`` gives: lines of "ILSVRC2012_val_00000001.JPEG 65"."""
+    """Images of a flat folder with the classes that ``val.txt`` gives: lines of "ILSVRC2012_val_00000001.JPEG 65".
+
+    That list is Caffe's, whose numbers 0 to 999 are ImageNet's classes by sorted wnid. The development kit of
+    ILSVRC2012 numbers them otherwise, from 1 to 1000 (``ILSVRC2012_validation_ground_truth.txt``).
+    """
     lists = [path for path in (folder / "val.txt", folder.parent / "val.txt") if path.is_file()]
     if not lists:
-        raise MissingData(f"{name}: no val.txt in {folder} or beside it; it is part of ILSVRC2012's development kit")
-    classes = {Path(line.split()[0]).stem: int(line.split()[1]) for line in lists[0].read_text().splitlines() if line}
+        raise MissingData(
+            f"{name}: no val.txt in {folder} or beside it; it is part of Caffe's caffe_ilsvrc12.tar.gz "
+            "(https://github.com/BVLC/caffe/blob/master/data/ilsvrc12/get_ilsvrc_aux.sh)"
+        )
+    classes = listed_classes(lists[0])
     images = images_in(folder)
     unknown = [path.name for path in images if path.stem not in classes]
     if unknown or not images:
         what = f"{', '.join(unknown[:5])} are not in {lists[0]}" if images else f"{folder} holds no images"
         raise LabelError(f"{name}: {what}")
     return rows_of([(str(path), classes[path.stem]) for path in images])
+
+
+def listed_classes(path: Path) -> dict[str, int]:
+    """Image's name without ending -> class, of a ``val.txt``. Raises ``LabelError`` for another kind of list."""
+    classes = {}
+    for place, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) != 2 or not words[1].isdecimal() or int(words[1]) >= len(wnids()):
+            raise LabelError(
+                f"{path}, line {place}: {line[:80]!r}; expected an image and its class, 0 to {len(wnids()) - 1} in the "
+                "order of the sorted wnids, as in Caffe's val.txt (the development kit's 1 to 1000 have another order)"
+            )
+        classes[Path(words[0]).stem] = int(words[1])
+    return classes
 
 
 def from_hub(
@@ -218,9 +243,9 @@ def from_hub(
     labels = None if names is None else imagenet_labels(names, location)
     if info.subset is not None and labels is not None:
         check_wnids([wnids()[index] for index in labels], info.space, location)
-    other = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
-    rows = rows.select_columns([image, label])
-    rows = rows.rename_columns(other) if other else rows
+    rows = chosen_columns(rows, {image: "image", label: "label"})
+    if not streaming and names is None and (largest := max(rows["label"], default=0)) >= len(wnids()):
+        raise LabelError(f"{location} has label {largest}; ImageNet's class indices are 0 to {len(wnids()) - 1}")
     note = "" if streaming else partial_note(f"{info.name} at {location}", len(rows), info.images, allow_partial)
     images = image_set(info, rows, preprocessing, labels, note, source=commit)
     images.origin = f"{location}, split {split}, commit {commit or 'not known (offline)'}"

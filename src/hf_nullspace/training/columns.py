@@ -5,20 +5,18 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Features, Image, Value
+from datasets import ClassLabel, Features, Image, List, Value
 
 from hf_nullspace.image_files import DataError as DataError
-from hf_nullspace.image_files import undecoded
-
-Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
+from hf_nullspace.image_files import Rows, chosen_columns, features_of, on_tables, undecoded
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")  # the file endings: webdataset
-STREAM_BATCH = 16  # rows whose columns are named at once
+MAX_UNNAMED_CLASSES = 100_000
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_label", "target", "cls")
 
 
@@ -87,43 +85,22 @@ def standard_columns(
             f"Column {label_column!r} has its own class names {_some(label.names)}, not the class_names that were "
             f"passed, {_some(class_names)}. Leave class_names out; labels are matched to a model by name."
         )
-    names = list(class_names) if isinstance(label, Value) and class_names is not None else None
-    if isinstance(rows, datasets.IterableDataset):
-        return _standard_stream(rows, image_column, label_column, names)
-    rows = rows.select_columns([image_column, label_column])
-    if names is not None:
-        # Not `map` or `cast`: both would write all images to the cache once more.
-        numbers = _numbers(rows[label_column], 0, label_column, names, is_text(label))
-        rows = rows.remove_columns([label_column]).add_column(label_column, numbers, feature=ClassLabel(names=names))
-    renamed = {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
-    rows = rows.rename_columns(renamed) if renamed else rows
-    return rows if isinstance(rows.features["image"], Image) else rows.cast_column("image", Image())
+    if image_column == label_column or not _may_be_image(features[image_column]):
+        raise DataError(
+            f"Column {image_column!r} holds {_type_name(features[image_column])}, expected images (or their bytes or "
+            "the paths of files), and the labels in another column. Name the right one with image_column."
+        )
+    rows = chosen_columns(rows, {image_column: "image", label_column: "label"})
+    if isinstance(label, Value) and class_names is not None:
+        rows = _with_class_label(rows, label_column, list(class_names), is_text(label))
+    return rows if isinstance(features[image_column], Image) else rows.cast_column("image", Image())
 
 
-def _standard_stream(
-    rows: datasets.IterableDataset, image_column: str, label_column: str, names: list[str] | None
-) -> datasets.IterableDataset:
-    """On Arrow tables: `rename_columns` and a `map` of rows decode every image, and encode it anew (datasets 5.2)."""
-    label = features_of(rows)[label_column]
-    feature = label if names is None else ClassLabel(names=names)
-    standard = partial(_standard_table, image=image_column, label=label_column, names=names, text=is_text(label))
-    stream = undecoded(rows, image_column).with_format("arrow")
-    stream = stream.map(standard, with_indices=True, batched=True, batch_size=STREAM_BATCH).with_format(None)
-    return stream.cast(Features({"image": Image(), "label": feature}))
-
-
-def _standard_table(
-    table: pa.Table, places: list[int], *, image: str, label: str, names: list[str] | None, text: bool
-) -> pa.Table:
-    labels = table[label]
-    if names is not None:
-        labels = pa.array(_numbers(labels.to_pylist(), places[0], label, names, text), pa.int64())
-    return pa.table({"image": table[image], "label": labels})
-
-
-def features_of(rows: datasets.Dataset | datasets.IterableDataset) -> Features:
-    """The features, also of json and csv streams, which know them only after their first rows."""
-    return rows.features if rows.features is not None else rows._resolve_features().features
+def _may_be_image(feature: object) -> bool:
+    """What `datasets` can take for an image: a path, bytes, both, or nested lists of pixels."""
+    if isinstance(feature, Value):
+        return "string" in feature.dtype or "binary" in feature.dtype
+    return isinstance(feature, (Image, dict, List, datasets.Array2D, datasets.Array3D))
 
 
 def is_text(feature: object) -> bool:
@@ -133,6 +110,21 @@ def is_text(feature: object) -> bool:
 def text_classes(splits: Mapping[str, datasets.Dataset], column: str) -> list[str]:
     """The distinct text labels of all splits, sorted: a class that one split lacks must not shift the others."""
     return sorted({name for rows in splits.values() for name in rows.unique(column)} - {None})
+
+
+def _with_class_label(rows: Rows, column: str, names: list[str], text: bool) -> Rows:
+    feature = ClassLabel(names=names)
+    if isinstance(rows, datasets.Dataset):
+        # Not `map` or `cast`: both would write all images to the cache once more.
+        numbers = _numbers(rows["label"], 0, column, names, text)
+        return rows.remove_columns(["label"]).add_column("label", numbers, feature=feature)
+    change = partial(_numbered, column=column, names=names, text=text)
+    return on_tables(undecoded(rows, "image"), change, Features({**rows.features, "label": feature}))
+
+
+def _numbered(table: pa.Table, places: list[int], column: str, names: list[str], text: bool) -> pa.Table:
+    numbers = _numbers(table["label"].to_pylist(), places[0], column, names, text)
+    return pa.table({"image": table["image"], "label": pa.array(numbers, pa.int64())})
 
 
 def _numbers(labels: Sequence[Any], first: int, column: str, names: list[str], text: bool) -> list[int]:
@@ -159,11 +151,24 @@ def class_names(rows: datasets.Dataset | datasets.IterableDataset, column: str =
 
 
 def num_classes(rows: datasets.Dataset | datasets.IterableDataset, column: str = "label") -> int | None:
-    """How many classes there are: the names, else the largest label + 1; None for a stream without names."""
+    """How many classes there are: the names, else the largest label + 1; None for a stream without names.
+
+    Raises ``DataError`` for a label without a name above 100,000: a head of that many classes is a mistake.
+    """
     names = class_names(rows, column)
     if names is not None:
         return len(names)
-    return int(labels_of(rows, column).max()) + 1 if isinstance(rows, datasets.Dataset) else None
+    if not isinstance(rows, datasets.Dataset):
+        return None
+    labels = labels_of(rows, column)
+    largest = int(labels.argmax())
+    if labels[largest] >= MAX_UNNAMED_CLASSES:
+        raise DataError(
+            f"Row {largest} has label {labels[largest]}, and as the labels have no names there would be a class for "
+            f"every number up to it, with {len(np.unique(labels))} labels in use; expected less than "
+            f"{MAX_UNNAMED_CLASSES}. Check label_column, number the classes from 0, or name them (a ClassLabel column)."
+        )
+    return int(labels[largest]) + 1
 
 
 def labels_of(rows: datasets.Dataset, column: str = "label") -> np.ndarray:

@@ -19,6 +19,7 @@ from hf_nullspace.image_files import (
     content_key,
     decoded_image,
     rows_fingerprint,
+    told_when_broken,
     undecoded,
 )
 from hf_nullspace.models.preprocessing import Preprocessing
@@ -28,6 +29,7 @@ from hf_nullspace.training.columns import DataError, check_labels, class_names, 
 logger = logging.getLogger(__name__)
 
 CORRUPT_IN_A_ROW = 100  # more is no bad file, but a bad disk, column or download
+SKIP_HINT = ", or skip such images: on_corrupt='skip', on the command line --skip_corrupt_images true"
 
 
 class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -40,6 +42,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     ``augmentation`` is drawn for each image from (``seed``, epoch, index): the same for any batch size, worker, process
     and order. ``remap[label]`` is the model's label. ``num_labels`` is the size of the model's head.
+    ``split`` is what errors call the rows, by default the name of a `datasets.Dataset`'s split.
     ``on_corrupt="skip"`` puts the next good row in the place of an image that cannot be decoded, logs each such row
     once per process, and lists them in ``corrupt_rows``; by default it is a ``CorruptImageError``.
 
@@ -60,6 +63,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         num_labels: int | None = None,
         normalize: bool = True,
         on_corrupt: Literal["error", "skip"] = "error",
+        split: str | None = None,
     ) -> None:
         if isinstance(rows, datasets.IterableDataset):
             raise TypeError("rows is a stream; expected rows with a length. Use StreamingImageClassificationDataset.")
@@ -71,6 +75,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self._rows = undecoded(rows, image_column)
         self._image_column, self._label_column = image_column, label_column
         self._remap, self._num_labels, self._normalize = remap, num_labels, normalize
+        self._split = _split_name(rows, split)
         if isinstance(rows, datasets.Dataset):
             _checked_labels(labels_of(rows, label_column), remap, num_labels)
         self._stream: tuple[int | str, ...] | None = None
@@ -84,14 +89,30 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]  # negative indices, and IndexError at the end
         row, image = self._good_row(index)
-        label = _label(row[self._label_column], self._remap, self._num_labels, f"Row {index}")
+        label = _label(row[self._label_column], self._remap, self._num_labels, self._where(index))
         if self.augmentation is not None:
             image = self.augmentation.apply(image, generator_for(self.seed, *self._key(), index))
         return _item(image, label, self.preprocessing, self._normalize, augmented=self.augmentation is not None)
 
     def raw_image(self, index: int) -> Image.Image:
         """The image of a row at its own size: PIL, RGB, neither resized nor augmented. Corruptions act here."""
-        return decoded_image(self._rows[index][self._image_column], f"Row {index}")
+        return decoded_image(self._rows[index][self._image_column], self._where(index), SKIP_HINT)
+
+    def readable(self) -> list[int]:
+        """The rows whose images can be decoded, in their order; each other one is a warning.
+
+        Raises ``CorruptImageError`` if there is none.
+        """
+        good = []
+        for index in range(len(self)):
+            try:
+                decoded_image(self._rows[index][self._image_column], self._where(index))
+                good.append(index)
+            except CorruptImageError as error:
+                logger.warning("%s It is left out.", error)
+        if not good:
+            raise CorruptImageError(f"None of the {len(self)} images of {self._split or 'the data'} can be decoded.")
+        return good
 
     def pixels_from_image(self, image: Image.Image) -> Tensor:
         """Pixels of any image at the model's size, not augmented: (C, H, W) float32 in [0, 1]."""
@@ -99,7 +120,7 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def label(self, index: int) -> int:
         """The label of a row, as the model numbers it."""
-        return _label(self._rows[index][self._label_column], self._remap, self._num_labels, f"Row {index}")
+        return _label(self._rows[index][self._label_column], self._remap, self._num_labels, self._where(index))
 
     def content_fingerprint(self) -> str:
         """A hash (16 hexadecimal digits) that tells these images and labels from others, whatever their files' names.
@@ -134,6 +155,9 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
         view._stream = key
         return view
 
+    def _where(self, index: int) -> str:
+        return f"Row {index} of {self._split}" if self._split else f"Row {index}"
+
     def _key(self) -> tuple[int | str, ...]:
         return ("epoch", int(self._epoch)) if self._stream is None else ("stream", *self._stream)
 
@@ -144,13 +168,17 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 continue
             row = self._rows[place]
             try:
-                return row, decoded_image(row[self._image_column], f"Row {place}")
+                hint = SKIP_HINT if self._corrupt is None else ""
+                return row, decoded_image(row[self._image_column], self._where(place), hint)
             except CorruptImageError as error:
                 if self._corrupt is None:
                     raise
                 self._corrupt[place] = True
                 logger.warning("%s The next good row takes its place.", error)
-        raise CorruptImageError(f"Rows {index} to {place} have no readable image. Check the disk and image_column.")
+        raise CorruptImageError(
+            f"Rows {index} to {place}{' of ' + self._split if self._split else ''} have no readable image. "
+            "Check the disk and image_column."
+        )
 
 
 class StreamingImageClassificationDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
@@ -193,6 +221,7 @@ class StreamingImageClassificationDataset(torch.utils.data.IterableDataset[dict[
         self._rows = undecoded(rows, image_column)
         self._image_column, self._label_column = image_column, label_column
         self._remap, self._num_labels, self._normalize = remap, num_labels, normalize
+        self._split = _split_name(rows, None)
         self._skip_corrupt, self._shuffle_buffer, self._repeat = on_corrupt == "skip", shuffle_buffer, repeat
         self._node: tuple[int, int] | None = None
         self._stream: tuple[int | str, ...] | None = None
@@ -224,7 +253,7 @@ class StreamingImageClassificationDataset(torch.utils.data.IterableDataset[dict[
 
         A stream's other rows would have to be read once more; a change among them is not noticed.
         """
-        first = _told_when_broken(self._rows.take(FINGERPRINT_ROWS))
+        first = told_when_broken(self._rows.take(FINGERPRINT_ROWS))
         rows = ((row[self._image_column], row[self._label_column]) for row in first)
         return rows_fingerprint(rows, "stream", class_names(self._rows, self._label_column))
 
@@ -249,10 +278,13 @@ class StreamingImageClassificationDataset(torch.utils.data.IterableDataset[dict[
             rows = rows.shuffle(seed=seed_for(self.seed, *key), buffer_size=self._shuffle_buffer)
         if self._node is not None:
             rows = split_dataset_by_node(rows, *self._node)
-        for position, row in enumerate(_told_when_broken(rows)):
-            where = f"Row {position} of this stream"
+        stream = "shuffled stream" if self._shuffle_buffer else "stream"
+        of = f"of the {stream} of {self._split}" if self._split else f"of this {stream}"
+        hint = "" if self._skip_corrupt else SKIP_HINT
+        for position, row in enumerate(told_when_broken(rows)):
+            where = f"Row {position} {of}"
             try:
-                image = decoded_image(row[self._image_column], where)
+                image = decoded_image(row[self._image_column], where, hint)
             except CorruptImageError as error:
                 if not self._skip_corrupt:
                     raise
@@ -289,20 +321,10 @@ def _item(
     )
 
 
-def _told_when_broken(rows: datasets.IterableDataset) -> Iterator[Mapping[str, Any]]:
-    position = 0
-    try:
-        for row in rows:
-            yield row
-            position += 1
-    except DataError:
-        raise
-    except Exception as error:  # the network, the file system and the parsers of several libraries
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise DataError(
-            f"The stream broke after {position} rows: {type(error).__name__}: {reason}. "
-            "Check the connection and resume from the last checkpoint."
-        ) from error
+def _split_name(rows: Any, split: str | None) -> str:
+    """How errors call the split; "" where it has no name."""
+    split = split or getattr(rows, "split", None)
+    return f"split {str(split)!r}" if split else ""
 
 
 def _label(value: Any, remap: Sequence[int] | None, num_labels: int | None, where: str) -> int:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_nullspace.command_line import option
-from hf_nullspace.image_files import undecoded
+from hf_nullspace.image_files import told_when_broken, undecoded
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.noise.artifact import hub_commit, model_hash
@@ -69,7 +69,7 @@ class DataArguments:
     crop_scale: float = option(0.08, "RandomResizedCrop: smallest area of a crop, in (0, 1]; 1 switches it off.")
     horizontal_flip: bool = option(True, "Mirror half of the training images. Not for digits or text.")
     max_train_images: int | None = option(None, "Train on the first so many images only.")
-    skip_corrupt_images: bool = option(False, "Replace images that cannot be decoded by the next one, with a warning.")
+    skip_corrupt_images: bool = option(False, "Leave out images that cannot be decoded, with a warning.")
 
     def augmentation(self) -> Augmentation | None:
         """The random crop and flip that these settings ask for; None if neither."""
@@ -111,6 +111,7 @@ def load_classifier(
     """The model that the arguments name, with a head for the labels of ``rows``; ``say`` gets a line on the labels.
 
     Raises:
+        DataError: if the data has one class only, or unnamed labels that are no classes.
         NotAViTError: if the model has no patch embedding.
         OSError: if there is no such model.
         ValueError: if the processor's images do not fit the model, or it has no such attention implementation.
@@ -129,6 +130,11 @@ def load_classifier(
             raise OSError(f"cannot load the model {args.model_name_or_path!r}: {error}") from error
         say(labels.message)
     weights = None if args.model_name_or_path is None else _fingerprint(model, labels.new_head)
+    if labels.num_labels == 1:
+        raise DataError(
+            f"The data has one class, {labels.id2label[0]!r}; a classifier needs two or more. Check label_column, or "
+            "give the folder whose subfolders are the classes."
+        )
     if args.attn_implementation is not None:
         model.set_attn_implementation(args.attn_implementation)
     find_patch_embedding(model)
@@ -212,20 +218,34 @@ def training_images(
 
 
 def evaluation_images(
-    rows: datasets.Dataset | datasets.IterableDataset, classifier: Classifier, count: int | None
+    rows: datasets.Dataset | datasets.IterableDataset,
+    classifier: Classifier,
+    count: int | None,
+    *,
+    skip_corrupt: bool = False,
 ) -> ImageClassificationDataset:
     """The first ``count`` images (all, if None) to measure on: not augmented. Of a stream they are held, encoded.
 
+    With ``skip_corrupt`` those that cannot be decoded are left out, with a warning that names each: every image is
+    decoded once for that. None takes its place, so no image is measured twice.
+
     Raises:
-        DataError: if a stream is given and no ``count``.
+        DataError: if a stream is given and no ``count``, or no image can be decoded.
     """
     chosen: Any = rows
     if isinstance(rows, datasets.IterableDataset):
         if count is None:
             raise DataError("a streamed evaluation split has no end that is known; set max_eval_images")
-        chosen = list(undecoded(rows, "image").take(count))
+        chosen = list(told_when_broken(undecoded(rows, "image").take(count)))
     elif count is not None and count < len(rows):
         chosen = rows.select(range(count))
-    return ImageClassificationDataset(
-        chosen, classifier.preprocessing, remap=classifier.labels.remap, num_labels=classifier.labels.num_labels
-    )
+    options: dict[str, Any] = {
+        "remap": classifier.labels.remap,
+        "num_labels": classifier.labels.num_labels,
+        "split": rows.split and str(rows.split),
+    }
+    images = ImageClassificationDataset(chosen, classifier.preprocessing, **options)
+    if not skip_corrupt or len(good := images.readable()) == len(images):
+        return images
+    chosen = chosen.select(good) if isinstance(chosen, datasets.Dataset) else [chosen[index] for index in good]
+    return ImageClassificationDataset(chosen, classifier.preprocessing, **options)

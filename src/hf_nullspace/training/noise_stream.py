@@ -49,7 +49,7 @@ def noise_stream(
         ``(held_out, batches)``: tensors ``pixel_values`` (b, C, H, W).
 
     Raises:
-        ValueError: if the dataset is empty, or its rows have no ``pixel_values``.
+        ValueError: if the dataset is empty or too small to hold an image out, or its rows have no ``pixel_values``.
     """
     if hasattr(dataset, "with_stream"):
         dataset = dataset.with_stream("noise", round)
@@ -68,6 +68,11 @@ def noise_stream(
     if len(dataset) == 0:
         raise ValueError("the training set is empty: no image to learn a noise on")
     order = torch.randperm(len(dataset), generator=_generator(seed, round)).tolist()
+    if held_out_images > 0 and len(dataset) < 4:
+        raise ValueError(
+            f"the training set has {len(dataset)} images, of which at most a quarter can be held out "
+            f"(held_out_images={held_out_images}); use 4 images or more"
+        )
     held_out_images = min(held_out_images, len(dataset) // 4)
     if 0 < held_out_images < processes:
         raise ValueError(

@@ -10,10 +10,10 @@ import numpy as np
 from datasets import ClassLabel, Features, Image
 from PIL import Image as PILImage
 
+from hf_nullspace.image_files import check_names, features_of
 from hf_nullspace.training.columns import (
     DataError,
     check_labels,
-    features_of,
     find_columns,
     is_text,
     labels_of,
@@ -199,7 +199,9 @@ def _class_folders(
         if by_split and sources.setdefault(into, parts[0]) != parts[0]:
             raise DataError(f"{folder} has two folders for one split: {sources[into]!r} and {parts[0]!r}. Rename one.")
         column = columns.setdefault(into, {"image": [], "label": []})
-        column["image"] += [str(folder.joinpath(*parts, name)) for name in files]
+        paths = [str(folder.joinpath(*parts, name)) for name in files]
+        check_names(paths)
+        column["image"] += paths
         column["label"] += [label_ids[parts[-1]]] * len(files)
     return {
         into: datasets.Dataset.from_dict(column, features=features, split=datasets.NamedSplit(into))
