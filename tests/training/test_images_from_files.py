@@ -13,15 +13,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Features, Value
+from datasets import ClassLabel, Features, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_nullspace.image_files import CorruptImageError, DataError, decoded_image, encoded_bytes, undecoded
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
-from hf_nullspace.robustness.image_sets import ImageSet, ImageStream
+from hf_nullspace.robustness.image_sets import ImageSet, ImageStream, modification_stamp
 from hf_nullspace.robustness.label_spaces import wnids
+from hf_nullspace.robustness.records import images_fingerprint
 from hf_nullspace.robustness.sets import load_set
 from hf_nullspace.training.columns import num_classes
 from hf_nullspace.training.label_maps import align_labels
@@ -268,6 +269,9 @@ def test_a_corrupt_image_is_named_in_a_robustness_set(kind):
     with pytest.raises(CorruptImageError, match=rf"^own, test: row 1.* {message}") as caught:
         ImageSet("own, test", rows, classifier().preprocessing).raw_image(1)
     assert "skip" not in str(caught.value)  # evaluate_robustness has no such option
+    beyond = ImageSet("own, test", concatenate_datasets([rows] * 30), classifier().preprocessing)
+    assert images_fingerprint(beyond, sample=2)  # the row's fault is not the fingerprint's
+    assert modification_stamp(beyond)
     with pytest.raises(CorruptImageError, match=rf"^own, test: row 1 of the stream.* {message}"):
         list(ImageStream("own, test", rows.to_iterable_dataset(), classifier().preprocessing))
 

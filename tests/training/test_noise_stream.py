@@ -132,6 +132,10 @@ def test_little_data():
 def test_empty_data():
     with pytest.raises(ValueError, match="the training set is empty"):
         drawn(Numbers(0))
+    for few in (1, 3):
+        with pytest.raises(ValueError, match=rf"has {few} images, .*\(held_out_images=7\); use 4 images or more"):
+            drawn(Numbers(few), held_out_images=7)
+        assert drawn(Numbers(few), held_out_images=0)[0] == []
     for held_out in (0, 7):
         with pytest.raises(ValueError, match="the training stream is empty"):
             drawn(NumberStream(0), held_out_images=held_out)

@@ -191,6 +191,9 @@ def content_digest(images: Any) -> str:
     elif isinstance(rows, datasets.Dataset):
         for chunk in rows.data.column("image").chunks:
             for content, path in zip(chunk.field("bytes"), chunk.field("path"), strict=True):
+                if not content.is_valid and not path.is_valid:
+                    digest.update(b"no image")  # an error once its row is read
+                    continue
                 size = len(content.as_buffer()) if content.is_valid else Path(path.as_py()).stat().st_size
                 digest.update(size.to_bytes(8, "little"))
                 if content.is_valid:
@@ -211,7 +214,7 @@ def modification_stamp(images: Any) -> str:
         return ""
     for chunk in rows.data.column("image").chunks:
         for content, path in zip(chunk.field("bytes"), chunk.field("path"), strict=True):
-            if not content.is_valid:
+            if path.is_valid and not content.is_valid:
                 digest.update(Path(path.as_py()).stat().st_mtime_ns.to_bytes(16, "little"))
     return digest.hexdigest()
 
