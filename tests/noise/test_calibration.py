@@ -1,6 +1,7 @@
 """Scaling a noise to a wanted influence, against SciPy's root finder and on real models."""
 
 import itertools
+import math
 
 import pytest
 import scipy.optimize
@@ -73,6 +74,11 @@ def test_what_cannot_be_reached_is_an_error():
         find_factor(lambda factor: min(factor, 0.01), 0.03)
     with pytest.raises(NoiseNotCalibratedError, match="The influence jumps there"):
         find_factor(lambda factor: float(factor > 3), 0.03)
+    with pytest.raises(NoiseNotCalibratedError, match=r"it is 0\.01") as refused:
+        find_factor(lambda factor: min(factor, 0.01) if factor < 1000 else math.nan, 0.03)
+    assert 500 <= refused.value.inside[0] < 1000, "half precision ends where the next doubling would be NaN"
+    with pytest.raises(FloatingPointError, match="noise times 1 is NaN"):
+        find_factor(lambda factor: math.nan, 0.03)
     with pytest.raises(ValueError, match="positive influence"):
         find_factor(lambda factor: factor, 0.0)
 

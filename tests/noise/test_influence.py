@@ -1,5 +1,7 @@
 """The measures against NumPy and closed forms."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -65,3 +67,5 @@ def test_scaling_finds_the_boundary():
     assert scale_to_influence(lambda factor: factor**2, 0.04) == pytest.approx(0.2, abs=1e-5)
     assert scale_to_influence(lambda factor: 0.01 * factor, 0.04) == 1.0
     assert scale_to_influence(lambda factor: factor**2, 0.04) ** 2 <= 0.04
+    with pytest.raises(FloatingPointError, match="noise times 1 is NaN"):
+        scale_to_influence(lambda factor: math.nan, 0.04)

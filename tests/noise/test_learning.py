@@ -9,6 +9,8 @@ from torch.nn.functional import softmax
 
 from hf_nullspace.models.patch_embedding import EmbeddingShape, NoiseMode, PatchEmbeddingNoise, patch_embedding_noise
 from hf_nullspace.noise.artifact import model_hash
+from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
+from hf_nullspace.noise.calibration import calibrate
 from hf_nullspace.noise.influence import noise_influence
 from hf_nullspace.noise.learning import (
     NoiseNotLearnedError,
@@ -236,8 +238,46 @@ def test_what_happens_at_the_limit_is_an_option():
 def test_nan_names_the_step():
     vit = tiny_model()
     bad = [next(stream(dtype=torch.float32)), torch.full((2, 3, 16, 16), float("nan"))]
-    with pytest.raises(FloatingPointError, match="noise step 1: influence nan"):
+    with pytest.raises(FloatingPointError, match=r"noise step 1: influence nan, loss nan on minibatch.*the images"):
         learn_noise(vit, bad, NoiseSettings(epsilon=1e-9, stop_on="minibatch"), seed=0)
+    pole = NoiseSettings(epsilon=None, max_steps=1, norm_weight=1.0)  # log||v|| at 0
+    with pytest.raises(FloatingPointError, match="noise step 1: .*the noise is: lower its learning rate"):
+        learn_noise(vit, stream(dtype=torch.float32), pole, seed=0, start=torch.zeros(1, 16, 24))
+
+
+SOURCES = {
+    "the weight classifier.bias is": ("classifier.bias", math.nan),
+    "the patch embeddings are": ("vit.embeddings.patch_embeddings.projection.bias", 65504.0),
+    "the clean logits are": ("vit.layernorm.weight", 65504.0),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("learner", ["descent", "boundary", "calibration"])
+def test_what_is_nan_is_named_before_anything_is_learned(source, learner):
+    name, value = SOURCES[source]
+    vit = tiny_model().half()
+    with torch.no_grad():
+        vit.get_parameter(name).fill_(value)
+    with pytest.raises(FloatingPointError, match=f"logits without noise on held-out images, NaN or infinite: {source}"):
+        learn_with(learner, vit, [1000 * batch for batch in held_out(torch.float16)])
+
+
+@pytest.mark.parametrize("learner", ["descent", "boundary", "calibration"])
+def test_nan_images_are_no_influence_and_no_reason_for_another_epsilon(learner):
+    images = held_out(torch.float32)
+    images[1][0, 0, 0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="on held-out images, NaN or infinite: the images"):
+        learn_with(learner, tiny_model(), images)
+
+
+def learn_with(learner, vit, images):
+    batches, direction = stream(dtype=images[0].dtype), torch.ones(1, 16, 24)
+    if learner == "descent":
+        return learn_noise(vit, batches, NoiseSettings(on_limit="rescale"), seed=0, held_out=images)
+    if learner == "boundary":
+        return follow_boundary(vit, batches, BoundarySettings(steps=1), seed=0, held_out=images)
+    return calibrate(vit, direction, 0.03, images)
 
 
 def test_chunks_change_only_the_rounding():

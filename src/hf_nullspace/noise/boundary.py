@@ -99,7 +99,7 @@ def follow_boundary(
         on_step: called with (steps done, mean influence on the minibatch), for a progress bar.
 
     Raises:
-        FloatingPointError: if the loss or influence is NaN or infinite, naming the step.
+        FloatingPointError: if the loss or influence is NaN or infinite, naming the step and the tensor it comes from.
         NoiseNotCalibratedError: if no length of a noise is inside epsilon.
         ValueError: if there are no held-out images, or the batches run out.
     """
@@ -243,12 +243,8 @@ def _follow(
         batch, clean = pool.draw()
         noise = noises.tensor()
         leaf = noise.detach().requires_grad_()
+        probe.step = step
         influence, loss, gradient = probe.measure(batch, leaf, squared=settings.loss == "squared_l2", clean=clean)
-        if not all(map(math.isfinite, influence + loss)):
-            raise FloatingPointError(
-                f"noise step {step}: influence {influence}, loss {loss}. The model gives NaN or infinity: check its "
-                "weights and precision"
-            )
         history.influence.append(sum(influence) / count)
         history.loss.append(sum(loss) / count)
         history.norm.append(float(torch.linalg.vector_norm(leaf.detach()[0])))

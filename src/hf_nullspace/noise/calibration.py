@@ -64,6 +64,7 @@ def find_factor(
 
     Raises:
         ValueError: if epsilon is not positive.
+        FloatingPointError: if an influence is NaN, but for one farther out than others that are below epsilon.
         NoiseNotCalibratedError: if no factor brackets epsilon, or ``steps`` divisions do not come near enough.
     """
     if not epsilon > 0:
@@ -73,7 +74,10 @@ def find_factor(
     def ask(factor: float) -> tuple[float, float]:
         nonlocal asked
         asked += 1
-        return factor, influence_at(factor)
+        influence = influence_at(factor)
+        if math.isnan(influence):
+            raise FloatingPointError(f"the influence of the noise times {factor:g} is NaN: check the model's logits")
+        return factor, influence
 
     def near(influence: float) -> bool:
         return abs(influence - epsilon) <= tolerance * epsilon
@@ -94,7 +98,12 @@ def find_factor(
         # The influence grows about as the square; where that leads nowhere (a plateau), by two at a time.
         guess = math.sqrt(epsilon / point[1]) if point[1] > 0 and number < _GUESSES else math.inf
         guess = guess * 1.05 if outside is None else 0.95 * guess if guess < math.inf else 0.5
-        point = ask(min(point[0] * min(max(guess, 0.5), 2.0), largest))
+        try:
+            point = ask(min(point[0] * min(max(guess, 0.5), 2.0), largest))
+        except FloatingPointError:  # so far out the precision ends
+            if inside[0] == 0 or outside is not None:
+                raise
+            break
     if outside is None or inside[0] == 0:
         raise NoiseNotCalibratedError(
             f"no factor between {start:g} and {point[0]:g} gives an influence of {epsilon:g}; at {point[0]:g} it is "

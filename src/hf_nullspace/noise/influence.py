@@ -1,5 +1,6 @@
 """What a noise does to the predictions, and how large it is."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -61,13 +62,23 @@ def scale_to_influence(
 
     ``influence_at(factor)`` is the influence of the noise times that factor; it is 0 at 0. The influence need not be
     monotone: the answer is near a place where it crosses ``epsilon``, on the side where it is below.
+
+    Raises:
+        FloatingPointError: if an influence is NaN.
     """
-    if influence_at(upper) <= epsilon:
+
+    def is_inside(factor: float) -> bool:
+        influence = influence_at(factor)
+        if math.isnan(influence):
+            raise FloatingPointError(f"the influence of the noise times {factor:g} is NaN: check the model's logits")
+        return influence <= epsilon
+
+    if is_inside(upper):
         return upper
     inside, outside = 0.0, upper
     for _ in range(steps):
         middle = (inside + outside) / 2
-        if influence_at(middle) <= epsilon:
+        if is_inside(middle):
             inside = middle
         else:
             outside = middle

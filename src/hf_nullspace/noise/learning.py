@@ -143,7 +143,7 @@ def learn_noise(
         on_step: called with (steps done, influence on the minibatch), for a progress bar.
 
     Raises:
-        FloatingPointError: if the loss or influence is NaN or infinite, naming the step.
+        FloatingPointError: if the loss or influence is NaN or infinite, naming the step and the tensor it comes from.
         NoiseNotLearnedError: if T steps do not reach epsilon and ``on_limit="error"``.
         ValueError: if the batches run out, or held-out images are needed and missing.
     """
@@ -203,6 +203,7 @@ def _descend(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.max_steps)
     batch = first
     while True:
+        probe.step = history.steps
         (influence,), (loss,), gradient = probe.measure(batch, noise, squared=settings.loss == "squared_l2")
         _record(history, noise.detach(), influence, loss)
         if on_step is not None:
@@ -247,11 +248,6 @@ def _finish(probe: Probe, noise: Tensor, settings: NoiseSettings, history: Noise
 
 
 def _record(history: NoiseHistory, noise: Tensor, influence: float, loss: float) -> None:
-    if not (math.isfinite(influence) and math.isfinite(loss)):
-        raise FloatingPointError(
-            f"noise step {history.steps}: influence {influence}, loss {loss}. The model gives NaN or infinity: "
-            "check its weights and precision, or lower noise_limit (A) or the noise's learning rate"
-        )
     history.influence.append(influence)
     history.loss.append(loss)
     history.norm.append(float(torch.linalg.vector_norm(noise)))

@@ -1,5 +1,9 @@
-"""A model that is asked for its logits with and without a noise, by all processes together; it is not changed."""
+"""A model that is asked for its logits with and without a noise, by all processes together; it is not changed.
 
+What comes out NaN or infinite ends with a FloatingPointError on every process, which names the first tensor that is.
+"""
+
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal
@@ -23,12 +27,16 @@ class Probe:
         spare: Tensor,
     ) -> None:
         self.model, self.hook, self.chunk_size, self.spare = model, hook, chunk_size, spare
+        self.step: int | None = None
+        """The noise step that is taken, for errors."""
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())  # FSDP2
         self.held_out = self.chunks(held_out)
         with torch.no_grad():
             self.clean = [self.logits(self.prepare(chunk)) for chunk, _ in self.held_out]
+        if self.over_processes(int(not _finite(*self.clean)), "max"):
+            raise self._not_finite("held-out", "logits without noise", [chunk for chunk, _ in self.held_out])
         self._counts: dict[int | None, int] = {}
         self.held_out_images = self._images_in(None)
 
@@ -93,7 +101,10 @@ class Probe:
                 sums[:, -3:].index_add_(0, of, each.to(sums.dtype))
         sums = over_processes(sums)
         means = sums[:, :-1] / sums[:, -1:].clamp(min=1)
-        return means[:, -2].tolist(), means[:, -1].tolist(), means[:, :-2].reshape(noises.shape)
+        influence, loss = means[:, -2].tolist(), means[:, -1].tolist()
+        if not all(map(math.isfinite, influence + loss)):
+            raise self._not_finite("minibatch", f"influence {_shown(influence)}, loss {_shown(loss)}", [batch], noises)
+        return influence, loss, means[:, :-2].reshape(noises.shape)
 
     @torch.no_grad()
     def clean_logits(self, batch: Tensor) -> Tensor:
@@ -107,12 +118,61 @@ class Probe:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for (chunk, count), clean in list(zip(self.held_out, self.clean, strict=True))[:first]:
             total += noise_influence(clean, self.logits(self.prepare(chunk), noise)).double() * count
-        return float(over_processes(total)) / self._images_in(first)
+        influence = float(over_processes(total)) / self._images_in(first)
+        if not math.isfinite(influence):
+            raise self._not_finite("held-out", f"influence {influence}", [chunk for chunk, _ in self.held_out], noise)
+        return influence
+
+    @torch.no_grad()
+    def _not_finite(self, which: str, what: str, images: Sequence[Tensor], noise: Tensor | None = None) -> Exception:
+        """The error for numbers that are not finite; asks this process's tensors in the order in which they arise."""
+        weight = not_finite_weight(self.model)
+        images = [piece for each in images for piece in each.split(self.chunk_size or len(each))]
+        if noise is not None and not _finite(noise):
+            culprit = "the noise is: lower its learning rate or noise_limit (A)"
+        elif not _finite(*images):
+            culprit = "the images (pixel_values) are: check the preprocessing"
+        elif weight is not None:
+            culprit = f"the weight {weight} is: the model has diverged, or its file is damaged"
+        elif not self.sharded and not _finite(*(self._embeddings(chunk) for chunk in images)):
+            culprit = "the patch embeddings are: compute in a wider precision"
+        elif not self.sharded and not _finite(*(self.logits(self.prepare(chunk)) for chunk in images)):
+            culprit = "the clean logits are: compute in a wider precision, or check the model"
+        elif noise is None:
+            culprit = "those of another process are, or the logits of a sharded model"
+        else:
+            elsewhere = " (or a tensor of another process)" if place_among_processes()[1] > 1 else ""
+            culprit = (
+                f"the logits with the noise are{elsewhere}: compute in a wider precision, or lower noise_limit (A)"
+            )
+        at = "" if self.step is None else f"noise step {self.step}: "
+        return FloatingPointError(f"{at}{what} on {which} images, NaN or infinite: {culprit}")
+
+    def _embeddings(self, pixel_values: Tensor) -> Tensor:
+        output = self.hook.module(self.prepare(pixel_values))
+        return output[0] if isinstance(output, tuple) else output
 
     def _images_in(self, first: int | None) -> int:
         if first not in self._counts:
             self._counts[first] = self.over_processes(sum(count for _, count in self.held_out[:first]), "sum")
         return self._counts[first]
+
+
+def not_finite_weight(model: nn.Module) -> str | None:
+    """Name of the first parameter of ``model`` (of this process's part) that has NaN or infinity, if there is one."""
+    named = [(name, getattr(each, "to_local", lambda each=each: each)()) for name, each in model.named_parameters()]
+    if _finite(*(each for _, each in named)):
+        return None
+    name = next(name for name, each in named if not _finite(each))
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return not tensors or bool(torch.stack([each.isfinite().all().to(tensors[0].device) for each in tensors]).all())
+
+
+def _shown(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def over_processes(tensor: Tensor, operation: Literal["sum", "max"] = "sum") -> Tensor:
