@@ -241,7 +241,7 @@ def test_nan_names_the_step():
     with pytest.raises(FloatingPointError, match=r"noise step 1: influence nan, loss nan on minibatch.*the images"):
         learn_noise(vit, bad, NoiseSettings(epsilon=1e-9, stop_on="minibatch"), seed=0)
     pole = NoiseSettings(epsilon=None, max_steps=1, norm_weight=1.0)  # log||v|| at 0
-    with pytest.raises(FloatingPointError, match="noise step 1: .*the noise is: lower its learning rate"):
+    with pytest.raises(FloatingPointError, match=r"noise step 1: .*the noise is: lower its learning rate"):
         learn_noise(vit, stream(dtype=torch.float32), pole, seed=0, start=torch.zeros(1, 16, 24))
 
 

@@ -292,3 +292,40 @@ def test_rounds_differ_and_are_kept(tmp_path):
 def test_not_a_vit_is_refused(tmp_path):
     with pytest.raises(NotAViTError, match="ResNetForImageClassification has no patch embedding"):
         NullspaceTrainer(tiny_resnet(), config(tmp_path), train_dataset=Images())
+
+
+def nan_gradient(outputs, labels, num_items_in_batch=None):
+    """A loss that is finite and has no finite gradient."""
+    return cross_entropy(outputs.logits, labels) + (0 * outputs.logits.sum()).sqrt()
+
+
+class OneNaN(Images):
+    """Images with a pixel that is NaN."""
+
+    def __init__(self):
+        super().__init__(dtype=torch.float64)
+        self.pixel_values[:, 0, 0, 0] = math.nan
+
+
+NAN_GRADIENT = {"rounds": 1, "steps_per_round": 1, "objective": "plain", "compute_loss_func": nan_gradient}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"data": OneNaN, "objective": "plain"}, "optimizer step 0: the loss is nan: pixel_values of the batch has"),
+        ({"data": OneNaN}, "round 0, after 0 optimizer steps: logits without noise on held-out .*the images"),
+        ({"learning_rate": 1e200, "objective": "plain"}, "optimizer step 1: the loss is nan: the model's logits are"),
+        ({"learning_rate": 1e200}, "optimizer step 1: the loss is nan: the model's logits are NaN"),
+        ({"learning_rate": 1e200, "rounds": 4, "steps_per_round": 1}, "round 1, after 1 optimizer steps: .*the clean"),
+        ({"learning_rate": 1e200, "logging_nan_inf_filter": False}, "optimizer step 2: the loss is nan"),
+        (NAN_GRADIENT, "optimizer step 1: the weight vit.embeddings.cls_token is NaN or infinite: start again with"),
+        (NAN_GRADIENT | {"rounds": 2}, "optimizer step 1: the loss is nan: the weight vit.embeddings.cls_token is"),
+        (NAN_GRADIENT | {"save_strategy": "steps", "save_steps": 1}, "optimizer step 1: the weight vit.embeddings"),
+    ],
+)
+def test_nan_ends_a_run_with_the_step_and_the_name(tmp_path, given, message):
+    given = {name: value() if name == "data" else value for name, value in given.items()}
+    with pytest.raises(FloatingPointError, match=message):
+        trained(tmp_path, **given)
+    assert not list(tmp_path.rglob("model.safetensors"))

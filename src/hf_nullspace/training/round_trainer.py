@@ -1,6 +1,7 @@
 """The part of the trainer that acts when a round begins: the objective makes a noise, and what was made is kept."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from hf_nullspace.files import one_clear_error, write_json
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, bank_file_name, provenance_of
 from hf_nullspace.noise.learning import NoiseHistory, derive_seed
+from hf_nullspace.noise.probe import not_finite_weight
 from hf_nullspace.training.checkpoints import HISTORY_NAME
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.cost import Cost
@@ -45,12 +47,61 @@ class RoundTrainer(Trainer):
         """The newest noise of the present round; None before the first, and for objectives without one."""
         return self.noises[0] if self.noises else None
 
+    # ---- NaN ends a run
+
+    def train(self, *positional: Any, **named: Any) -> Any:
+        """The Trainer's.
+
+        Raises:
+            FloatingPointError: if a loss, a noise or a weight is NaN or infinite, with the step and the tensor's name.
+        """
+        outputs = super().train(*positional, **named)
+        self._check_weights()
+        return outputs
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # With this option, its default, the Trainer waits for every step's loss all the same, and hides NaN.
+        if self.args.logging_nan_inf_filter and not loss.isfinite():
+            raise self._diverged(loss.item(), inputs)
+        return loss
+
+    def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
+        super().log(logs, *more, **named)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise self._diverged(logs["loss"])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._check_weights()
+        super().save_model(output_dir, _internal_call)
+
+    def _diverged(self, loss: float, inputs: dict[str, Any] | None = None) -> FloatingPointError:
+        weight = not_finite_weight(self.model)
+        poor = [name for name, each in (inputs or {}).items() if isinstance(each, Tensor) and not each.isfinite().all()]
+        if poor:
+            culprit = f"{poor[0]} of the batch has NaN or infinity: check the images and their preprocessing"
+        else:
+            culprit = f"the weight {weight} is NaN or infinite" if weight else "the model's logits are NaN or infinite"
+            culprit += ": start again with a lower learning_rate, or with bf16 instead of fp16"
+        return FloatingPointError(f"optimizer step {self.state.global_step}: the loss is {loss}: {culprit}")
+
+    def _check_weights(self) -> None:
+        weight = not_finite_weight(self.model)
+        if weight is not None:
+            raise FloatingPointError(
+                f"optimizer step {self.state.global_step}: the weight {weight} is NaN or infinite: start again with a "
+                "lower learning_rate, or with bf16 instead of fp16"
+            )
+
+    # ---- rounds
+
     def _learn(self, model: nn.Module, round_: int) -> tuple[NullspaceNoise, ...]:
         """A round's noises, on its own seeded stream; logged, the newest kept as ``noises/round-KKK.safetensors``."""
         assert self._hook is not None
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         round_seed, settings = derive_seed(seed, round_), self.args.noise_settings()
         with (
+            self._named(round_),
             self._progress(round_, self.args.noise_max_steps or 0) as show,
             own_randomness(round_seed),
             self.cost.during("noise"),
@@ -99,6 +150,15 @@ class RoundTrainer(Trainer):
     def _provenance(self, round_: int) -> NoiseProvenance:
         known = provenance_of(self.model, hashed=not self.is_fsdp_enabled)
         return replace(known, training_step=self.state.global_step, round=round_)
+
+    @contextmanager
+    def _named(self, round_: int) -> Iterator[None]:
+        """What is NaN inside says in which round."""
+        try:
+            yield
+        except FloatingPointError as error:
+            at = f"round {round_}, after {self.state.global_step} optimizer steps"
+            raise FloatingPointError(f"{at}: {error}") from None
 
     @contextmanager
     def _progress(self, round_: int, steps: int) -> Iterator[Callable[[int, float], None]]:
