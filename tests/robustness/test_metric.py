@@ -8,6 +8,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
+import torch
 
 from hf_nullspace.robustness import published, scores
 
@@ -55,15 +56,97 @@ def test_the_numbers_are_those_of_scores(module):
 def test_no_mce_without_a_whole_reference(module):
     rows = {"predictions": [0, 1], "references": [0, 0], "condition": ["fog/1", "snow/1"]}
     assert "mce" not in module.compute(**rows)
-    assert module.compute(**rows, reference_errors={"fog": [50.0], "snow": 80})["mce"] == pytest.approx((0 + 125) / 2)
+    assert module.compute(**rows, reference_errors={"fog": [50.0], "snow": [80]})["mce"] == pytest.approx((0 + 125) / 2)
     with pytest.raises(ValueError, match="without a reference"):
-        module.compute(**rows, reference_errors={"fog": 50.0})
+        module.compute(**rows, reference_errors={"fog": [50.0]})
     with pytest.raises(ValueError, match="without a measurement"):
         module.compute(**rows, reference_errors="alexnet")
     with pytest.raises(ValueError, match="unknown reference 'resnet'"):
         module.compute(**rows, reference_errors="resnet")
     with pytest.raises(ValueError, match=r"expected \(2, classes\)"):
         module.compute(**rows, probabilities=[[1.0]])
+
+
+FOG = [f"fog/{severity}" for severity in range(1, 6)]
+
+
+def rows(conditions, predictions=None):
+    """One image for each condition, right under "clean" alone."""
+    right = [int(name == "clean") for name in conditions]
+    return {"predictions": predictions or right, "references": [1] * len(right), "condition": conditions}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "reference"),
+    [
+        (["FGSM(eps=1/255)", *FOG], {"fog": 50.0}),
+        (["imagenet-a", "generated fog 3", "lab/set", *FOG], {"fog": 50.0}),
+        ([f"imagenet-c/{name}" for name in FOG], {"fog": 50.0}),
+        (FOG, {"fog": np.float32(50)}),
+        (FOG, {"fog": np.array(50.0)}),
+        (FOG, {"fog": np.full(5, 50.0)}),
+        (["fog/3"], {"fog": [np.float64(50)]}),
+    ],
+)
+def test_the_cells_are_found_among_other_conditions(module, conditions, reference):
+    assert module.compute(**rows(conditions), reference_errors=reference)["mce"] == pytest.approx(200)
+
+
+def test_alexnet_is_no_reference_for_another_set(module):
+    names = [f"{corruption}/{severity}" for corruption in published.ALEXNET_ERRORS for severity in range(1, 6)]
+    published_cells = module.compute(**rows([f"imagenet-c/{name}" for name in names]), reference_errors="alexnet")
+    assert published_cells == module.compute(
+        **rows([f"imagenet-c/{name}" for name in names]), reference_errors=published.ALEXNET_ERRORS
+    )
+    with pytest.raises(ValueError, match="a reference for ImageNet-C only, got cifar10-c/"):
+        module.compute(**rows([f"cifar10-c/{name}" for name in names]), reference_errors="alexnet")
+
+
+@pytest.mark.parametrize(
+    ("conditions", "reference", "message"),
+    [
+        (FOG[:4], {"fog": 50.0}, "fog was measured at severity 1, 2, 3, 4; one number is a mean over 1 to 5"),
+        ([*FOG[:4], "fog/6"], {"fog": 50.0}, "fog was measured at severity 1, 2, 3, 4, 6; one number is"),
+        (FOG[:4], {"fog": [50.0] * 5}, "fog was measured at severity 1, 2, 3, 4; its reference has 5 values"),
+        (["fog/1", "imagenet-c/fog/1"], {"fog": [50.0]}, "fog/1 and imagenet-c/fog/1 are the same cell"),
+        (["fog/1"], {"fog": [float("nan")]}, r"the reference of fog is \[nan\]; expected errors in %"),
+        (["fog/1"], {"fog": [101]}, "expected errors in %"),
+        (["fog/1"], {"fog": "50%"}, "the reference of fog is '50%'; expected errors in %"),
+        (["fog/1"], {"fog": [0.0]}, "the reference makes no error"),
+        (["clean", "fog/1"], {"fog": [20.0], "clean": 30.0}, "the reference makes no error"),
+        (["clean", "fog/1"], {"fog": [20.0], "clean": float("nan")}, "the reference of clean is nan; expected"),
+        (["fog/1"], 3.0, "unknown reference 3.0; expected 'alexnet' or a dict"),
+    ],
+)
+def test_a_reference_that_does_not_fit_is_refused(module, conditions, reference, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        module.compute(**rows(conditions), reference_errors=reference)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "values", [[0.7, 1.0], np.array([0.7, 1], dtype=np.float32), [float("nan"), 1.0], torch.tensor([0.7, 1])]
+)
+def test_a_class_that_is_no_whole_number_is_not_cut(module, values):
+    with pytest.raises(ValueError, match=r"predictions hold (0\.7|nan).*; expected classes as whole numbers"):
+        module.compute(predictions=values, references=[0, 1], condition=["clean", "clean"])
+    with pytest.raises(ValueError, match="references hold"):
+        module.compute(predictions=[0, 1], references=values, condition=["clean", "clean"])
+    with pytest.raises(ValueError, match="predictions hold"):
+        module.add(prediction=values[0], reference=1, condition="clean")
+    whole = module.compute(predictions=[0.0, 1.0], references=torch.tensor([0, 1]), condition=["clean", "clean"])
+    assert whole["accuracy"] == 1
+
+
+def test_a_class_without_a_probability_is_refused(module):
+    for prediction in (-1, 2):
+        with pytest.raises(ValueError, match=f"a predicted class of {prediction}, but probabilities of 2 classes"):
+            module.compute(
+                predictions=[0, prediction],
+                references=[0, 1],
+                condition=["clean"] * 2,
+                probabilities=np.full((2, 2), 0.5),
+            )
 
 
 def test_its_own_cases(module):

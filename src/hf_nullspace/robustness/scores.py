@@ -87,6 +87,8 @@ def corruption_error(errors: Sequence[float], reference: Sequence[float]) -> flo
     """CE_c in %: errors over the severities, divided by the reference's (Hendrycks & Dietterich 2019)."""
     if len(errors) != len(reference):
         raise ValueError(f"{len(errors)} severities, but the reference has {len(reference)}")
+    if not sum(reference) > 0:
+        raise ValueError(f"the reference makes no error that can be compared with: {[float(r) for r in reference]}")
     return 100 * sum(errors) / sum(reference)
 
 
