@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, snapshot_download
 
-from hf_nullspace.uploads import UploadError, check_ready, files_to_push, push_folder
+from hf_nullspace.uploads import UploadError, check_ready, files_to_push, left_behind, push_folder
 from loopback_hub import READ_ONLY, TOKEN
 
 FILES = {"README.md": b"---\nlicense: mit\n---\n", "model.safetensors": bytes(9000), "in/notes.json": b"{}"}
@@ -59,6 +59,29 @@ def test_what_stays_here_and_what_goes_there(hub_here, tmp_path):
     assert len(hub_here.history("models", "someone/thing")) == 3
     with pytest.raises(FileNotFoundError, match="nothing to push"):
         push_folder(tmp_path / "local", "someone/thing", ignore=["*"])
+
+
+def test_links_that_lead_out_are_never_followed(hub_here, tmp_path):
+    write(tmp_path, {"outside/secret": b"1", "local/a/weights": b"2", "local/.env": b"3"})
+    local = tmp_path / "local"
+    (local / "inside").symlink_to(local / "a" / "weights")
+    (local / "out").symlink_to(tmp_path / "outside" / "secret")
+    (local / "up").symlink_to(tmp_path / "outside")
+    (local / "relative").symlink_to("../outside/secret")
+    (local / "broken").symlink_to("nowhere")
+    (tmp_path / "linked").symlink_to(local)
+    for folder in (local, tmp_path / "linked"):
+        assert files_to_push(folder, [".env"]) == ["a/weights", "inside"]
+        assert left_behind(folder, [".env"]) == ["broken", "out", "relative", "up"]
+        assert left_behind(folder, ["o*"], ["a/*"]) == [".env", "broken", "inside", "relative", "up"]
+    push_folder(local, "someone/thing", ignore=[".env"])
+    assert hub_here.files("models", "someone/thing") == {"a/weights": b"2", "inside": b"2"}
+
+
+def test_what_is_listed_is_matched_part_by_part(tmp_path):
+    names = ("model-1.safetensors", "model-1/x.safetensors", "in/model-1.safetensors", "noises/round-1", "noises/a/b")
+    write(tmp_path, dict.fromkeys(names, b""))
+    assert files_to_push(tmp_path, only=["model*.safetensors", "noises/*"]) == ["model-1.safetensors", "noises/round-1"]
 
 
 def test_a_branch_is_made(hub_here, folder):

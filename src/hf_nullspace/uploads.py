@@ -56,7 +56,7 @@ def push_folder(
     afterwards: str | None = None,
     waits: Iterable[float] = _WAITS,
 ) -> CommitInfo:
-    """Create the repository if it is not there, and upload a folder as one commit.
+    """Create the repository if it is not there, and upload a folder as one commit: every file, but no link out of it.
 
     Files that the Hub has already are not sent again, so an upload that was interrupted is repeated by the same call.
     What passes by itself (5xx, a lost connection, a commit of somebody else) is tried again, on top of the client's
@@ -139,11 +139,26 @@ def whole_name(repo_id: str, token: str | None = None) -> str:
         return f"{HfApi(token=token or None).whoami()['name']}/{repo_id}"
 
 
-def files_to_push(folder: Path, ignore: Iterable[str] = ()) -> list[str]:
-    """The files of a folder, relative and sorted, without those that match ``ignore`` (fnmatch)."""
-    patterns = [*_NEVER, *ignore]
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in found if not _matches(path, patterns))
+def files_to_push(folder: Path, ignore: Iterable[str] = (), only: Iterable[str] | None = None) -> list[str]:
+    """The files of a folder, relative and sorted; a link that leads out of the folder is never followed.
+
+    Args:
+        ignore: patterns (fnmatch) of paths that are not taken.
+        only: patterns of paths, compared part by part; nothing else is taken. None: everything is.
+    """
+    patterns, whole = [*_NEVER, *ignore], folder.resolve()
+    inside = (path for path in folder.rglob("*") if path.is_file() and path.resolve().is_relative_to(whole))
+    found = (path.relative_to(folder).as_posix() for path in inside)
+    return sorted(path for path in found if not _matches(path, patterns) and (only is None or _is_one_of(path, only)))
+
+
+def left_behind(folder: Path, ignore: Iterable[str] = (), only: Iterable[str] | None = None) -> list[str]:
+    """The files and links that :func:`files_to_push` leaves out, but for those that match ``ignore``."""
+    ignore = [*_NEVER, *ignore]
+    taken = set(files_to_push(folder, ignore, only))
+    found = (path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
+    return [name for name in names if name not in taken and not _matches(name, ignore)]
 
 
 @contextmanager
@@ -219,3 +234,11 @@ def _may_pass(status: int) -> bool:
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _is_one_of(path: str, patterns: Iterable[str]) -> bool:
+    parts = path.split("/")
+    return any(
+        len(parts) == len(pattern.split("/")) and all(map(fnmatch.fnmatchcase, parts, pattern.split("/")))
+        for pattern in patterns
+    )

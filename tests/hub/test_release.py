@@ -77,9 +77,17 @@ def release(tmp_path):
     return call
 
 
-def test_a_dry_run_shows_what_would_be_pushed(run, release, tmp_path, capsys, hub_here):
+def test_a_dry_run_shows_what_would_be_pushed(run, release, tmp_path, capsys, hub_here, caplog):
+    (tmp_path / "secret.json").write_text("{}")
+    (run / "strength.png").symlink_to(tmp_path / "secret.json")
+    for name in (".env", "id_rsa", "weights.bin", "control/secret.txt"):
+        (run / name).write_text("1")
     release("--run", run, "--repo", "lab/mine", "--dry-run")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("hf_nullspace")] == [
+        f"left in {run}: .env, id_rsa, strength.png, weights.bin; no run writes that, or it is a link out of the folder"
+    ]
     out = capsys.readouterr().out
+    assert not {".env", "id_rsa", "strength.png", "weights.bin"} & set(out.split())
     assert "as recorded  clean: " in out
     assert "150 images right" in out
     assert "0 answers differ" in out

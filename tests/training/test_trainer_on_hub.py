@@ -34,6 +34,20 @@ def make_trainer(folder, **given):
     return NullspaceTrainer(tiny_model(), config(folder, **known), train_dataset=data, processing_class=processor)
 
 
+def strangers_in(folder):
+    """What lies in a folder and no run writes, with a link out of it under the name of a file that a run writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder.parent / "secret").write_text("{}")
+    for name in (".env", "id_rsa", "notes.json", "keys/model.safetensors", "model.safetensors.bak"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("password=1")
+    for name in ("cost-of-all.json", "processor_config.json"):
+        (folder / name).symlink_to(folder.parent / "secret")
+
+
+STRANGERS = ".env, cost-of-all.json, id_rsa, keys/model.safetensors, model.safetensors.bak and 2 more"
+
+
 def every_step(**given):
     return {"save_strategy": "steps", "save_steps": 1, "hub_always_push": True} | given
 
@@ -51,16 +65,20 @@ def commits(hub):
     return found[::-1]
 
 
-def test_at_the_end_everything_is_one_commit(hub_here, tmp_path):
+def test_at_the_end_everything_is_one_commit(hub_here, tmp_path, caplog):
     trainer = make_trainer(tmp_path / "run", hub_strategy="end", hub_private_repo=True, hub_token=TOKEN, **every_step())
     assert hub_here.repository("models", REPO).private
     trainer.train()
     assert files(hub_here) == {}
     (tmp_path / "run" / "control").mkdir()
     (tmp_path / "run" / "control" / "config.json").write_text("{}")
-    trainer.save_model()
+    strangers_in(tmp_path / "run")
+    with caplog.at_level(logging.WARNING):
+        trainer.save_model()
     assert hub_here.history("models", REPO) == ["Model save", "initial commit"]
     assert set(files(hub_here)) == MODEL | NOISE | ROUNDS
+    assert caplog.text.count("no run writes that") == 1
+    assert f"left in {tmp_path / 'run'}: {STRANGERS}; no run writes that" in caplog.text
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert trainer.args.hub_token == TOKEN
     model = AutoModelForImageClassification.from_pretrained(REPO)
@@ -99,6 +117,8 @@ def test_results_that_lie_there_are_pushed_with_it_and_older_noises_go(hub_here,
 def test_every_checkpoint_is_whole(hub_here, tmp_path, strategy):
     """Model, noise and history of one commit are of the same step, and the pushed checkpoint can be gone on from."""
     trainer = make_trainer(tmp_path / "run", hub_strategy=strategy, save_total_limit=1, **every_step())
+    strangers_in(tmp_path / "run" / "checkpoint-2")
+    strangers_in(tmp_path / "run")
     trainer.train()
     made = commits(hub_here)
     assert [title for title, _ in made] == [f"Training in progress, step {step}" for step in (1, 2, 3, 4)]
@@ -228,6 +248,7 @@ def test_a_finished_folder_is_pushed_without_a_trainer(hub_here, tmp_path):
     trainer.save_model()
     (tmp_path / "run" / "checkpoint-9").mkdir()
     (tmp_path / "run" / "checkpoint-9" / "x").write_text("")
+    strangers_in(tmp_path / "run")
     push_run(tmp_path / "run", "robust")
     assert set(files(hub_here)) == MODEL | NOISE | ROUNDS
     assert f'"{REPO}"' in files(hub_here)["README.md"].decode()

@@ -20,12 +20,11 @@ from hf_nullspace.hub.recheck import ReleaseError
 from hf_nullspace.hub.run_folder import COST_NAME, HISTORY_NAME, REPORTS, SETTINGS_NAME, portable
 from hf_nullspace.hub.staging import published_copy
 from hf_nullspace.noise.artifact import CONFIG_NAME
-from hf_nullspace.training.publishing import LEFT_HERE, REPLACED
-from hf_nullspace.uploads import files_to_push, push_folder
+from hf_nullspace.training.publishing import REPLACED, published_files
+from hf_nullspace.uploads import push_folder
 
 RECORDS = ("config.json", "preprocessor_config.json", SETTINGS_NAME, HISTORY_NAME, COST_NAME, CONFIG_NAME, *REPORTS)
 RELEASE_NAME = "release.json"
-_LEFT_HERE = (*LEFT_HERE, "records/*", "*/records/*", "per_sample/*", "*.bin", "*.pt", "*.pth", "*.log")
 
 
 def stage(run: Path, folder: Path, repo_id: str, *, license: str | None = None, note: str | None = None) -> list[Path]:
@@ -35,7 +34,7 @@ def stage(run: Path, folder: Path, repo_id: str, *, license: str | None = None, 
     machine become names. Checkpoints, base model, control, optimizer states and pickles stay here.
     """
     write_card(run, repo_id, license=license, note=note)
-    return [published_copy(run / name, folder / name) for name in files_to_push(run, _LEFT_HERE)]
+    return [published_copy(run / name, folder / name) for name in published_files(run)]
 
 
 def push_and_verify(

@@ -36,7 +36,7 @@ def linked_copy(source: Path, target: Path) -> Path:
     """A hard link, or a copy on a file system that has none."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
     return target

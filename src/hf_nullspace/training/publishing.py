@@ -1,6 +1,7 @@
 """A run on the Hub: what is pushed of it, when, and what happens when a push fails.
 
-Pushed are the model, its image processor, the noises, the histories, the results and the card. Left here are
+Pushed are the model, its image processor, the noises, the histories, the results and the card (``PUBLISHED``), not
+whatever lies in the folder. Left here are
 checkpoints (unless the strategy asks for them), the base model and the control, and ``training_args.bin``: a pickle
 that nothing reads. What is pushed is without the paths of this machine. The token is in no file.
 """
@@ -18,20 +19,42 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
-from hf_nullspace.hub.card import write_card
+from hf_nullspace.files import MANIFEST_NAME
+from hf_nullspace.hub.card import CARD_NAME, EVAL_RESULTS, NOISE_PLOT, PLOTS, write_card
+from hf_nullspace.hub.run_folder import COST_NAME
 from hf_nullspace.hub.staging import linked_copy, published_copy
+from hf_nullspace.noise.artifact import CONFIG_NAME, WEIGHTS_NAME
+from hf_nullspace.training.checkpoints import HISTORY_NAME, NOISES
+from hf_nullspace.training.ema import FOLDER as EMA
 from hf_nullspace.training.run_settings import SETTINGS_NAME
-from hf_nullspace.uploads import files_to_push, open_repository, push_folder, whole_name
+from hf_nullspace.uploads import files_to_push, left_behind, open_repository, push_folder, whole_name
 
 logger = logging.getLogger(__name__)
 
+_MODEL = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+          "adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json",
+          "processor_config.json")  # fmt: skip
+_REPORT = ("results.json", "results.md", "results.csv", "results.png", *PLOTS)
+PUBLISHED = (
+    *_MODEL, *(f"{EMA}/{name}" for name in _MODEL), WEIGHTS_NAME, CONFIG_NAME, f"{NOISES}/round-*.safetensors",
+    HISTORY_NAME, COST_NAME, SETTINGS_NAME, *_REPORT, *(f"robustness/{name}" for name in _REPORT), NOISE_PLOT,
+    CARD_NAME, f"{EVAL_RESULTS}/*.yaml",
+    "all_results.json", "train_results.json", "eval_results.json", "trainer_state.json",  # the Trainer's, if asked
+)  # fmt: skip
+"""What a run writes and a push takes; nothing else of its folder is pushed."""
+_FOR_RESUMING = (
+    "optimizer.pt", "optimizer.bin", "optimizer_*/*", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_*.pth",
+    "trainer_state.json", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_*/*", "global_step*/*", "latest",
+    "zero_to_fp32.py",
+)  # fmt: skip
 _PICKLES = ("training_args.bin", "*/training_args.bin")
-LEFT_HERE = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"*/{PREFIX_CHECKPOINT_DIR}-*", "base/*", "base.part/*", "control/*",
-             "run-*/*", "*/per_sample/*", *_PICKLES)  # fmt: skip
+_STAYS = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"*/{PREFIX_CHECKPOINT_DIR}-*", "base/*", "base.part/*", "control/*",
+          "run-*/*", "runs/*", "records/*", "*/records/*", "per_sample/*", "*/per_sample/*", "*.lock", "*.lock.json",
+          MANIFEST_NAME, *_PICKLES)  # fmt: skip
+"""What a run writes for itself: it stays here without a word."""
+_NAMED = 5
 REPLACED = ("noises/round-*.safetensors", "model*-of-*.safetensors", "model.safetensors.index.json")
 """What an earlier push may have left and a model of now may not have."""
-_FOR_RESUMING = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "pytorch_model_fsdp*",
-                 "global_step*", "latest", "zero_to_fp32.py", *_PICKLES)  # fmt: skip
 _STAGED = "_push-"
 _BACKGROUND = HfApi()  # its one thread: pushes come in the order of their checkpoints
 
@@ -53,7 +76,7 @@ def push_run(
         FileNotFoundError: if the folder is empty.
     """
     repo_id = whole_name(repo_id, token)
-    if not files_to_push(Path(run), LEFT_HERE):
+    if not files_to_push(Path(run), only=PUBLISHED):
         raise FileNotFoundError(f"nothing to push: {run} holds no file of a run")
     write_card(Path(run), repo_id, license=license)
     return _push_staged(
@@ -192,10 +215,20 @@ class PublishingTrainer(Trainer):
             self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
 
 
+def published_files(folder: Path, *more: str) -> list[str]:
+    """The files of a run, or of a checkpoint with ``more`` patterns, that are pushed; a warning names what is not."""
+    only = (*PUBLISHED, *more)
+    if strangers := left_behind(folder, _STAYS, only):
+        names = ", ".join(name if name.isprintable() else repr(name) for name in strangers[:_NAMED])
+        names += f" and {len(strangers) - _NAMED} more" if len(strangers) > _NAMED else ""
+        logger.warning("left in %s: %s; no run writes that, or it is a link out of the folder", folder, names)
+    return files_to_push(folder, only=only)
+
+
 def _staged_run(run: Path, *, linked: bool) -> Path:
     """A folder beside the run's files with what is published of them."""
     with _new_folder(run) as staged:
-        for name in files_to_push(run, LEFT_HERE):
+        for name in published_files(run):
             published_copy(run / name, staged / name, linked=linked)
     return staged
 
@@ -206,14 +239,13 @@ def _staged_checkpoint(checkpoint: Path, run: Path, place: str | None, repo_id: 
     Its files are written once, so they are linked: it may be deleted before they are uploaded.
     """
     with _new_folder(run) as staged:
-        for name in files_to_push(checkpoint, _FOR_RESUMING):
+        found = published_files(checkpoint, *_FOR_RESUMING)
+        for name in files_to_push(checkpoint, _FOR_RESUMING, PUBLISHED):
             published_copy(checkpoint / name, staged / name, linked=True)
-        noises = checkpoint.parent / "noises"
-        for name in files_to_push(noises):
-            published_copy(noises / name, staged / "noises" / name)
-        if (run / SETTINGS_NAME).is_file():
-            published_copy(run / SETTINGS_NAME, staged / SETTINGS_NAME)
-        for name in files_to_push(checkpoint, _PICKLES) if place else ():
+        for folder, name in ((checkpoint.parent, f"{NOISES}/round-*.safetensors"), (run, SETTINGS_NAME)):
+            for file in files_to_push(folder, only=(name,)):
+                published_copy(folder / file, staged / file)
+        for name in found if place else ():
             linked_copy(checkpoint / name, staged / str(place) / name)
         write_card(staged, repo_id)
     return staged
