@@ -75,14 +75,16 @@ def test_without_the_box_it_is_the_projection():
     assert found.iterations <= 3
 
 
-def steps_of_plain_fista(rows, source, target, tolerance):
-    """Steps until the dual gradient is small, by the textbook's method without a restart."""
+def steps_of_fista(rows, source, target, tolerance, restart=False):
+    """Steps until the dual gradient is small, by the textbook's method, or with its momentum dropped downhill."""
     wanted, momentum = rows @ source, 1.0
     multipliers = ahead = np.zeros_like(wanted)
     for step in range(1, 10000):
         gradient = wanted - rows @ np.clip(target + ahead @ rows, 0, 1)
         if np.linalg.norm(gradient) <= tolerance * max(1.0, np.linalg.norm(wanted)):
             return step
+        if restart and gradient @ (ahead + gradient - multipliers) < 0:
+            momentum = 1.0
         after = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead, multipliers, momentum = (
             ahead + gradient + (momentum - 1) / after * (ahead + gradient - multipliers),
@@ -98,8 +100,30 @@ def test_the_restart_saves_steps():
     source[:, :16] = 0.5
     found = nearest_in_box(rows, source, target, tolerance=1e-10)
     assert found.kkt_residual.max() <= 1e-10
-    plain = steps_of_plain_fista(rows.numpy(), source[0].numpy(), target[0].numpy(), 1e-10)
+    plain = steps_of_fista(rows.numpy(), source[0].numpy(), target[0].numpy(), 1e-10)
     assert found.iterations < 0.75 * plain
+
+
+@pytest.mark.parametrize("size", [1.0, 0.1])
+def test_the_steps_are_those_of_the_method(size):
+    """One by one, at a tolerance far above rounding; of small patches the residual is absolute."""
+    rows = torch.linalg.qr(torch.randn(48, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0].T
+    source, target = size * uniform(3, 48, seed=14).round(), uniform(3, 48, seed=15)
+    source[:, :16] = 0.5 * size
+    counts = []
+    for one, wish in zip(source, target, strict=True):
+        found = nearest_in_box(rows, one[None], wish[None], tolerance=1e-6)
+        counts.append(found.iterations)
+        assert counts[-1] == steps_of_fista(rows.numpy(), one.numpy(), wish.numpy(), 1e-6, restart=True)
+        error = float(torch.linalg.vector_norm(rows @ (found.patches[0] - one)))
+        scale = max(1.0, float(torch.linalg.vector_norm(rows @ one)))
+        assert found.kkt_residual.item() == pytest.approx(error / scale, rel=1e-6)
+        short = nearest_in_box(rows, one[None], wish[None], tolerance=1e-6, iterations=4)
+        assert short.iterations == 4
+        assert short.kkt_residual > 1e-6
+    together = nearest_in_box(rows, source, target, tolerance=1e-6)
+    assert together.iterations == max(counts)
+    assert min(counts) > 4
 
 
 def test_patches_do_not_depend_on_their_neighbours():
@@ -132,13 +156,21 @@ def test_the_image_is_inside_the_box_and_the_model_sees_its_source():
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_border_of_no_whole_patch_stays():
-    nullspace = PatchNullspace.from_model(tiny_model()).in_pixels(STD)
-    source, target = uniform(1, 3, 10, 9, seed=12), uniform(1, 3, 10, 9, seed=13)
-    pixels, _ = nearest_invisible_image(nullspace, source, target, iterations=50)
-    assert torch.equal(pixels[:, :, 8:], source[:, :, 8:])
-    assert torch.equal(pixels[..., 8:], source[..., 8:])
-    assert not torch.equal(pixels, source)
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (4, 2), (2, 4)])
+def test_a_border_of_no_whole_patch_stays(height, width):
+    weight = torch.randn(6, 3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    nullspace = PatchNullspace.from_weight(weight).in_pixels(STD)
+    source, target = uniform(1, 3, 11, 9, seed=12), uniform(1, 3, 11, 9, seed=13)
+    pixels, solution = nearest_invisible_image(nullspace, source, target, iterations=50)
+    rows, columns = 11 - 11 % height, 9 - 9 % width
+    assert torch.equal(pixels[:, :, rows:], source[:, :, rows:])
+    assert torch.equal(pixels[..., columns:], source[..., columns:])
+    changed = (pixels != source)[0].any(0)
+    assert changed[:rows, :columns].float().mean() > 0.9
+    assert len(solution.patches) == (rows // height) * (columns // width)
+    strict = nearest_invisible_image(nullspace, source, target, iterations=20000, tolerance=1e-9)[1]
+    assert strict.kkt_residual.max() <= 1e-9
+    assert strict.iterations > solution.iterations
 
 
 def test_without_a_nullspace_the_source_comes_back():
@@ -152,5 +184,27 @@ def test_bad_input_says_what_is_wrong():
     rows = row_basis()
     with pytest.raises(ValueError, match=r"source in \[-1, 0\], expected \[0, 1\]"):
         nearest_in_box(rows, torch.tensor([[-1.0] + 11 * [0.0]]), torch.zeros(1, 12))
-    with pytest.raises(ValueError, match=r"expected two times \(patches, 12\)"):
-        nearest_in_box(rows, torch.zeros(2, 12), torch.zeros(3, 12))
+    for source, target in (
+        (torch.zeros(2, 12), torch.zeros(3, 12)),
+        (torch.zeros(12), torch.zeros(12)),
+        (torch.zeros(2, 11), torch.zeros(2, 11)),
+        (torch.zeros(1, 12, 2), torch.zeros(1, 12, 2)),
+    ):
+        with pytest.raises(ValueError, match=r"expected two times \(patches, 12\)"):
+            nearest_in_box(rows, source, target)
+
+
+@pytest.mark.parametrize(("lower", "upper"), [(0.0, 1.0), (-2.0, 2.0), (0.0, 100.0)])
+def test_a_source_may_leave_the_box_by_a_millionth_of_it(lower, upper):
+    rows, wide = row_basis(), upper - lower
+    for beyond, fits in ((0.9e-6 * wide, True), (1.1e-6 * wide, False)):
+        for value in (lower - beyond, upper + beyond):
+            source = torch.full((1, 12), (lower + upper) / 2, dtype=torch.float64)
+            source[0, 3] = value
+            if fits:
+                found = nearest_in_box(rows, source, source, lower=lower, upper=upper)
+                assert lower <= found.patches.min() <= found.patches.max() <= upper
+            else:
+                with pytest.raises(ValueError, match="start from pixels of a real image"):
+                    nearest_in_box(rows, source, source, lower=lower, upper=upper)
+    assert nearest_in_box(rows, torch.zeros(0, 12), torch.zeros(0, 12)).patches.shape == (0, 12)

@@ -165,6 +165,11 @@ def test_own_precision_loses_the_bits_that_large_constants_push_out():
     assert check_direction(model.train(), pixel_values, norm=10.0) == small
     assert model.training
     assert check_direction(torch.compile(model, backend="eager"), pixel_values, norm=10.0) == small
+    assert (
+        check_direction(model, pixel_values, norm=10.0, seed=0)
+        == small
+        != check_direction(model, pixel_values, norm=10.0, seed=1)
+    )
 
 
 def test_constants_and_control_are_opposite_and_equally_large():

@@ -65,12 +65,21 @@ def test_an_image_is_seen_less_than_with_the_nearest_levels():
     assert found.max() <= 1
 
 
-def test_an_8_bit_image_and_a_border_stay():
-    nullspace = small_nullspace()
-    source = (uniform(1, 3, 5, 4, seed=4) * 255).round() / 255
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (2, 4), (4, 2)])
+def test_an_8_bit_image_and_a_border_stay(height, width):
+    weight = torch.randn(3, 3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    nullspace = PatchNullspace.from_weight(weight).in_pixels(STD)
+    source = (uniform(1, 3, 7, 9, seed=4) * 255).round() / 255
     assert torch.equal(round_unseen(nullspace, source, source), source)
-    pixels = uniform(1, 3, 5, 4, seed=5)
+    pixels = uniform(1, 3, 7, 9, seed=5)
     found = round_unseen(nullspace, source, pixels)
-    torch.testing.assert_close(found[:, :, 4], (pixels[:, :, 4] * 255).round() / 255)
+    rows, columns = 7 - 7 % height, 9 - 9 % width
+    nearest = (pixels * 255).round() / 255
+    torch.testing.assert_close(found[:, :, rows:], nearest[:, :, rows:])
+    torch.testing.assert_close(found[..., columns:], nearest[..., columns:])
+    flipped = (found != nearest)[0].any(0)
+    for top in range(0, rows, height):
+        for left in range(0, columns, width):
+            assert flipped[top : top + height, left : left + width].any()
     with pytest.raises(ValueError, match="expected the same shape"):
         round_unseen(nullspace, source, pixels[..., :2])

@@ -1,0 +1,443 @@
+"""Which small changes of meaning do the tests notice? A seeded sample of mutants, kept in results/mutants.json.
+
+    make mutants
+    python benchmarks/mutants.py --count 40 --seed 5 --only linear/ --name ""
+
+cosmic-ray makes the mutants. mutmut (3.8, tried on linear/) does not, because it changes nothing but the bodies of
+functions without a decorator: no constant of a module, no default of a dataclass, no property; and those were the
+changes that tests did not notice. Its changes of strings fill a sample with messages instead. Of cosmic-ray's own
+runner, which starts an interpreter for each mutant, 8 of 10 seconds were the imports of torch and transformers: here,
+as in mutmut, one process that has imported them forks for each mutant.
+
+The files are ``FILES``. A place in the code (an operator, a number, a comparison, a condition, a decorator, a loop) is
+drawn at most once, the files by their number of places; then one change of that place. The draw is a hash of the seed
+and of the place's own text, so a change elsewhere in the code draws the same mutants again. Annotations are left out.
+A mutant lies in a copy of the tree: yours is never touched. First the tests that run its line (coverage says which,
+from one run without mutants), then all tests of its file, until one fails. What is done is kept in ``--session``, and a
+second start goes on. A survivor needs a test, or in ``mutants_reasons.json`` the reason why it changes nothing.
+"""
+
+import argparse
+import ast
+import compileall
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter, defaultdict
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "src/hf_nullspace"
+REASONS = Path(__file__).with_name("mutants_reasons.json")
+FILES = (
+    *("noise/*.py", "linear/*.py", "hub/*.py", "study/analysis.py"),
+    *(f"training/{name}.py" for name in ("objectives", "rounds", "checkpoints", "ema")),
+    *(f"robustness/{name}.py" for name in ("scores", "corruptions", "corruption_functions", "suite", "checks")),
+    "robustness/attacks/*.py",
+)
+# The tests of a file: those named after it, and these. All of them are run once to learn which lines each one runs.
+TESTS = {
+    "": ["test_defaults.py"],
+    "linear/": ["test_images.py"],
+    "noise/": ["noise/test_noise_on_hub.py", "noise/test_learning.py", "training/test_rounds.py"],
+    "noise/bank.py": ["training/test_noise_bank.py"],
+    "noise/plots.py": ["figures/test_figure_numbers.py"],
+    "hub/": ["hub/test_card.py", "hub/test_release.py", "hub/test_model_cards.py"],
+    "hub/timm_vit.py": ["hub/test_convert.py", "test_published_tables.py"],
+    "hub/convert.py": ["hub/test_checkpoint_files.py", "test_published_tables.py"],
+    "hub/metric.py": ["hub/test_metric_space.py"],
+    "training/objectives.py": ["training/test_noise_bank.py", "training/test_trainer.py"],
+    "training/rounds.py": ["training/test_noise_bank.py", "training/test_objectives.py"],
+    "robustness/scores.py": ["robustness/test_metric.py"],
+    "robustness/corruptions.py": ["robustness/test_corruption_functions.py", "test_published_tables.py"],
+    "robustness/corruption_functions.py": ["robustness/test_corruptions.py", "test_published_tables.py"],
+    "robustness/attacks/base.py": ["robustness/test_gradient_attacks.py", "robustness/test_carlini_wagner.py"],
+    "robustness/attacks/auto.py": ["robustness/test_auto_attack.py"],
+    "robustness/attacks/gradient.py": ["robustness/test_gradient_attacks.py"],
+}
+WHOLE = "whole"  # a context: what a fixture of a whole file ran, on behalf of every test of that file
+
+
+# ---- the sample
+
+
+def annotations(tree):
+    """Where the annotations of a module stand: ((line, column), (line, column))."""
+    for node in ast.walk(tree):
+        for name in ("annotation", "returns"):
+            if (found := getattr(node, name, None)) is not None:
+                yield (found.lineno, found.col_offset), (found.end_lineno, found.end_col_offset)
+
+
+def places(path):
+    """(first and last position of a place) -> its mutants, as ``cosmic_ray`` gives them."""
+    from cosmic_ray.commands.init import _all_work_items
+
+    source = path.read_text(encoding="utf-8")
+    typed = list(annotations(ast.parse(source)))
+    found = defaultdict(list)
+    for item in _all_work_items([path], {}):
+        (spec,) = item.mutations
+        if not any(first <= spec.start_pos and spec.end_pos <= last for first, last in typed):
+            found[spec.start_pos, spec.end_pos].append(spec)
+    return found
+
+
+def rank(seed, *words):
+    return hashlib.sha256(json.dumps([seed, *words]).encode()).hexdigest()
+
+
+def sample(seed, count, only):
+    """The mutants, as dictionaries: each file's share by its number of places, and one mutant for each place."""
+    everything = {}
+    for path in sorted({path for pattern in FILES for path in (ROOT / PACKAGE).glob(pattern)}):
+        name = path.relative_to(ROOT / PACKAGE).as_posix()
+        if not only or any(part in name for part in only):
+            everything[name] = (path, places(path))
+    total = sum(len(found) for _, found in everything.values())
+    drawn = []
+    for name, (path, found) in everything.items():
+        lines, seen, ranked = path.read_text(encoding="utf-8").splitlines(), Counter(), []
+        for (start, _), specs in sorted(found.items(), key=lambda one: one[0]):
+            line = lines[start[0] - 1]
+            text, column = line.strip(), start[1] - len(line) + len(line.lstrip())
+            seen[text, column] += 1
+            key = (name, text, column, seen[text, column])
+            ranked.append((rank(seed, *key), key, specs, start))
+        share = len(ranked) * count / total
+        take = int(share) + (int(rank(seed, name)[:8], 16) / 16**8 < share % 1)
+        for _, key, specs, start in sorted(ranked)[:take]:
+            specs.sort(key=lambda spec, key=key: rank(seed, *key, spec.operator_name, spec.occurrence % 2))
+            drawn += list(islice(filter(None, (described(name, path, spec, start) for spec in specs)), 1))
+    return sorted(drawn, key=lambda mutant: rank(seed, mutant["id"]))
+
+
+def described(name, path, spec, start):
+    """A mutant as a dictionary, or None if it is no Python."""
+    import cosmic_ray.plugins
+    from cosmic_ray.mutating import mutate_code
+
+    source = path.read_text(encoding="utf-8")
+    operator = cosmic_ray.plugins.get_operator(spec.operator_name)(**spec.operator_args)
+    changed = mutate_code(source, operator, spec.occurrence)
+    try:
+        compile(changed, name, "exec")
+    except SyntaxError:  # such as "not" before a ":="
+        return None
+    before, after = source.splitlines(), changed.splitlines()
+    row = start[0] - 1
+    rest = len(before) - row - 1
+    now = after[row : len(after) - rest]
+    mutant = {
+        "file": name,
+        "line": start[0],
+        "in": spec.definition_name,
+        "operator": spec.operator_name.removeprefix("core/"),
+        "before": before[row].strip(),
+        "after": " / ".join(line.strip() for line in now),
+    }
+    mutant["id"] = " | ".join((name, mutant["operator"], mutant["before"], mutant["after"]))
+    return mutant | {"source": changed}
+
+
+def tests_of(name):
+    """The test files of a module, those with its name first."""
+    stem = Path(name).stem
+    own = sorted((ROOT / "tests" / Path(name).parts[0]).rglob(f"test_{stem}.py"))
+    more = [ROOT / "tests" / test for prefix, tests in TESTS.items() if name.startswith(prefix) for test in tests]
+    return list(dict.fromkeys(path.relative_to(ROOT).as_posix() for path in [*own, *more]))
+
+
+# ---- running tests in a copy of the tree
+
+
+def copied(folder):
+    """A copy of what git knows and of what it does not ignore, compiled."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
+        check=True, text=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    compileall.compile_dir(str(folder / "src"), quiet=1)
+    return folder
+
+
+def import_libraries():
+    """Everything that the package and its tests import from elsewhere, once, before the forks."""
+    wanted = set()
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                wanted |= {(alias.name, "") for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                wanted |= {(node.module, alias.name) for alias in node.names}
+    own = {"hf_nullspace", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module, name in sorted(wanted):
+            if module.partition(".")[0] not in own:
+                try:
+                    getattr(importlib.import_module(module), name or "__name__", None)
+                except Exception:  # an optional one, or one that a test expects to fail
+                    continue
+    import torch
+
+    torch.set_num_threads(1)
+
+
+class Watcher:
+    """A pytest plugin: the first test that failed; and with ``coverage``, on whose behalf a line runs."""
+
+    def __init__(self, coverage=None):
+        self.coverage, self.failed, self.test, self.seconds = coverage, None, "", defaultdict(float)
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] += report.duration
+        if report.failed and self.failed is None:
+            self.failed = report.nodeid
+
+    def pytest_collectreport(self, report):
+        if report.failed and self.failed is None:
+            self.failed = f"{report.nodeid} (import)"
+
+    def pytest_runtest_logstart(self, nodeid, location):
+        self.test = nodeid
+        self.on_behalf_of(nodeid)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef, request):
+        if fixturedef.scope != "function":
+            self.on_behalf_of(f"{WHOLE} {self.test.partition('::')[0]}")
+        found = yield
+        self.on_behalf_of(self.test)
+        return found
+
+    def on_behalf_of(self, context):
+        if self.coverage:
+            self.coverage.switch_context(context)
+
+
+def child(folder, tests, answer, lines):
+    """In the forked process: run ``tests`` in the copy, write what happened, and leave."""
+    os.setsid()
+    os.chdir(folder)
+    for number, place in ((0, os.devnull), (1, "log"), (2, "log")):
+        os.dup2(os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    sys.path.insert(0, str(folder / "src"))
+    os.environ["PYTHONPATH"] = str(folder / "src")
+    sys.dont_write_bytecode = lines is None
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    measured = None
+    if lines is not None:
+        import coverage
+
+        measured = coverage.Coverage(source=[str(folder / PACKAGE)], data_file=str(lines), config_file=False)
+        measured.start()
+    watcher = Watcher(measured)
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    code = pytest.main([*options, *([] if measured else ["-x"]), *tests], plugins=[watcher])
+    if measured:
+        measured.stop()
+        measured.save()
+    answer.write_text(json.dumps({"code": int(code), "failed": watcher.failed, "seconds": watcher.seconds}))
+    os._exit(0)
+
+
+class Run:
+    """Tests that run in a process of their own, with a limit in seconds."""
+
+    def __init__(self, folder, tests, limit, lines=None):
+        self.answer = folder / "answer.json"
+        self.answer.unlink(missing_ok=True)
+        self.begun, self.limit = time.monotonic(), limit
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                child(folder, tests, self.answer, lines)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(70)
+
+    def result(self):
+        """None while it runs; else (outcome, test): "noticed", "survived" or "timeout"."""
+        done, _ = os.waitpid(self.pid, os.WNOHANG)
+        late = time.monotonic() - self.begun > self.limit
+        if not done and not late:
+            return None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # what the tests have started, too
+        if not done:
+            os.waitpid(self.pid, 0)
+            return "timeout", None
+        if not self.answer.is_file():
+            return "noticed", "the interpreter ended"
+        found = json.loads(self.answer.read_text())
+        return ("survived", None) if found["code"] == 0 else ("noticed", found["failed"])
+
+    def wait(self):
+        while (found := self.result()) is None:
+            time.sleep(0.02)
+        return found
+
+
+def learn(folder, tests, session):
+    """Run all tests once without a mutant: (file, line) -> the tests that run it, and each test file's seconds."""
+    import coverage
+
+    print(f"running {len(tests)} test files without a mutant", flush=True)
+    run = Run(folder, tests, 3600, session / "lines")
+    if run.wait()[0] != "survived":
+        raise SystemExit(f"the tests fail without a mutant:\n{(folder / 'log').read_text()[-3000:]}")
+    seconds = json.loads(run.answer.read_text())["seconds"]
+    data = coverage.CoverageData(str(session / "lines"))
+    data.read()
+    ran = defaultdict(dict)
+    for path in data.measured_files():
+        name = Path(path).relative_to(folder / PACKAGE).as_posix()
+        for line, contexts in data.contexts_by_lineno(path).items():
+            ran[name][line] = sorted(contexts)
+    return {"seconds": seconds, "ran": ran}
+
+
+def chosen(mutant, known):
+    """The tests for a mutant, quickest first: those that run its line, and then all of its file's."""
+    mine, seconds = tests_of(mutant["file"]), known["seconds"]
+    found = set()
+    for context in known["ran"].get(mutant["file"], {}).get(str(mutant["line"]), []):
+        whole = context.removeprefix(f"{WHOLE} ")
+        found |= {test for test in seconds if test.startswith(f"{whole}::")} if whole != context else {context}
+    return [*sorted(found & set(seconds), key=seconds.get), *mine]
+
+
+def run_all(mutants, folders, known, session):
+    """Run the mutants that have no result in the session yet, one in each folder at a time."""
+    record = session / "results.jsonl"
+    done = {}
+    if record.is_file():
+        done = {one["id"]: one for one in map(json.loads, record.read_text().splitlines())}
+    waiting = [mutant for mutant in reversed(mutants) if mutant["id"] not in done]
+    of_file = defaultdict(float)
+    for test, seconds in known["seconds"].items():
+        of_file[test.partition("::")[0]] += seconds
+    free, busy, stamp = list(folders), {}, 1
+    begun, all_of_them = time.monotonic(), len(waiting)
+    while waiting or busy:
+        while waiting and free:
+            mutant, folder = waiting.pop(), free.pop()
+            path = folder / PACKAGE / mutant["file"]
+            path.write_text(mutant["source"], encoding="utf-8")
+            os.utime(path, (stamp, stamp))  # so that no compiled file is taken for it
+            stamp += 1
+            limit = 30 + 3 * sum(of_file[test] for test in tests_of(mutant["file"]))
+            busy[folder] = mutant, Run(folder, chosen(mutant, known), limit)
+        time.sleep(0.02)
+        for folder, (mutant, run) in list(busy.items()):
+            if (found := run.result()) is None:
+                continue
+            del busy[folder]
+            free.append(folder)
+            shutil.copy2(ROOT / PACKAGE / mutant["file"], folder / PACKAGE / mutant["file"])
+            outcome, test = found
+            took = round(time.monotonic() - run.begun, 1)
+            done[mutant["id"]] = {"id": mutant["id"], "outcome": outcome, "by": test, "seconds": took}
+            with record.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(done[mutant["id"]]) + "\n")
+            left = len(waiting) + len(busy)
+            print(f"{all_of_them - left}/{all_of_them} {outcome:8} {took:6.1f} s  {mutant['file']}:{mutant['line']}  "
+                  f"{mutant['before']}  ->  {mutant['after']}", flush=True)  # fmt: skip
+    print(f"{time.monotonic() - begun:.0f} s")
+    return done
+
+
+def fingerprint(mutants, tests):
+    """Of what the results depend on: source, tests and sample."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in ("src", "tests", "recipes") for path in (ROOT / folder).rglob("*.py")):
+        digest.update(path.read_bytes())
+    digest.update(json.dumps([sorted(mutant["id"] for mutant in mutants), tests]).encode())
+    return digest.hexdigest()[:16]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=420, help="mutants, roughly")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", help="parts of file names, such as linear/ or scores.py")
+    parser.add_argument("--workers", type=int, default=1, help="mutants at a time")
+    parser.add_argument("--session", type=Path, default=ROOT / "outputs" / "mutants")
+    parser.add_argument("--name", default="mutants", help='of the JSON in benchmarks/results; "" writes none')
+    args = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    mutants = sample(args.seed, args.count, args.only)
+    names = sorted({mutant["file"] for mutant in mutants})
+    tests = list(dict.fromkeys(test for name in names for test in tests_of(name)))
+    session = args.session / fingerprint(mutants, tests)
+    session.mkdir(parents=True, exist_ok=True)
+    print(f"{len(mutants)} mutants in {len(names)} files; results in {session}", flush=True)
+    import_libraries()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as room:
+        folders = [copied(Path(room).resolve() / str(number)) for number in range(args.workers)]
+        if not (session / "known.json").is_file():
+            (session / "known.json").write_text(json.dumps(learn(folders[0], tests, session)))
+        known = json.loads((session / "known.json").read_text())
+        done = run_all(mutants, folders, known, session)
+    report(args, commit.stdout.strip(), mutants, done)
+
+
+def report(args, commit, mutants, done):
+    """Print what survived, and write the result."""
+    reasons = json.loads(REASONS.read_text(encoding="utf-8")) if REASONS.is_file() else {}
+    rows = []
+    for mutant in mutants:
+        found = done[mutant["id"]]
+        row = {key: mutant[key] for key in ("file", "line", "operator", "before", "after")}
+        row |= {"outcome": found["outcome"], "by": found["by"], "seconds": found["seconds"]}
+        if found["outcome"] == "survived":
+            row["reason"] = reasons.get(mutant["id"])
+        rows.append(row)
+    outcomes = Counter(row["outcome"] for row in rows)
+    share = 100 * (1 - outcomes["survived"] / len(rows))
+    bare = [mutant["id"] for mutant, row in zip(mutants, rows, strict=True) if row.get("reason", "") is None]
+    print(f"\n{dict(outcomes)} of {len(rows)}: {share:.1f}% noticed; {len(bare)} survived without a reason")
+    print(*bare, sep="\n")
+    if args.name:
+        result = {
+            "command": " ".join(["python benchmarks/mutants.py", *sys.argv[1:]]),
+            "commit": commit,
+            "seed": args.seed,
+            "versions": {name: version(name) for name in ("cosmic-ray", "coverage", "pytest", "torch", "transformers")},
+            "python": sys.version.split()[0],
+            "mutants": len(rows),
+            "outcomes": dict(outcomes),
+            "noticed_percent": round(share, 2),
+            "survived_without_a_reason": len(bare),
+            "seconds": round(sum(row["seconds"] for row in rows)),
+            "results": sorted(rows, key=lambda row: (row["file"], row["line"], row["after"])),
+        }
+        path = Path(__file__).parent / "results" / f"{args.name}.json"
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"{path.name} is in {path.parent.name}")
+
+
+if __name__ == "__main__":
+    main()

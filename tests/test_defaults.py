@@ -1,0 +1,78 @@
+"""What those get who set nothing: defaults that numbers on our pages and in papers were made with, a second time.
+
+``docs/deviations.md`` says which of them are not the paper's. A default is changed here and there together, and in
+CHANGELOG.md: numbers that were measured before mean something else.
+"""
+
+import inspect
+
+import pytest
+
+from hf_nullspace.hub import recheck
+from hf_nullspace.linear import attention, box, layer_norm, patch
+from hf_nullspace.noise import boundary, calibration, closure, influence, learning
+from hf_nullspace.robustness import checks, scores, suite
+from hf_nullspace.robustness.attacks import auto, base, carlini_wagner, gradient, patch_fool
+from hf_nullspace.study import analysis
+from hf_nullspace.training import objectives, rounds
+
+TENTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # A.5
+DEFAULTS = [
+    # Algorithm 1 and A.3; weight decay and the stopping test are ours
+    (learning.NoiseSettings, {"epsilon": 0.03, "noise_limit": 3.0, "learning_rate": 0.1, "max_steps": 3000,
+                              "weight_decay": 0.0, "loss": "l2", "stop_on": "held_out", "on_limit": "use",
+                              "norm_weight": 0.0, "norm": "centred"}),
+    (boundary.BoundarySettings, {"epsilon": 0.03, "steps": 60, "learning_rate": 0.2, "noise_limit": 3.0,
+                                 "pool_images": 1024, "count": 1, "loss": "l2", "tolerance": 0.04}),
+    (calibration.find_factor, {"start": 1.0, "tolerance": 0.02, "steps": 40, "largest": float("inf")}),
+    (calibration.calibrate, {"tolerance": 0.02}),
+    (calibration.calibrate_each, {"tolerance": 0.02, "largest": None}),
+    (influence.scale_to_influence, {"upper": 1.0, "steps": 20}),
+    (influence.permuted, {"raw": False}),
+    (learning.NoiseHistory.summary, {"points": 200}),
+    (closure.scaling, {"factors": TENTHS}),
+    (closure.combinations, {"alphas_1": TENTHS, "alphas_2": TENTHS}),
+    (rounds.Round, {"warm_start": False, "bank_size": 1, "previous": (), "chunk_size": None}),
+    (objectives.forward_views, {"together": True}),
+    (objectives.view_loss, {"label_smoothing": 0.0}),
+    # The attacks' papers; the paper's columns for FGSM and MIM
+    (gradient.FGSM, {"eps": 1 / 255}),
+    (gradient.PGD, {"eps": 8 / 255, "step": None, "steps": 10, "norm": "linf", "random_start": True}),
+    (gradient.MIM, {"eps": 1 / 255, "step": None, "steps": 10, "decay": 1.0}),
+    (carlini_wagner.CW, {"c": 1.0, "kappa": 0.0, "steps": 50, "lr": 0.01, "binary_search_steps": 1,
+                         "abort_early": True}),
+    (patch_fool.PatchFool, {"choice": "attention", "num_patch": 1, "steps": 250, "lr": 0.22, "attention_weight": 0.002,
+                            "attention_layer": None, "mild": None, "eps": None, "sparse": 0, "sparse_freeze": 200,
+                            "original_projection": False, "early_stop": False}),
+    (patch_fool.without_conflict, {"original": False}),
+    (auto.AutoAttack, {"eps": 8 / 255, "norm": "linf", "targets": 9, "queries": 5000, "iterations": 100}),
+    (base.Adam, {"betas": (0.9, 0.999), "eps": 1e-8}),
+    # Measuring: 95% intervals, 15 bins (Guo et al. 2017)
+    (scores.accuracy, {"confidence": 0.95}),
+    (scores.wilson, {"confidence": 0.95}),
+    (scores.paired_difference, {"confidence": 0.95, "resamples": 10_000, "seed": 0}),
+    (scores.paired_mean_difference, {"confidence": 0.95, "resamples": 2_000, "seed": 0}),
+    (scores.expected_calibration_error, {"bins": 15}),
+    (analysis.differences, {"resamples": 2000, "seed": 0, "confidence": 0.95}),
+    (analysis.between_arms, {"resamples": 2000, "seed": 0, "confidence": 0.95}),
+    (checks.run_checks, {"eps": 8 / 255, "seed": 0}),
+    (suite.evaluate, {"seed": 0, "workers": 0, "per_sample": False, "progress": True}),
+    (recheck.recheck, {"count": 200}),
+    # Exact nullspaces
+    (attention.LayerConditions.hold, {"tolerance": 1e-6}),
+    (box.nearest_in_box, {"lower": 0.0, "upper": 1.0, "iterations": 2000, "tolerance": 1e-5}),
+    (box.nearest_invisible_image, {"iterations": 2000, "tolerance": 1e-5}),
+    (layer_norm.LayerNormNullspace.sample, {"norm": 1.0}),
+    (layer_norm.exact_encoder_nullspace, {"norm": 1000.0, "seed": 0}),
+    (layer_norm.check_direction, {"norm": 1000.0, "seed": 0}),
+    (patch.PatchNullspace.sample, {"count": 1, "std": 1.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "defaults"), DEFAULTS, ids=lambda value: getattr(value, "__qualname__", ""))
+def test_defaults(function, defaults):
+    parameters = inspect.signature(function).parameters
+    assert {name: parameters[name].default for name in defaults} == defaults
+    numbers = (int, float)
+    other = [p.name for p in parameters.values() if isinstance(p.default, numbers) and p.name not in defaults]
+    assert other == [], "a number that is not in the table"
