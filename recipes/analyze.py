@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.figures.canvas import canvas, save
@@ -29,9 +28,12 @@ from hf_nullspace.linear.attention import constructed_noise, head_changes, layer
 from hf_nullspace.linear.layer_norm import NotANullspaceError, check_direction, exact_encoder_nullspace
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.attention import NoAttentionWeightsError, attention_inputs, attention_weights, prefix_tokens
+from hf_nullspace.models.loading import load_image_processor
+from hf_nullspace.models.loading import load_model as load_checkpoint
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.training.sources import load_image_dataset
+from hf_nullspace.validation import check_numbers, check_output_dir
 
 
 @dataclass
@@ -57,6 +59,13 @@ class AnalyzeArguments:
     norm: float = field(default=1000.0, metadata={"help": "Norm of the noise that tries the LayerNorm direction."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
 
+    def __post_init__(self) -> None:
+        if (self.model_name_or_path is None) == (self.table4 is None):
+            raise UsageError("name what to look at: either --model_name_or_path M, or --table4 with models or D:patch")
+        check_numbers(self, {"images": "int [1, inf)", "norm": "(0, inf)", "seed": "int [0, 4294967295]"})
+        check_output_dir(self.output_dir)
+        self.dtype()
+
     def dtype(self) -> torch.dtype | None:
         """The precision that ``stored_dtype`` names."""
         found = getattr(torch, self.stored_dtype, None) if self.stored_dtype else None
@@ -68,8 +77,6 @@ class AnalyzeArguments:
 def main() -> None:
     (args,) = parse((AnalyzeArguments,), str(__doc__))
     output = Path(args.output_dir)
-    if (args.model_name_or_path is None) == (args.table4 is None):
-        raise UsageError("name what to look at: either --model_name_or_path M, or --table4 with models or D:patch")
     with only_run_in(output):
         look(args, output)
 
@@ -109,21 +116,15 @@ def look(args: AnalyzeArguments, output: Path) -> None:
 
 def load_model(name: str, revision: str | None = None) -> nn.Module:
     """The classifier in eval mode, in the precision of its checkpoint."""
-    try:
-        model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
-    except OSError as error:
-        raise OSError(f"cannot load the model {name!r}: {error}") from error
+    model = load_checkpoint(name, revision, headless=True)
     find_patch_embedding(model)
     return model.eval()
 
 
 def load_images(args: AnalyzeArguments, model: nn.Module) -> Tensor:
     """``pixel_values`` (B, C, H, W) in the model's dtype."""
-    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.model_revision, backend="pil")
-    preprocessing = Preprocessing.from_processor(processor)
+    preprocessing = Preprocessing.from_processor(load_image_processor(args.model_name_or_path, args.model_revision))
     preprocessing.check_fits(model.config)
-    if args.images < 1:
-        raise UsageError(f"images={args.images}: expected at least 1")
     if args.dataset_name is None:
         generator = torch.Generator().manual_seed(args.seed)
         pixels = torch.rand(args.images, preprocessing.channels, *preprocessing.size, generator=generator)

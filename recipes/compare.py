@@ -26,13 +26,13 @@ from hf_nullspace import NullspaceConfig, NullspaceTrainer
 from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.files import only_run_in
 from hf_nullspace.noise.artifact import model_hash
-from hf_nullspace.study.design import Run, Study, make_study
+from hf_nullspace.study.design import Run, Study, make_study, mapping_of
 from hf_nullspace.study.estimate import overview, seconds_left, work
 from hf_nullspace.study.flow import content_of, standing, work_through
 from hf_nullspace.study.images import ImageStore
 from hf_nullspace.study.pieces import Workshop
 from hf_nullspace.study.report import complete, write_study
-from hf_nullspace.training.base_model import train_base_model
+from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import (
     DataArguments,
@@ -42,6 +42,8 @@ from hf_nullspace.training.loading import (
     load_rows,
     training_images,
 )
+from hf_nullspace.training.preflight import check_images
+from hf_nullspace.validation import check_numbers, check_output_dir
 
 
 @dataclass
@@ -82,6 +84,17 @@ class CompareArguments:
         None, "A results.json: write its tables and pictures into output_dir, and do nothing else."
     )
 
+    def __post_init__(self) -> None:
+        at_least_1 = dict.fromkeys(("selection_limit", "limit", "eval_batch_size", "resamples"), "int [1, inf)")
+        seeds = dict.fromkeys(("seeds", "eval_seed"), "int [0, 4294967295]")
+        check_numbers(
+            self, BASE_RANGES | at_least_1 | seeds | {"learning_rates": "(0, inf)", "max_minutes": "[0, inf)"}
+        )
+        check_output_dir(self.output_dir)
+        for name in ("seeds", "learning_rates", "only"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise UsageError(f"{name}={getattr(self, name)}: expected each once")
+
 
 def main() -> None:
     args, model_args, data_args = parse((CompareArguments, ModelArguments, DataArguments), str(__doc__))
@@ -116,6 +129,7 @@ def work_on(
     deadline: float | None,
 ) -> None:
     """Load, do the pieces that are left, report."""
+    training = {"logging_steps": 40, "save_total_limit": 2} | mapping_of("training", args.training)
     output = Path(args.output_dir)
 
     # Load
@@ -126,13 +140,16 @@ def work_on(
         load_rows(data_args, data_args.eval_split), classifier, None, skip_corrupt=data_args.skip_corrupt_images
     )
 
+    for part in (study.report, study.selection):
+        if part is not None and part.stop > len(test_set):
+            raise UsageError(f"{part.name} {part.first}:{part.stop}, but the test split has {len(test_set)} images")
+
     def config_of(one: Run, folder: Path) -> NullspaceConfig:
         rate = {"learning_rate": one.learning_rate, "seed": one.seed, "output_dir": str(folder)}
         machine = {"bf16": args.bf16, "use_cpu": args.use_cpu, "report_to": "none", "disable_tqdm": True}
         try:
-            shared = {"logging_steps": 40, "save_total_limit": 2, **json.loads(args.training)}
-            return NullspaceConfig(**machine, **(shared | dict(study.arms[one.arm].settings) | rate))
-        except TypeError as error:
+            return NullspaceConfig(**machine, **(training | dict(study.arms[one.arm].settings) | rate))
+        except (TypeError, ValueError) as error:
             raise UsageError(f"arm {one.arm!r}: {error}") from error
 
     def trainer_of(one: Run, folder: Path) -> NullspaceTrainer:
@@ -146,9 +163,14 @@ def work_on(
             processing_class=classifier.image_processor,
         )
 
-    first = config_of(study.report_runs(dict.fromkeys(study.arms, args.learning_rates[0]))[1], output / "base")
+    first, *others = [
+        config_of(one, output / "base")
+        for one in study.report_runs(dict.fromkeys(study.arms, args.learning_rates[0]))[1:]
+    ]
+    images = training_images(data_args, train_rows, classifier, args.seeds[0])
+    for config in (first, *others):
+        check_images(config, len(images))
     if model_args.model_name_or_path is None:
-        images = training_images(data_args, train_rows, classifier, args.seeds[0])
         train_base_model(
             classifier, images, output / "base", first, epochs=args.base_epochs,
             learning_rate=args.base_learning_rate, batch_size=args.base_batch_size, say=say,
@@ -190,6 +212,8 @@ def render(results: Path, output: Path, resamples: int) -> None:
         content = json.loads(results.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"render={str(results)!r}: no results.json of a study ({error})") from error
+    if not isinstance(content, dict) or "study" not in content:
+        raise UsageError(f"render={str(results)!r}: no results.json of a study (it has no 'study')")
     show(write_study(complete(content, resamples=resamples), output))
 
 

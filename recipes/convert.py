@@ -28,6 +28,7 @@ from hf_nullspace.hub.convert import (
     to_transformers,
 )
 from hf_nullspace.hub.timm_vit import read_architecture
+from hf_nullspace.validation import check_numbers, check_output_dir
 
 
 @dataclass
@@ -51,17 +52,18 @@ class ConvertArguments:
     crop_pct: float = option(0.875, "Centre crop after resizing the shorter edge to size / crop_pct; timm's ViTs: 0.9.")
     id2label: str | None = option(None, "'imagenet', or a file: JSON list, JSON id2label, or one name per line.")
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if self.checkpoint is None or self.output_dir is None:
             raise UsageError("name the file and the new folder: --checkpoint FILE --output_dir DIR")
+        check_numbers(self, {"heads": "int [1, inf)", "mean": "[0, 1]", "std": "(0, inf)", "crop_pct": "(0, 1]"})
         folder = Path(self.output_dir)
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UsageError(f"{folder} is there already and is not an empty folder; name another --output_dir")
+        check_output_dir(self.output_dir)
 
 
 def main() -> None:
     (args,) = parse((ConvertArguments,), str(__doc__))
-    args.check()
     path = Path(args.checkpoint)
 
     # Read

@@ -20,16 +20,16 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.files import only_run_in
+from hf_nullspace.models.loading import load_image_processor, load_model, load_model_config
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.checks import Check, run_checks
 from hf_nullspace.robustness.image_sets import ImageSet, InMemory, Part
 from hf_nullspace.robustness.label_spaces import imagenet_columns
 from hf_nullspace.robustness.pixel_model import PixelModel
-from hf_nullspace.robustness.plans import BASE, OWN, Planned, lacks, load_plan
+from hf_nullspace.robustness.plans import BASE, OWN, Planned, lacks, load_plan, nearest
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.records import Records, evaluate_resumably, images_fingerprint, model_fingerprint
 from hf_nullspace.robustness.report import terminal_table, write_report
@@ -38,6 +38,7 @@ from hf_nullspace.robustness.suite import ConditionResult, is_stream
 from hf_nullspace.training.columns import class_names
 from hf_nullspace.training.label_maps import align_labels
 from hf_nullspace.training.sources import load_image_dataset
+from hf_nullspace.validation import check_numbers, check_output_dir
 
 
 @dataclass
@@ -76,8 +77,17 @@ class EvaluationArguments:
         if bool(self.model_name_or_path) == bool(self.compare):
             raise UsageError("give either --model_name_or_path M or --compare A B ...")
         for place in self.location:
-            if "=" not in place:
+            name, _, where = place.partition("=")
+            known = {*SETS, *(one.partition("/")[0] for one in SETS), "cifar10-c"}
+            if not name or not where:
                 raise UsageError(f"--location {place}: expected NAME=FOLDER or NAME=HUB_ID")
+            if name not in known:
+                raise UsageError(f"--location {place}: unknown set {name!r}{nearest(name, known)}")
+        if self.label_order not in (None, "imagenet"):
+            raise UsageError(f"label_order={self.label_order!r}: expected 'imagenet', or leave it out")
+        at_least_1 = dict.fromkeys(("batch_size", "limit"), "int [1, inf)")
+        check_numbers(self, at_least_1 | {"workers": "int [0, inf)", "seed": "int [0, 4294967295]"})
+        check_output_dir(self.output_dir)
 
 
 def main() -> None:
@@ -137,9 +147,9 @@ def measure(
     bar: Progress,
 ) -> tuple[list[ConditionResult], list[Check]]:
     """All conditions of one checkpoint, in the plan's order, and what the checks said."""
-    processor = AutoImageProcessor.from_pretrained(checkpoint)
-    preprocessing = Preprocessing.from_processor(processor)
-    model = AutoModelForImageClassification.from_pretrained(checkpoint).to(state.device).eval()
+    model = load_model(checkpoint).to(state.device).eval()
+    preprocessing = Preprocessing.from_processor(load_image_processor(checkpoint))
+    preprocessing.check_fits(model.config)
     found: dict[str, ConditionResult] = {}
     prints: dict[str, str] = {}
     answers: list[Check] = []
@@ -167,7 +177,7 @@ def measure(
             images = InMemory(images)
         columns = None
         if not is_own(where) and not where.startswith("cifar10-c") and args.label_order != "imagenet":
-            columns = imagenet_columns(AutoConfig.from_pretrained(checkpoint).id2label)
+            columns = imagenet_columns(load_model_config(checkpoint).id2label)
         pixel_model = PixelModel(model, preprocessing.mean, preprocessing.std, columns)
         if (fingerprint := prints.get(str(columns))) is None:  # hashing every weight takes a while
             fingerprint = prints[str(columns)] = model_fingerprint(pixel_model)
@@ -203,7 +213,7 @@ def load_images(args: EvaluationArguments, where: str, checkpoint: str, preproce
     if is_own(where):
         dataset = name_of(args, where)
         rows = own_rows(dataset, args.split)
-        labels = align_labels(class_names(rows), AutoConfig.from_pretrained(checkpoint))
+        labels = align_labels(class_names(rows), load_model_config(checkpoint))
         if labels.new_head:
             raise UsageError(f"{checkpoint} does not know the classes of {dataset}: {labels.message}")
         return ImageSet(f"{dataset}, {args.split}", rows, preprocessing, labels=labels.remap)

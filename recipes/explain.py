@@ -18,13 +18,16 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.explain.grid import BATCH, TITLES, all_maps, correlation_text, correlations_with_first, plot_grid
 from hf_nullspace.explain.maps import check_has_cls
 from hf_nullspace.files import only_run_in, write_json
+from hf_nullspace.models.loading import load_image_processor
+from hf_nullspace.models.loading import load_model as load_checkpoint
 from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.validation import check_output_dir
 
 
 @dataclass
@@ -42,17 +45,17 @@ class ExplainArguments:
     )
     output_dir: str = field(default="outputs/explain", metadata={"help": "Folder for the PNG and the JSON."})
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if self.model_name_or_path is None or not self.image:
             raise UsageError("name the model and the images: --model_name_or_path M --image FILE ...")
         for name in self.method:
             if name not in TITLES:
                 raise UsageError(f"method {name!r}: expected some of {', '.join(TITLES)}")
+        check_output_dir(self.output_dir)
 
 
 def main() -> None:
     (args,) = parse((ExplainArguments,), str(__doc__))
-    args.check()
     with only_run_in(args.output_dir):
         explain(args, Path(args.output_dir))
 
@@ -96,11 +99,7 @@ def explain(args: ExplainArguments, output: Path) -> None:
 
 def load_model(name: str, revision: str | None) -> tuple[PreTrainedModel, Preprocessing]:
     """The classifier in eval mode, and what its image processor does."""
-    try:
-        model = AutoModelForImageClassification.from_pretrained(name, revision=revision).eval()
-        processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
-    except OSError as error:
-        raise OSError(f"cannot load the model {name!r}: {error}") from error
+    model, processor = load_checkpoint(name, revision).eval(), load_image_processor(name, revision)
     check_has_cls(model)
     preprocessing = Preprocessing.from_processor(processor)
     preprocessing.check_fits(model.config)

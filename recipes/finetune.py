@@ -24,9 +24,10 @@ from hf_nullspace.files import only_run_in
 from hf_nullspace.noise.plots import plot_history
 from hf_nullspace.robustness.attacks.gradient import FGSM
 from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.plans import lacks
 from hf_nullspace.robustness.report import terminal_table, write_report
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, evaluate
-from hf_nullspace.training.base_model import train_base_model
+from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import (
@@ -37,8 +38,10 @@ from hf_nullspace.training.loading import (
     load_rows,
     training_images,
 )
+from hf_nullspace.training.preflight import check_images, lack_of_room
 from hf_nullspace.training.run_settings import check_folder, claim_folder
 from hf_nullspace.uploads import check_ready
+from hf_nullspace.validation import check_numbers
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
 
@@ -72,6 +75,10 @@ class FinetuneArguments:
     )
     overwrite: bool = field(default=False, metadata={"help": "Delete an earlier run with other settings."})
 
+    def __post_init__(self) -> None:
+        check_numbers(self, BASE_RANGES | {"max_eval_images": "int [1, inf)"})
+        self.conditions()  # raises on a name or a severity that does not exist
+
     def conditions(self) -> list[Condition]:
         """What is measured before and after."""
         try:
@@ -79,7 +86,10 @@ class FinetuneArguments:
         except (ValueError, ZeroDivisionError) as error:
             raise UsageError(f"fgsm={self.fgsm}: expected numbers like 8/255 or 0.03 ({error})") from error
         corrupted = [Corrupted(name, severity) for name in self.corruptions for severity in self.severities]
-        return [Clean(), *attacks, *corrupted]
+        conditions = [Clean(), *attacks, *corrupted]
+        if len({str(condition) for condition in conditions}) < len(conditions):
+            raise UsageError(f"{', '.join(map(str, conditions))}: expected each attack, corruption and severity once")
+        return conditions
 
 
 def main() -> None:
@@ -119,6 +129,12 @@ def run_all(
     eval_set = evaluation_images(
         eval_rows, classifier, recipe.max_eval_images, skip_corrupt=data_args.skip_corrupt_images
     )
+    if missing := [why for condition in conditions if (why := lacks(condition, eval_set))]:
+        raise UsageError(f"{missing[0]}; or leave that condition out")
+    if not data_args.streaming:
+        check_images(config, len(train_set))
+    if warning := lack_of_room(classifier.model, config, trainings=2 if recipe.control else 1):
+        say(warning)
     contents = {"training images": train_set.content_fingerprint(), "test images": eval_set.content_fingerprint()}
     if classifier.weights is not None:
         contents["base weights"] = classifier.weights

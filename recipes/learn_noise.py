@@ -13,7 +13,7 @@ goes on, and so does a push that failed: start it again.
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
@@ -31,6 +31,7 @@ from hf_nullspace.training.loading import DataArguments, ModelArguments, load_cl
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
 from hf_nullspace.training.run_settings import check_folder, claim_folder
 from hf_nullspace.uploads import check_ready
+from hf_nullspace.validation import check_numbers, check_output_dir
 
 
 @dataclass
@@ -70,10 +71,20 @@ class NoiseArguments:
     push_to_hub: str | None = field(default=None, metadata={"help": "Upload the noises to ORG/NAME, with their card."})
     private: bool = field(default=False, metadata={"help": "Of a new repository of --push_to_hub."})
 
+    def __post_init__(self) -> None:
+        at_least_0, at_least_1 = ("held_out_images", "num_workers"), ("count", "batch_size", "chunk_size")
+        ranges = dict.fromkeys(at_least_0, "int [0, inf)") | dict.fromkeys(at_least_1, "int [1, inf)")
+        check_numbers(self, ranges | {"seed": "int [0, 4294967295]"})
+        check_output_dir(self.output_dir)
+        settings = self.settings()  # raises on values out of range
+        rescaled = (
+            isinstance(settings, BoundarySettings) or "held_out" in settings.stop_on or settings.on_limit == "rescale"
+        )
+        if settings.epsilon is not None and rescaled and not self.held_out_images:
+            raise UsageError("held_out_images=0: expected at least 1: epsilon is tested on them")
+
     def settings(self) -> NoiseSettings | BoundarySettings:
         """The settings of one noise."""
-        if self.count < 1:
-            raise UsageError(f"count={self.count}: expected at least 1 noise")
         if self.learner not in ("descent", "boundary"):
             raise UsageError(f"learner={self.learner!r}: expected 'descent' or 'boundary'")
         try:
@@ -126,7 +137,9 @@ def learn(
     if classifier.labels.new_head:
         raise UsageError("the model's head is not for these classes; a noise is learned on a model that is trained")
     model = classifier.model.to(state.device).eval()
-    images = training_images(data_args, rows, classifier, args.seed)
+    images: Any = training_images(data_args, rows, classifier, args.seed)
+    if not data_args.streaming and args.batch_size > len(images):
+        raise UsageError(f"batch_size={args.batch_size}, but there are {len(images)} images; choose at most that many")
     contents = {"weights": str(classifier.weights), "images": images.content_fingerprint()}
     with state.main_process_first():
         claim_folder(output, described, contents)
@@ -207,9 +220,10 @@ def keep(
 
 def describe(noise: NullspaceNoise, entry: dict) -> str:
     """One line on what was learned."""
+    influence = "not measured" if entry["influence"] is None else f"{entry['influence']:.4f}"
     return (
         f"noise {entry['round']}: stopped by {entry['stopped']} after {entry['noise_steps']} steps, influence "
-        f"{entry['influence']:.4f} on {noise.provenance.influence_images} held-out images, norm {entry['norm']:.2f}, "
+        f"{influence} on {noise.provenance.influence_images} held-out images, norm {entry['norm']:.2f}, "
         f"centred norm {entry['centred_norm']:.2f}, {entry['seconds']:.1f} s"
     )
 

@@ -22,6 +22,7 @@ from hf_nullspace.hub.metric import write_space
 from hf_nullspace.hub.recheck import IMAGES, recheck, what_is_missing
 from hf_nullspace.hub.release import keep_records, listing, push_and_verify, render_cards, stage
 from hf_nullspace.uploads import check_ready
+from hf_nullspace.validation import check_numbers
 
 HERE = Path(__file__).resolve().parent
 PLANNED = "vit-*-imagenet.yaml"  # configurations with a card before they were run
@@ -55,8 +56,13 @@ class ReleaseArguments:
             )
         if (self.run is None) is (named[0] in ("repo", "keep")):
             raise UsageError(f"--{named[0]} {'needs --run DIR' if self.run is None else 'takes no --run'}")
-        if self.repo and self.repo.count("/") != 1:
-            raise UsageError(f"--repo {self.repo}: expected ORG/NAME")
+        for name in ("repo", "metric"):
+            value = getattr(self, name)
+            if value and (value.count("/") != 1 or not all(value.split("/"))):
+                raise UsageError(f"--{name} {value}: expected ORG/NAME")
+        if self.keep and (self.keep in (".", "..") or Path(self.keep).name != self.keep):
+            raise UsageError(f"--keep {self.keep}: expected a name, not a path")
+        check_numbers(self, {"recheck_images": "int [0, inf)"})
 
 
 def main() -> None:

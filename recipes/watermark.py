@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image, UnidentifiedImageError
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.explain.agreement import METHODS, Explanations, explain_change
 from hf_nullspace.explain.grid import TITLES, correlation_text
 from hf_nullspace.files import only_run_in, write_json
 from hf_nullspace.images import Judge, closeness, difference, marked, side_by_side, strongest_invisible, write_png
+from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import rgb_image
+from hf_nullspace.validation import check_numbers, check_output_dir
 
 
 @dataclass
@@ -53,17 +54,14 @@ class WatermarkArguments:
     explanation_picture: bool = field(default=False, metadata={"help": "Write explanations.png, too."})
     seed: int = field(default=0, metadata={"help": "Seed of the random noises that explanations are held to."})
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         if self.model_name_or_path is None or self.image is None:
             raise UsageError("name the model and the image: --model_name_or_path M --image FILE")
         if (self.mark is None) == (self.target is None):
             raise UsageError("name what is wanted: either --mark FILE or --target FILE")
-        if not 0 < self.strength <= 1:
-            raise UsageError(f"strength={self.strength}: expected a share in (0, 1]")
-        if not 0 <= self.max_confidence_change <= 1:
-            raise UsageError(f"max_confidence_change={self.max_confidence_change}: expected a probability in [0, 1]")
-        if self.iterations < 1:
-            raise UsageError(f"iterations={self.iterations}: expected at least 1")
+        ranges = {"strength": "(0, 1]", "max_confidence_change": "[0, 1]", "iterations": "int [1, inf)"}
+        check_numbers(self, ranges | {"seed": "int [0, 4294967295]"})
+        check_output_dir(self.output_dir)
         for name in self.method:
             if name not in TITLES:
                 raise UsageError(f"method {name!r}: expected some of {', '.join(TITLES)}")
@@ -71,7 +69,6 @@ class WatermarkArguments:
 
 def main() -> None:
     (args,) = parse((WatermarkArguments,), str(__doc__))
-    args.check()
     with only_run_in(args.output_dir):
         hide(args, Path(args.output_dir))
 
@@ -150,17 +147,15 @@ def load_image(name: str) -> Image.Image:
             image = file.copy()
     except UnidentifiedImageError as error:
         raise UsageError(f"{name} is no image that Pillow can read") from error
+    except OSError as error:
+        raise UsageError(f"cannot read the image {name}: {error.strerror or error}") from error
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     return image.convert("RGBA") if transparent else rgb_image(image)
 
 
 def load_judge(name: str, revision: str | None) -> tuple[Judge, list[str]]:
     """The model with its image processor, and the names of its classes."""
-    try:
-        model = AutoModelForImageClassification.from_pretrained(name, revision=revision).eval()
-        processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
-    except OSError as error:
-        raise OSError(f"cannot load the model {name!r}: {error}") from error
+    model, processor = load_model(name, revision).eval(), load_image_processor(name, revision)
     find_patch_embedding(model)
     return Judge.from_model(model, processor), [
         str(model.config.id2label[kind]) for kind in range(model.config.num_labels)

@@ -16,6 +16,7 @@ ORDER = [
     "validation",
     "command_line",
     "uploads",
+    "models.loading",
     "models.patch_embedding",
     "models.attention",
     "models.preprocessing",

@@ -56,7 +56,7 @@ def _words(interval: str) -> str:
     kind = "a whole number" if whole else "a number"
     if most != "inf":
         return f"{kind} in {left}{least}, {most}{right}"
-    return f"{kind} of at least {least}" if left == "[" else f"{kind} above {least}"
+    return f"at least {least} ({kind})" if left == "[" else f"{kind} above {least}"
 
 
 def _parts(interval: str) -> tuple[bool, str, str, str, str]:

@@ -107,7 +107,7 @@ def test_a_limit_on_the_confidence_lowers_the_strength(files, tmp_path, capsys):
         (["--model_name_or_path", "{0}/none", "--image", "{0}/cat.jpg", "--mark", "{0}/logo.png"], "cannot load the"),
         (["--model_name_or_path", "{0}/resnet", "--image", "{0}/cat.jpg", "--mark", "{0}/logo.png"], "no patch emb"),
         (["--model_name_or_path", "{0}/model", "--image", "{0}/cat.jpg", "--mark", "{0}/logo.png", "--strength", "2"],
-         "strength=2.0: expected a share in (0, 1]"),
+         "strength=2.0: expected a number in (0, 1]"),
         (["--model_name_or_path", "{0}/model", "--image", "{0}/cat.jpg", "--mark", "{0}/logo.png", "--method", "x"],
          "method 'x': expected some of raw"),
     ],

@@ -193,7 +193,8 @@ def png_of_size(width, height):
     """A PNG that says it is so large; nothing is behind it."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0\0\0\x10IDAT"
+    signature, length, check = b"\x89PNG\r\n\x1a\n", struct.pack(">I", 13), struct.pack(">I", zlib.crc32(chunk))
+    return signature + length + chunk + check + b"\0\0\0\x10IDAT"
 
 
 BROKEN = {

@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 from accelerate import PartialState
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+from transformers import set_seed
 
 from hf_nullspace.command_line import UsageError, option
 from hf_nullspace.figures.bench import Bench
 from hf_nullspace.figures.report import envelope
 from hf_nullspace.files import write_json
+from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import hub_commit
@@ -22,7 +23,7 @@ from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.records import Records
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted
-from hf_nullspace.training.base_model import train_base_model
+from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
 from hf_nullspace.training.columns import class_names
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.data import collate
@@ -36,7 +37,9 @@ from hf_nullspace.training.loading import (
     load_rows,
     training_images,
 )
+from hf_nullspace.training.preflight import BATCHES, check_images
 from hf_nullspace.training.run_settings import OtherRunError, claim_folder
+from hf_nullspace.validation import check_numbers
 
 
 @dataclass
@@ -71,13 +74,15 @@ class FigureArguments:
     table4: list[str] = option(["paper"], "Table 4: models, D:patch for random weights, 'paper' for the paper's rows.")
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "sweep_steps", "runs", "noise_count", "pairs"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)}: expected at least 1")
-        if self.grid < 2:
-            raise UsageError(f"grid={self.grid}: expected at least 2 steps from 0 to 1")
-        if not any(weight > 0 for weight in self.lambdas) or min(self.lambdas) < 0:
+        counts = ("seeds", "sweep_steps", "runs", "noise_count", "pairs", "noises_per_round", "max_eval_images")
+        ranges = dict.fromkeys(counts, "int [1, inf)") | {"first_eval_image": "int [0, inf)", "grid": "int [2, inf)"}
+        ranges |= {"lambdas": "[0, inf)", "sweep_limit": "(0, inf)", "contour": "(0, 2]"}
+        check_numbers(self, BASE_RANGES | ranges)
+        if not any(self.lambdas):
             raise UsageError(f"lambdas={self.lambdas}: expected numbers >= 0, one of them positive")
+        if self.sweep_norm not in ("centred", "raw"):
+            raise UsageError(f"sweep_norm={self.sweep_norm!r}: expected 'centred' or 'raw'")
+        self.conditions()  # raises on a name or a number that does not exist
 
     def conditions(self) -> list[Condition]:
         """What figure 3 measures at every checkpoint.
@@ -93,7 +98,10 @@ class FigureArguments:
         corrupted = [Corrupted(name, severity) for name in self.corruptions for severity in self.severities]
         if not attacks or not corrupted:
             raise UsageError("figure 3 has three groups: name an attack (--fgsm, --pgd) and one of --corruptions")
-        return [Clean(), *attacks, *corrupted]
+        conditions: list[Condition] = [Clean(), *attacks, *corrupted]
+        if len({str(condition) for condition in conditions}) < len(conditions):
+            raise UsageError(f"{', '.join(map(str, conditions))}: expected each attack, corruption and severity once")
+        return conditions
 
 
 @dataclass
@@ -152,10 +160,13 @@ class Setting:
             self.classifier = load_classifier(self.model_args, self._train_rows, self.say)
         else:
             self.classifier = load_as_it_is(self.model_args, len(class_names(self._train_rows) or ()))
+        images = self.images(config.seed)
+        if not data.streaming:
+            check_images(config, len(images), BATCHES if aligned else ["noise_batch_size"])
         if small:
             train_base_model(
                 self.classifier,
-                self.images(config.seed),
+                images,
                 self.output / "base",
                 config,
                 epochs=args.base_epochs,
@@ -231,18 +242,14 @@ def load_as_it_is(args: ModelArguments, classes: int = 0) -> Classifier:
 
     Raises:
         NotAViTError: if the model has no patch embedding.
-        OSError: if there is no such model.
+        OSError: if there is no such model, or its files cannot be used.
     """
     name, revision = str(args.model_name_or_path), args.model_revision
-    try:
-        model = AutoModelForImageClassification.from_pretrained(name, revision=revision)
-        processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
-    except OSError as error:
-        raise OSError(f"cannot load the model {name!r}: {error}") from error
+    model, processor = load_model(name, revision), load_image_processor(name, revision)
     find_patch_embedding(model)
     model.config._commit_hash = hub_commit(model, revision)
     preprocessing = Preprocessing.from_processor(processor)
     preprocessing.check_fits(model.config)
-    names = {index: str(index) for index in range(max(model.config.num_labels, classes))}
+    names = {index: str(index) for index in range(max(model.config.num_labels or 0, classes))}
     labels = LabelAlignment(names, {name: index for index, name in names.items()}, None, False, "")
     return Classifier(model, processor, preprocessing, labels)

@@ -28,11 +28,16 @@ def table_4(
 
     A name is a model, for ``load_model``; a configuration ``D:patch`` of 3 channels, whose weights are drawn from
     ``seed``; or "paper", the eight configurations of the paper.
+
+    Raises:
+        ValueError: for a configuration with a zero.
     """
     papers = [f"{features}:{patch}" for features, patch in TABLE_4]
     for name in [one for given in names for one in (papers if given == "paper" else [given])]:
         features, _, patch = name.partition(":")
         if features.isdecimal() and patch.isdecimal():
+            if not int(features) or not int(patch):
+                raise ValueError(f"table4: {name!r}; expected at least 1 feature and patches of at least 1 pixel")
             generator = torch.Generator().manual_seed(seed)
             weight = torch.randn(int(features), 3, int(patch), int(patch), generator=generator)
             nullspace, kind = PatchNullspace.from_weight(weight, stored_dtype=stored_dtype), RANDOM

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nullspace.hub.run_folder import HISTORY_NAME, REPORTS, SETTINGS_NAME, Report, RunFolder
+from hf_nullspace.models.loading import load_image_processor, load_model, load_model_config
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, bank_file_name
 from hf_nullspace.robustness.image_sets import ImageSet, Part
@@ -110,9 +110,9 @@ def recheck(run: Path, count: int = IMAGES, dataset_name: str | None = None) -> 
     report, context = recorded(Path(run))
     wanted = to_measure(report)
     try:
-        model = AutoModelForImageClassification.from_pretrained(run).eval()
-        preprocessing = Preprocessing.from_processor(AutoImageProcessor.from_pretrained(run, backend="pil"))
-    except (OSError, ValueError, KeyError) as error:
+        model = load_model(str(run)).eval()
+        preprocessing = Preprocessing.from_processor(load_image_processor(str(run)))
+    except (OSError, ValueError) as error:
         raise ReleaseError(f"{run} cannot be loaded: {error}; save the model and its image processor again") from error
     try:
         images = recorded_images(context, run, model, preprocessing, dataset_name, report, count)
@@ -177,7 +177,7 @@ def recorded_images(
     if dataset is None:
         raise ReleaseError("the report names no data set")
     rows = load_image_dataset(dataset, split)
-    labels = align_labels(class_names(rows), AutoConfig.from_pretrained(run))
+    labels = align_labels(class_names(rows), load_model_config(str(run)))
     whole: Any = ImageSet(f"{dataset}, {split}", rows, preprocessing, labels=labels.remap)
     return First(Part(whole, n) if n < len(whole) else whole, count)  # evaluate_robustness.py: n evenly spaced
 

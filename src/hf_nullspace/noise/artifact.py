@@ -94,6 +94,8 @@ class NullspaceNoise:
 
         Its influence is not known there, so the provenance forgets it.
         """
+        if min(grid) < 1:
+            raise ValueError(f"grid={grid}: expected at least 1 x 1 patches")
         maps = self.tensor.reshape(1, *self.grid, -1).permute(0, 3, 1, 2)
         resized = nn.functional.interpolate(maps, size=grid, mode="bicubic", align_corners=False)
         tensor = resized.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1)

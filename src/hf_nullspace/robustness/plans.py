@@ -83,7 +83,7 @@ def load_plan(suite: str) -> list[Planned]:
 
 def parse_entry(entry: Any, limit: int | None, suite: str) -> list[Planned]:
     if entry == "clean":
-        return [Planned(BASE, Clean(), limit)]
+        entry = {"clean": True}
     if not isinstance(entry, dict):
         raise PlanError(f"{suite}: {entry!r} is no condition; expected 'clean' or a mapping")
     entry = dict(entry)

@@ -34,6 +34,8 @@ def wilson(correct: int, n: int, *, confidence: float = 0.95) -> Interval:
     """Wilson's score interval for ``correct`` out of ``n`` (Wilson 1927): stays in [0, 1], also at 0% and 100%."""
     if not 0 <= correct <= n or n == 0:
         raise ValueError(f"{correct} correct of {n} images is not a score")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}: expected a probability in (0, 1), such as 0.95")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share = correct / n
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -141,6 +143,8 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bin
     correct, confidence = as_bools(correct), np.asarray(confidence, dtype=float)
     if confidence.shape != correct.shape or not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError(f"expected one confidence in [0, 1] for each of {correct.size} images")
+    if bins < 1:
+        raise ValueError(f"bins={bins}: expected at least 1")
     which = np.maximum(np.ceil(confidence * bins).astype(int) - 1, 0)
     surplus = np.bincount(which, weights=confidence - correct)
     return float(np.abs(surplus).sum() / correct.size)

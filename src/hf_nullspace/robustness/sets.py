@@ -94,6 +94,8 @@ def load_set(
     Raises ``MissingData`` when it is not there, ``LabelError`` when its classes are not the set's, and ``ValueError``
     when it does not have the published number of images, unless ``allow_partial`` (which the result's protocol says).
     """
+    if name not in SETS:
+        raise ValueError(f"unknown set {name!r}; expected one of {', '.join(SETS)}")
     info = SETS[name]
     folder = Path(location) if location else Path(data_root or ".") / name
     if not folder.is_dir():

@@ -160,8 +160,8 @@ def make_study(
     Raises:
         StudyError: if something is unknown or contradicts something else.
     """
-    content = json.loads(arms) if isinstance(arms, str) else dict(arms)
-    if not isinstance(content, dict) or not content or not seeds or not learning_rates:
+    content = mapping_of("arms", arms)
+    if not content or not seeds or not learning_rates:
         raise StudyError("a study needs arms, seeds and learning_rates: at least one of each")
     made = {name: _arm(name, entry or {}, tuple(seeds)) for name, entry in content.items()}
     if control not in made or made[control].learning_rate_of is not None:
@@ -208,12 +208,30 @@ def make_study(
     )
 
 
+def mapping_of(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping, or JSON of one.
+
+    Raises:
+        StudyError: if it is neither.
+    """
+    try:
+        content = json.loads(value) if isinstance(value, str) else dict(value)
+    except ValueError as error:
+        raise StudyError(f"{name}: {value!r} is no JSON ({error}); expected a mapping in YAML or JSON") from error
+    if not isinstance(content, dict):
+        raise StudyError(f"{name}: {value!r}; expected a mapping in YAML or JSON")
+    return content
+
+
 def _plan(conditions: Iterable[str], limit: int | None) -> tuple[tuple[Planned, ...], dict[str, tuple[int, ...]]]:
     """The conditions, and the seeds of those that name some."""
     plan: list[Planned] = []
     seeds: dict[str, tuple[int, ...]] = {}
     for text in conditions:
-        entry = yaml.safe_load(text)
+        try:
+            entry = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise StudyError(f"conditions: {text!r} is no YAML: {error}") from error
         own = entry.pop("seeds", None) if isinstance(entry, dict) else None
         found = parse_entry(entry, limit, "conditions")
         plan += found
@@ -225,6 +243,8 @@ def _plan(conditions: Iterable[str], limit: int | None) -> tuple[tuple[Planned, 
 
 
 def _arm(name: str, entry: Mapping[str, Any], seeds: tuple[int, ...]) -> Arm:
+    if not isinstance(entry, Mapping):
+        raise StudyError(f"arm {name!r}: {entry!r}; expected a mapping with an objective")
     settings = {key: value for key, value in entry.items() if key not in _OWN_KEYS}
     if "objective" not in settings or "learning_rate" in settings or "seed" in settings:
         raise StudyError(f"arm {name!r}: {dict(entry)}: expected an objective, and neither learning_rate nor seed")

@@ -12,6 +12,9 @@ from hf_nullspace.files import MANIFEST_NAME, DamagedFileError, damaged_files, o
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import Classifier
 
+BASE_RANGES = {"base_epochs": "(0, inf)", "base_learning_rate": "(0, inf)", "base_batch_size": "int [1, inf)"}
+"""Of the options of the recipes that train one (:mod:`~hf_nullspace.validation`)."""
+
 
 def train_base_model(
     classifier: Classifier,
@@ -30,8 +33,11 @@ def train_base_model(
     are damaged is trained again.
 
     Raises:
+        ValueError: if there are fewer images than one batch has.
         NotWrittenError: if it cannot be written.
     """
+    if hasattr(train_set, "__len__") and batch_size > len(train_set):
+        raise ValueError(f"base_batch_size={batch_size}, but there are {len(train_set)} training images")
     state = PartialState()
     if folder.is_dir() and (damaged := _damaged(folder)):
         say(f"{folder} is damaged, it lacks {', '.join(damaged)}")

@@ -1,22 +1,16 @@
 """From names to a model and its data: what every recipe does before its own work begins."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import datasets
 import torch
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from hf_nullspace.command_line import option
 from hf_nullspace.image_files import told_when_broken, undecoded
+from hf_nullspace.models.loading import HEAD_NAMES, NoHeadError, load_image_processor, load_model, load_model_config
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.noise.artifact import hub_commit, model_hash
@@ -25,8 +19,7 @@ from hf_nullspace.training.columns import DataError, class_names, num_classes
 from hf_nullspace.training.data import ImageClassificationDataset, StreamingImageClassificationDataset
 from hf_nullspace.training.label_maps import LabelAlignment, align_labels
 from hf_nullspace.training.sources import load_image_dataset
-
-_HEAD_NAMES = ("classifier", "cls_classifier", "distillation_classifier")
+from hf_nullspace.validation import check_numbers
 
 
 @dataclass
@@ -50,6 +43,16 @@ class ModelArguments:
     num_attention_heads: int = option(4, "Small ViT: attention heads.")
     intermediate_size: int = option(128, "Small ViT: width of the MLP.")
 
+    def __post_init__(self) -> None:
+        if self.model_name_or_path is not None and not self.model_name_or_path.strip():
+            raise ValueError("model_name_or_path='': expected a Hub id or a folder; leave it out for a small ViT")
+        sizes = ("image_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        check_numbers(self, dict.fromkeys(sizes, "int [1, inf)") | {"patch_size": f"int [1, {self.image_size}]"})
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size}: expected a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+
 
 @dataclass
 class DataArguments:
@@ -70,6 +73,14 @@ class DataArguments:
     horizontal_flip: bool = option(True, "Mirror half of the training images. Not for digits or text.")
     max_train_images: int | None = option(None, "Train on the first so many images only.")
     skip_corrupt_images: bool = option(False, "Leave out images that cannot be decoded, with a warning.")
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self, {"shuffle_buffer": "int [1, inf)", "crop_scale": "(0, 1]", "max_train_images": "int [1, inf)"}
+        )
+        for name in ("dataset_name", "train_split", "eval_split"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a name")
 
     def augmentation(self) -> Augmentation | None:
         """The random crop and flip that these settings ask for; None if neither."""
@@ -113,7 +124,7 @@ def load_classifier(
     Raises:
         DataError: if the data has one class only, or unnamed labels that are no classes.
         NotAViTError: if the model has no patch embedding.
-        OSError: if there is no such model.
+        OSError: if there is no such model, or its files cannot be used.
         ValueError: if the processor's images do not fit the model, or it has no such attention implementation.
     """
     names = class_names(rows)
@@ -124,10 +135,7 @@ def load_classifier(
         processor = make_image_processor(args.image_size)
         labels = align_labels(names, model.config)
     else:
-        try:
-            model, processor, labels = _pretrained(args.model_name_or_path, args.model_revision, rows, names)
-        except OSError as error:
-            raise OSError(f"cannot load the model {args.model_name_or_path!r}: {error}") from error
+        model, processor, labels = _pretrained(args.model_name_or_path, args.model_revision, rows, names)
         say(labels.message)
     weights = None if args.model_name_or_path is None else _fingerprint(model, labels.new_head)
     if labels.num_labels == 1:
@@ -136,7 +144,10 @@ def load_classifier(
             "give the folder whose subfolders are the classes."
         )
     if args.attn_implementation is not None:
-        model.set_attn_implementation(args.attn_implementation)
+        try:
+            model.set_attn_implementation(args.attn_implementation)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"attn_implementation={args.attn_implementation!r}: {error}") from error
     find_patch_embedding(model)
     preprocessing = Preprocessing.from_processor(processor)
     preprocessing.check_fits(model.config)
@@ -152,28 +163,28 @@ def _fingerprint(model: PreTrainedModel, new_head: bool) -> str:
 def _pretrained(
     name: str, revision: str | None, rows: datasets.Dataset | datasets.IterableDataset, names: list[str] | None
 ) -> tuple[PreTrainedModel, Any, LabelAlignment]:
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    config = load_model_config(name, revision)
     labels = align_labels(names, config, None if isinstance(rows, datasets.IterableDataset) else num_classes(rows))
     config.id2label, config.label2id = labels.id2label, labels.label2id
-    model = AutoModelForImageClassification.from_pretrained(
-        name, revision=revision, config=config, ignore_mismatched_sizes=labels.new_head
-    )
+    try:
+        model = load_model(name, revision, config=config, new_head=labels.new_head)
+    except NoHeadError:
+        labels = replace(labels, new_head=True, message="the checkpoint has no head, so it gets a new one")
+        model = load_model(name, revision, config=config, new_head=True)
     model.config._commit_hash = hub_commit(model, revision)  # the provenance of noises; transformers forgets it
     if labels.new_head:  # of the same size it would keep the weights of other classes
         _new_head(model)
-    return model, AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil"), labels
+    return model, load_image_processor(name, revision), labels
 
 
 def _heads(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in _HEAD_NAMES]
+    return [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in HEAD_NAMES]
 
 
 def _new_head(model: PreTrainedModel) -> None:
     linear = [layer for _, head in _heads(model) for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
     if not linear:
-        raise ValueError(
-            f"{type(model).__name__} has no module named {' or '.join(_HEAD_NAMES)}; name a model with one"
-        )
+        raise ValueError(f"{type(model).__name__} has no module named {' or '.join(HEAD_NAMES)}; name a model with one")
     for layer in linear:
         torch.nn.init.trunc_normal_(layer.weight, std=0.02)
         if layer.bias is not None:

@@ -55,15 +55,18 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"report_to={name!r}: it is not installed here; install the tracker, or choose 'none'")
 
 
-def check_images(config: Any, images: int) -> None:
-    """Check that ``images`` training images are enough for the batches and the held-out images of ``config``.
+BATCHES = ("global_batch_size", "noise_batch_size")
+
+
+def check_images(config: Any, images: int, batches: Sequence[str] = BATCHES) -> None:
+    """Check that ``images`` training images are enough for the ``batches`` and the held-out images of ``config``.
 
     Raises:
         ValueError: if a batch would not be full, or too few images are left to hold out.
     """
     if not images:
         raise ValueError("the training set is empty; check the split's name and the data files")
-    for name in ("global_batch_size", "noise_batch_size"):
+    for name in batches:
         if getattr(config, name) > images:
             raise ValueError(
                 f"{name}={getattr(config, name)}, but there are {images} training images; choose at most {images}"

@@ -40,6 +40,7 @@ from hf_nullspace.training.objectives import (
     mean_over_images,
     view_loss,
 )
+from hf_nullspace.training.preflight import check_images
 from hf_nullspace.training.publishing import PublishingTrainer
 from hf_nullspace.training.round_trainer import RoundTrainer
 
@@ -88,8 +89,8 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         if model is not None:
             self._attach(model)
         super().__init__(model, args, *positional, **named)
-        if self.train_dataset is not None and hasattr(self.train_dataset, "__len__") and not len(self.train_dataset):
-            raise ValueError("the training set is empty; check the split's name and the data files")
+        if self.train_dataset is not None and hasattr(self.train_dataset, "__len__"):
+            check_images(self.args, len(self.train_dataset))
         self._objective = make_objective(self.args.objective, self.args)  # `objective` is the Trainer's, in a search
         self._preprocessing = self._pixels_known() if self._objective.needs_pixels else None
         self._given_optimizer = self.optimizer
