@@ -1,6 +1,7 @@
 """follow_boundary against a plain transcription, and what it promises about the noises and the model."""
 
 import itertools
+import logging
 import math
 
 import pytest
@@ -170,13 +171,32 @@ def test_no_token_is_longer_than_the_limit():
     assert influence_of(vit.eval(), HELD_OUT, bounded.tensor.double()) <= EPSILON
 
 
-def test_a_noise_that_stays_inside_at_every_length_has_every_token_as_long_as_it_may_be():
+def test_a_noise_that_stays_inside_at_every_length_has_every_token_as_long_as_it_may_be(caplog):
     vit = tiny_model().double()
-    (noise,), history = follow(vit, epsilon=0.5, noise_limit=0.01, steps=2)
+    with caplog.at_level(logging.WARNING, "hf_nullspace"):
+        (noise,), history = follow(vit, epsilon=0.5, noise_limit=0.01, steps=2)
+    assert history.stopped == noise.provenance.stopped == "bound"
+    (record,) = caplog.records
+    assert record.message.startswith("every token of the noise is as long as noise_limit (A) allows, and its influence")
     torch.testing.assert_close(
         noise.tensor.norm(dim=-1), torch.full((1, 16), 0.01 * math.sqrt(24 / 3)), check_dtype=False
     )
     assert 0 < history.held_out_influence < 0.01
+
+
+def test_on_a_head_that_was_just_made_the_default_learner_says_that_it_is_none(caplog):
+    vit = tiny_model().double()
+    torch.nn.init.normal_(vit.classifier.weight, std=0.002)
+    with caplog.at_level(logging.WARNING, "hf_nullspace"):
+        noises, history = follow(vit, epsilon=0.03, count=2)
+    assert history.held_out_influence < 0.96 * 0.03
+    assert [history.stopped, *(noise.provenance.stopped for noise in noises)] == ["bound"] * 3
+    assert "train it first" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "hf_nullspace"):
+        (noise,), history = follow(tiny_model().double())
+    assert history.stopped == noise.provenance.stopped == "calibrated"
+    assert not caplog.records
 
 
 class Calls:

@@ -1,6 +1,7 @@
 """learn_noise against a plain transcription of Algorithm 1, and what it promises about the model."""
 
 import itertools
+import logging
 import math
 
 import pytest
@@ -122,7 +123,8 @@ def test_it_stops_where_the_influences_are_first_below_epsilon_and_nowhere_else(
             settings = NoiseSettings(epsilon=epsilon, stop_on=stop_on, **given)
             _, history = learn_noise(vit, itertools.repeat(images), settings, seed=5, held_out=held_out(), hook=hook)
             first = next((step for step, pair in enumerate(pairs) if max(pair) < epsilon), None)
-            assert (history.steps, history.stopped) == ((4, "steps") if first is None else (first, "epsilon"))
+            word = "steps" if first is None else "epsilon" if first else "start"
+            assert (history.steps, history.stopped) == (4 if first is None else first, word)
             ends.add(first)
     assert len(ends) >= 4, "runs of several lengths"
 
@@ -217,7 +219,8 @@ def test_learning_runs_in_eval_mode():
     assert torch.equal(quiet.tensor, again.tensor)
 
 
-def test_what_happens_at_the_limit_is_an_option():
+def test_what_happens_at_the_limit_is_an_option(caplog):
+    caplog.set_level(logging.WARNING, "hf_nullspace")
     vit = tiny_model().double()
     limited = {"epsilon": 1e-4, "max_steps": 5}
     noise, history = learn_noise(vit, stream(), NoiseSettings(**limited), seed=0, held_out=held_out())
@@ -230,9 +233,25 @@ def test_what_happens_at_the_limit_is_an_option():
         vit, stream(), NoiseSettings(**limited, on_limit="rescale"), seed=0, held_out=held_out()
     )
     assert history.stopped == "rescaled"
+    assert caplog.text.count("5 noise steps did not reach epsilon=0.0001; the noise is") == 2
+    assert "used as it is" in caplog.text
+    assert "scaled into it" in caplog.text
     assert 0 < history.held_out_influence <= 1e-4
     direction = torch.nn.functional.cosine_similarity(scaled.tensor.flatten(), noise.tensor.flatten(), dim=0)
     assert direction.item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("stop_on", ["held_out", "minibatch"])
+def test_a_start_inside_epsilon_is_said(stop_on, caplog):
+    vit = tiny_model().double()
+    torch.nn.init.normal_(vit.classifier.weight, std=0.002)  # a head that was just made
+    with caplog.at_level(logging.WARNING, "hf_nullspace"):
+        noise, history = learn_noise(vit, stream(), NoiseSettings(stop_on=stop_on), seed=5, held_out=held_out())
+    assert torch.equal(noise.tensor, start_noise(SHAPE, 3.0, 5).double())
+    assert (history.steps, history.stopped, noise.provenance.stopped) == (0, "start", "start")
+    (record,) = caplog.records
+    assert "no step was taken and nothing was learned; raise noise_limit (A)" in record.message
+    assert record.message.startswith(f"the noise began with an influence of {history.held_out_influence:.3g}")
 
 
 def test_nan_names_the_step():

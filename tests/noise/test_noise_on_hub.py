@@ -137,6 +137,14 @@ def test_the_card_shows_what_the_noise_is(tmp_path):
         assert picture.size[0] > 100
 
 
+@pytest.mark.parametrize(("word", "said"), [("bound", "as long as allowed, and"), ("start", "began inside")])
+def test_the_card_says_when_a_noise_is_none(tmp_path, word, said):
+    make_noise(stopped=word).save_pretrained(tmp_path / "one")
+    NoiseBank((make_noise(0), make_noise(1, stopped=word))).save_pretrained(tmp_path / "bank")
+    assert f"| 123, stopped by: {word}; {word} (1 of 1): {said}" in (tmp_path / "one" / "README.md").read_text()
+    assert f"\n{word} (1 of 2): {said}" in (tmp_path / "bank" / "README.md").read_text()
+
+
 def test_the_four_lines_of_the_card_run(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")

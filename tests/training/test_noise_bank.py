@@ -1,6 +1,7 @@
 """Rounds with several noises: learned at once, kept from earlier rounds, mixed within a batch; and resuming them."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -143,3 +144,25 @@ def test_a_round_costs_what_the_history_says_and_noises_are_learned_on_inputs_on
         # The held-out images once clean and then some scalings, the pool once, a noisy pass for every step.
         assert entry["cost"]["forward"] % 8 == 0
         assert entry["cost"]["forward"] > 8 + 16 + 24
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"objective": "nullspace", "preset": "boundary"}, ["bound"]),
+        ({"objective": "nullspace", "preset": "paper"}, ["start"]),
+        ({"objective": "random", "preset": "boundary"}, ["unreachable"]),
+        ({"objective": "permuted", "preset": "descent"}, ["start", "unreachable"]),
+    ],
+    ids=lambda value: value if isinstance(value, list) else "-".join(value.values()),
+)
+def test_with_an_epsilon_out_of_reach_training_goes_on_marked_and_warned(tmp_path, caplog, given, words):
+    """The same rule for learned and for random noise: a run does not end for it, and nobody takes it for a result."""
+    with caplog.at_level(logging.WARNING, "hf_nullspace.noise"):
+        trainer = trained(tmp_path, epsilon=1.999, noise_max_steps=2, noise_pool_images=8, **given)
+    assert trainer.state.global_step == 4
+    assert [entry["stopped"] for entry in trainer.history] == [words[-1]] * 2
+    assert all(noise.provenance.stopped == words[-1] for noise in load_noise_bank(tmp_path / "noises"))
+    texts = [record.message for record in caplog.records]
+    assert [text.split(":")[0] for text in texts] == ["round 0"] * len(words) + ["round 1"] * len(words)
+    assert all("epsilon=1.999" in text for text in texts)

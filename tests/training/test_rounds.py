@@ -1,6 +1,7 @@
 """What a round makes of its settings and of the noises of the round before, asked without a trainer."""
 
 import itertools
+import logging
 from dataclasses import replace
 
 import pytest
@@ -60,6 +61,7 @@ def test_an_old_noise_is_at_most_doubled():
     torch.testing.assert_close(weak.tensor, 2 * far.tensor, rtol=1e-12, atol=0)
     assert weak.provenance.influence == pytest.approx(influence_of(model, weak.tensor), rel=1e-9)
     assert weak.provenance.influence < 0.5 * EPSILON
+    assert (weak.provenance.stopped, strong.provenance.stopped) == ("bound", "calibrated")
     assert strong.provenance.influence == pytest.approx(EPSILON, rel=0.02)
     torch.testing.assert_close(strong.tensor, at_epsilon, rtol=0.05, atol=0)
     assert (strong.provenance.seed, strong.provenance.steps, strong.provenance.influence_images) == (5, 7, 12)
@@ -79,7 +81,7 @@ def test_the_bank_is_filled_with_the_newest_of_the_round_before(bank, learned):
 
 
 DESCENT = NoiseSettings(epsilon=1e-9, max_steps=1, learning_rate=1e-9)
-BOUNDARY = BoundarySettings(EPSILON, steps=0, count=2)
+BOUNDARY = BoundarySettings(EPSILON, steps=1, learning_rate=1e-9, pool_images=6, count=2)
 
 
 @pytest.mark.parametrize("settings", [DESCENT, BOUNDARY], ids=["descent", "boundary"])
@@ -132,6 +134,31 @@ def test_a_random_direction_is_scaled_and_its_provenance_says_how():
         round_of(NoiseSettings(epsilon=None)).scaled([normal(1)], "by hand")
     with pytest.raises(ValueError, match="held_out_images=0: a noise is scaled on held-out images"):
         round_of(held_out=()).scaled([normal(1)], "by hand")
+
+
+def test_an_epsilon_out_of_reach_marks_random_noise_and_warns_once(caplog):
+    """The influence of a random model's predictions never comes near the largest that there is, 2."""
+    settings = BoundarySettings(1.99, steps=1, pool_images=6)
+    with caplog.at_level(logging.WARNING, "hf_nullspace"):
+        made = round_of(settings, bank_size=2).scaled([normal(1), normal(2)], "by hand")
+    assert made.history.stopped == "unreachable"
+    (record,) = caplog.records
+    shown = min(noise.provenance.influence for noise in made.noises)
+    assert f"round 1: no length of the noise has an influence near epsilon=1.99; it is used with {shown:.3g}" in (
+        record.message
+    )
+    for index, noise in enumerate(made.noises):
+        assert noise.provenance.stopped == "unreachable"
+        assert 0 < noise.provenance.influence < 0.96 * 1.99
+        # Farther out hardly more is to be had: it is no number that half precision does not have.
+        assert influence_of(tiny_model().double(), 1e6 * normal(index + 1)) < 1.03 * noise.provenance.influence
+        assert noise.tensor.abs().max() < 65504
+
+
+def test_what_went_wrong_before_a_permutation_stays_in_the_history():
+    history = NoiseHistory(stopped="start")
+    made = round_of().scaled([normal(1)], "learned, then permuted", history)
+    assert (made.history.stopped, made.noises[0].provenance.stopped) == ("start", "calibrated")
 
 
 def test_the_shape_is_known_with_and_without_held_out_images():

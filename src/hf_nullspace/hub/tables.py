@@ -8,6 +8,7 @@ import yaml
 from transformers import TrainingArguments
 
 from hf_nullspace.hub.run_folder import Report, RunFolder
+from hf_nullspace.noise.endings import ENDINGS
 from hf_nullspace.robustness.attacks.base import readable
 from hf_nullspace.robustness.plans import ATTACKS
 from hf_nullspace.robustness.plots import cell
@@ -23,12 +24,6 @@ _TRAINING = (
     "data_seed",
 )  # fmt: skip
 _ANYONES = {item.name for item in fields(TrainingArguments)}
-_ENDS = {  # NoiseHistory.stopped
-    "epsilon": "reached epsilon",
-    "calibrated": "scaled to epsilon on held-out images",
-    "rescaled": "were scaled into epsilon",
-    "steps": "ended outside epsilon",
-}
 _PASSES = {
     "forward": "passes of one image: forward",
     "backward_to_input": "passes of one image: backward to the input",
@@ -243,8 +238,8 @@ def cost_table(run: RunFolder) -> str:
     if run.history:
         taken = [entry["noise_steps"] for entry in run.history]
         ends = [entry["stopped"] for entry in run.history]
-        counted = {end: ends.count(end) for end in [*_ENDS, *ends] if end in ends}
-        outcome = ", ".join(f"{count} {_ENDS.get(end, end)}" for end, count in counted.items())
+        counted = {end: ends.count(end) for end in [*ENDINGS, *ends] if end in ends}
+        outcome = ", ".join(f"{count} {ENDINGS.get(end, end)}" for end, count in counted.items())
         rows.append(["noises", f"{len(taken)}: {outcome}"])
         each = f"{min(taken)}" if min(taken) == max(taken) else f"{min(taken)} to {max(taken)}"
         rows.append(["noise steps", f"{sum(taken):,} ({each} per noise)"])

@@ -22,6 +22,7 @@ from hf_nullspace import __version__
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, embedding_shape
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, provenance_of
 from hf_nullspace.noise.calibration import NoiseNotCalibratedError, find_factor
+from hf_nullspace.noise.endings import scaled_ending, warn, worst
 from hf_nullspace.noise.influence import centre, centred_norm
 from hf_nullspace.noise.learning import NoiseHistory, derive_seed
 from hf_nullspace.noise.probe import Probe, frozen
@@ -126,24 +127,27 @@ def follow_boundary(
             )
             noises.reach_epsilon(probe)
             _follow(probe, pool, noises, settings, history, on_step)
-            influence = noises.scale(probe)
+            influence, endings = noises.scale(probe)
     finally:
         if own_hook:
             hook.remove()
-    history.stopped, history.held_out_influence = "calibrated", influence[0]
+    history.stopped, history.held_out_influence = worst(endings), influence[0]
     history.seconds = time.perf_counter() - begin
-    made = asdict(provenance or provenance_of(model)) | {
+    known = provenance or provenance_of(model)
+    warn(history.stopped, min(influence), settings.epsilon, history.steps, known.round)
+    made = asdict(known) | {
         "seed": seed,
         "epsilon": settings.epsilon,
         "influence_images": probe.held_out_images,
         "steps": history.steps,
-        "stopped": history.stopped,
         "settings": {"learner": "boundary", **asdict(settings)},
         "library": f"hf_nullspace {__version__}",
     }
     found = [
-        NullspaceNoise(tensor[None].cpu(), shape.grid, NoiseProvenance(**(made | {"influence": reached})))
-        for tensor, reached in zip(noises.tensor().detach(), influence, strict=True)
+        NullspaceNoise(
+            tensor[None].cpu(), shape.grid, NoiseProvenance(**(made | {"influence": reached, "stopped": ending}))
+        )
+        for tensor, reached, ending in zip(noises.tensor().detach(), influence, endings, strict=True)
     ]
     return found, history
 
@@ -203,16 +207,22 @@ class _Noises:
         for index in range(len(self.radii)):
             self.radii[index] = self._reach(probe, index, 1, self.settings.epsilon, start, 0.25)[0]
 
-    def scale(self, probe: Probe) -> list[float]:
+    def scale(self, probe: Probe) -> tuple[list[float], list[str]]:
         """Radii at which the influence on the held-out images is in [(1 - tolerance) * epsilon, epsilon].
 
-        A noise whose tokens are all as long as they may be, and still inside, stays as it is.
+        A noise whose tokens are all as long as they may be, and still inside, stays as it is. Gives the influence of
+        every noise, and how it ended.
         """
         half = self.settings.tolerance / 2
         aim, near = self.settings.epsilon * (1 - half), half / (1 - half) * 0.999
         found = [self._reach(probe, index, None, aim, radius, near) for index, radius in enumerate(self.radii)]
         self.radii = [radius for radius, _ in found]
-        return [influence for _, influence in found]
+        epsilon, least = self.settings.epsilon, 1 - self.settings.tolerance
+        endings = [
+            scaled_ending(influence, epsilon, at_bound=radius >= self.all_cut, least=least)
+            for radius, influence in found
+        ]
+        return [influence for _, influence in found], endings
 
     def _reach(
         self, probe: Probe, index: int, batches: int | None, aim: float, start: float, tolerance: float

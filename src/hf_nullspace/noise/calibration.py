@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
+from hf_nullspace.noise.endings import scaled_ending
 from hf_nullspace.noise.probe import Probe, frozen
 
 TOLERANCE = 0.02
@@ -44,6 +45,8 @@ class Calibrated:
     influence: float
     images: int
     evaluations: int
+    ended: str = "calibrated"
+    """"calibrated", or what else became of it (:data:`hf_nullspace.noise.endings.ENDINGS`)."""
 
 
 def find_factor(
@@ -107,7 +110,12 @@ def find_factor(
     if outside is None or inside[0] == 0:
         raise NoiseNotCalibratedError(
             f"no factor between {start:g} and {point[0]:g} gives an influence of {epsilon:g}; at {point[0]:g} it is "
-            f"{point[1]:.4g}. Choose another epsilon: the model's predictions do not move by that much",
+            f"{point[1]:.4g}. "
+            + (
+                "Choose another epsilon: the model's predictions do not move by that much"
+                if outside is None
+                else "The influence jumps there: use a wider precision"
+            ),
             inside,
         )
     for step in range(steps):
@@ -166,10 +174,12 @@ def calibrate_each(
     chunk_size: int | None = None,
     tolerance: float = TOLERANCE,
     largest: float | None = None,
+    must_reach: bool = True,
 ) -> list[Calibrated]:
     """:func:`calibrate` for several directions; the clean logits of the held-out images are computed once.
 
-    ``largest``: no factor gets larger, and a direction that is inside epsilon even so is no error.
+    ``largest``: no factor gets larger. Without ``must_reach`` a direction that is below epsilon at every factor is no
+    error: it gets ``largest``, or the smallest factor with nearly the largest influence that was found.
     """
     if not held_out:
         raise ValueError("a noise is scaled on held-out images: pass some (held_out_images)")
@@ -184,21 +194,28 @@ def calibrate_each(
             probe = Probe(model, hook, held_out, chunk_size, spare=held_out[0][:1])
             for given in directions:
                 direction = given.to(parameter.device, torch.promote_types(torch.float32, parameter.dtype))
-                asking = partial(_influence_at, probe, direction)
+                tried: list[tuple[float, float]] = []
+                asking = partial(_influence_at, probe, direction, tried)
                 try:
                     factor, influence, asked = find_factor(
                         asking, epsilon, tolerance=tolerance, largest=largest or math.inf
                     )
                 except NoiseNotCalibratedError as error:
-                    if largest is None or error.inside[0] == 0:
+                    if must_reach or error.inside[0] == 0:
                         raise
-                    (factor, influence), asked = error.inside, 0
-                found.append(Calibrated(factor * direction, factor, influence, probe.held_out_images, asked))
+                    (factor, influence), asked = error.inside, len(tried)
+                    if largest is None:
+                        below = sorted(point for point in tried if point[1] < epsilon)
+                        most = max(reached for _, reached in below)
+                        factor, influence = next(point for point in below if point[1] >= (1 - tolerance) * most)
+                ended = scaled_ending(influence, epsilon, at_bound=largest is not None and factor >= largest)
+                found.append(Calibrated(factor * direction, factor, influence, probe.held_out_images, asked, ended))
     finally:
         if own_hook:
             hook.remove()
     return found
 
 
-def _influence_at(probe: Probe, direction: Tensor, factor: float) -> float:
-    return probe.held_out_influence(factor * direction)
+def _influence_at(probe: Probe, direction: Tensor, tried: list[tuple[float, float]], factor: float) -> float:
+    tried.append((factor, probe.held_out_influence(factor * direction)))
+    return tried[-1][1]

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 
 from hf_nullspace.files import write_whole
+from hf_nullspace.noise.endings import ENDINGS, NO_NOISE
 from hf_nullspace.noise.pictures import plot_bank, plot_noise
 
 CARD_NAME, PICTURE, BANK_PICTURE = "README.md", "noise.png", "noises.png"
@@ -57,6 +58,7 @@ def write_bank_card(configs: Sequence[Mapping[str, Any]], folder: Path, repo_id:
         cells += [of["influence_images"], config["norm"], config["centred_norm"]]
         lines.append(f"| {' | '.join(map(_number, cells))} |")
     picture = f"![Influence and norm of every noise]({BANK_PICTURE})"
+    lines += ["", f"{_none(configs)[2:]}."] if _none(configs) else []
     _write(folder, configs, repo_id, picture, "\n".join(lines), bank=True)
 
 
@@ -149,11 +151,19 @@ def _facts(config: Mapping[str, Any]) -> str:
         "influence": _number(of["influence"]) + images,
         "norm": _number(config["norm"]),
         "centred norm (without each patch's feature mean)": _number(config["centred_norm"]),
-        "gradient steps": f"{_number(of['steps'])}, stopped by: {of['stopped'] or 'not recorded'}",
+        "gradient steps": f"{_number(of['steps'])}, stopped by: {of['stopped'] or 'not recorded'}" + _none([config]),
         "round, after training steps": f"{_number(of['round'])}, {_number(of['training_step'])}",
         "seed": _number(of["seed"]),
     }
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _none(configs: Sequence[Mapping[str, Any]]) -> str:
+    """What is to be said of noises that are none; nothing, if there is none of them."""
+    ended = [config["provenance"]["stopped"] for config in configs]
+    return "".join(
+        f"; {word} ({ended.count(word)} of {len(ended)}): {ENDINGS[word]}" for word in NO_NOISE if word in ended
+    )
 
 
 def _caption(drawn: Mapping[str, float], image_processor: Any) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_nullspace import __version__
 from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise, embedding_shape
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, provenance_of
+from hf_nullspace.noise.endings import LEAST, warn
 from hf_nullspace.noise.influence import centred_norm, scale_to_influence
 from hf_nullspace.noise.probe import Probe, frozen
 
@@ -79,7 +80,7 @@ class NoiseHistory:
     steps: int = 0
     """Gradient steps that were taken."""
     stopped: str = ""
-    """Why it ended: "epsilon" (inside the region), "steps" (T reached outside of it), "rescaled", "calibrated"."""
+    """Why it ended: one of :data:`hf_nullspace.noise.endings.ENDINGS`; of several noises one that warns."""
     held_out_influence: float | None = None
     seconds: float = 0.0
 
@@ -176,7 +177,10 @@ def learn_noise(
         if own_hook:
             hook.remove()
     history.seconds = time.perf_counter() - begin
-    made = asdict(provenance or provenance_of(model)) | {
+    known = provenance or provenance_of(model)
+    measured = history.influence[-1] if history.held_out_influence is None else history.held_out_influence
+    warn(history.stopped, measured, settings.epsilon, history.steps, known.round)
+    made = asdict(known) | {
         "seed": seed,
         "epsilon": settings.epsilon,
         "influence": history.held_out_influence,
@@ -211,7 +215,7 @@ def _descend(
         if settings.epsilon is not None and influence < settings.epsilon:
             held_out = probe.held_out_influence(noise) if settings.stop_on == "held_out" else None
             if held_out is None or held_out < settings.epsilon:
-                history.held_out_influence, history.stopped = held_out, "epsilon"
+                history.held_out_influence, history.stopped = held_out, "epsilon" if history.steps else "start"
                 return
         if history.steps == settings.max_steps:
             history.stopped = "steps"
@@ -242,7 +246,10 @@ def _finish(probe: Probe, noise: Tensor, settings: NoiseSettings, history: Noise
             factor = scale_to_influence(lambda factor: probe.held_out_influence(factor * start), settings.epsilon)
             with torch.no_grad():
                 noise.mul_(factor)
+            history.held_out_influence = probe.held_out_influence(noise)
             history.stopped = "rescaled"
+            if factor < 1 and history.held_out_influence < LEAST * settings.epsilon:  # in few bits the influence jumps
+                history.stopped = "unreachable"
     if history.held_out_influence is None and probe.held_out_images:
         history.held_out_influence = probe.held_out_influence(noise)
 

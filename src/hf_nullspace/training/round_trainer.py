@@ -1,6 +1,5 @@
 """The part of the trainer that acts when a round begins: the objective makes a noise, and what was made is kept."""
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +25,6 @@ from hf_nullspace.training.cost import Cost
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
 from hf_nullspace.training.objectives import Objective
 from hf_nullspace.training.rounds import Round
-
-logger = logging.getLogger(__name__)
 
 
 class RoundTrainer(Trainer):
@@ -194,6 +191,7 @@ class RoundTrainer(Trainer):
                     "round": kept.provenance.round,
                     "centred_norm": kept.centred_norm,
                     "influence": kept.provenance.influence,
+                    "stopped": kept.provenance.stopped,
                 }
                 for kept in noises
             ]
@@ -203,11 +201,5 @@ class RoundTrainer(Trainer):
             with one_clear_error(folder):
                 noise.save(folder / "noises" / bank_file_name(round_))
                 write_json(folder / HISTORY_NAME, self.history)
-        if history.stopped in ("steps", "rescaled") and self.is_world_process_zero():
-            outcome = "scaled into it" if history.stopped == "rescaled" else "used as it is"
-            logger.warning(
-                f"round {round_}: {history.steps} noise steps did not reach epsilon={self.args.epsilon}; "
-                f"the noise is {outcome}"
-            )
         shown = ("round", "noise_steps", "influence", "minibatch_influence", "norm", "centred_norm", "seconds")
         self.log({f"noise/{name}": value for name in shown if (value := entry[name]) is not None})

@@ -14,6 +14,7 @@ from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNo
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.calibration import Calibrated, calibrate_each
+from hf_nullspace.noise.endings import warn, worst
 from hf_nullspace.noise.learning import NoiseHistory, NoiseSettings, learn_noise
 
 _LARGEST = 2.0
@@ -104,12 +105,14 @@ class Round:
         kept = self.previous[: max(count, 0)]
         if not kept:
             return ()
-        found = self._calibrated([noise.tensor for noise in kept], _LARGEST)
+        found = self._calibrated([noise.tensor for noise in kept], _LARGEST)  # below epsilon even so: it is got used to
         return tuple(
             NullspaceNoise(
                 scaled.noise.detach().cpu(),
                 noise.grid,
-                replace(noise.provenance, influence=scaled.influence, influence_images=scaled.images),
+                replace(
+                    noise.provenance, influence=scaled.influence, influence_images=scaled.images, stopped=scaled.ended
+                ),
             )
             for noise, scaled in zip(kept, found, strict=True)
         )
@@ -121,21 +124,26 @@ class Round:
         if not self.held_out:
             raise ValueError("held_out_images=0: a noise is scaled on held-out images; keep some")
         options: dict[str, Any] = {"hook": self.hook, "chunk_size": self.chunk_size, "largest": largest}
-        return calibrate_each(self.model, directions, epsilon, self.held_out, **options)
+        return calibrate_each(self.model, directions, epsilon, self.held_out, must_reach=False, **options)
 
     def scaled(self, directions: Sequence[Tensor], made: str, history: NoiseHistory | None = None) -> Made:
         """Each of ``directions`` (1, N, D) scaled to the influence epsilon on the held-out images.
 
-        ``made`` says in the provenance where they come from; ``history`` is that of their making, if any.
+        ``made`` says in the provenance where they come from; ``history`` is that of their making, if any. Where no
+        factor has that influence, the noise below it is used, marked, and there is a warning, as for learned noises:
+        a run does not end for it after hours.
 
         Raises:
             ValueError: if there is no epsilon, or no held-out image to measure on.
-            NoiseNotCalibratedError: if no factor has that influence.
+            NoiseNotCalibratedError: if every factor that was tried has more than that influence.
         """
         begin = time.perf_counter()
         found = self._calibrated(directions)
         history = history or NoiseHistory()
-        history.stopped, history.held_out_influence = "calibrated", found[0].influence
+        endings = [scaled.ended for scaled in found]
+        history.stopped = worst([*endings, history.stopped])
+        history.held_out_influence = found[0].influence
+        warn(worst(endings), min(scaled.influence for scaled in found), self.settings.epsilon, 0, self.number)
         history.seconds += time.perf_counter() - begin
         noises = []
         for scaled in found:
@@ -146,7 +154,7 @@ class Round:
                 influence=scaled.influence,
                 influence_images=scaled.images,
                 steps=history.steps,
-                stopped=history.stopped,
+                stopped=scaled.ended,
                 settings={"made": made, "factor": scaled.factor, "evaluations": scaled.evaluations},
                 library=f"hf_nullspace {__version__}",
             )
