@@ -40,7 +40,7 @@ DEFAULTS = [
     (gradient.PGD, {"eps": 8 / 255, "step": None, "steps": 10, "norm": "linf", "random_start": True}),
     (gradient.MIM, {"eps": 1 / 255, "step": None, "steps": 10, "decay": 1.0}),
     (carlini_wagner.CW, {"c": 1.0, "kappa": 0.0, "steps": 50, "lr": 0.01, "binary_search_steps": 1,
-                         "abort_early": True}),
+                         "abort_early": False}),
     (patch_fool.PatchFool, {"choice": "attention", "num_patch": 1, "steps": 250, "lr": 0.22, "attention_weight": 0.002,
                             "attention_layer": None, "mild": None, "eps": None, "sparse": 0, "sparse_freeze": 200,
                             "original_projection": False, "early_stop": False}),
