@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow oldest check format cards clean
+.PHONY: demo test test-slow oldest mutants check format cards clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
@@ -42,6 +42,10 @@ oldest: $(STAMP) $(OLDEST)/.installed  ## the oldest versions allowed: they load
 	$(OLDEST)/bin/python -m pytest tests/test_plain_transformers.py tests/hub/test_convert.py \
 		tests/hub/test_checkpoint_files.py tests/recipes/test_convert_recipe.py tests/models tests/noise/test_artifact.py \
 		tests/training/test_checkpoints.py tests/training/test_data.py tests/training/test_trainer.py
+
+mutants: $(STAMP)  ## which small changes of meaning do the tests notice? 420 of them; goes on where it was stopped
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutants]'
+	$(BIN)/python benchmarks/mutants.py
 
 check: $(STAMP)  ## linter, formatter, types
 	$(BIN)/ruff check .
