@@ -44,7 +44,7 @@ def script(name: str, *words: object) -> None:
 def _enter(function: Callable[..., Any], args: Any, named: Any, log: str, environment: dict[str, str]) -> None:
     gc.freeze()  # see conftest.py
     torch.set_num_threads(1)
-    os.environ.update(environment)
+    os.environ.update({"OMP_NUM_THREADS": "1"} | environment)  # accelerate sets the threads of ranks without it
     with open(log, "a", buffering=1) as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)

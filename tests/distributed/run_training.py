@@ -4,6 +4,7 @@
 cases share a launch because starting one costs many times what a tiny run does.
 """
 
+import gc
 import json
 import os
 import signal
@@ -213,6 +214,7 @@ def run_all(cases: list[dict[str, Any]], folder: Path) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # see conftest.py
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_cpu()
     run_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
