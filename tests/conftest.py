@@ -1,13 +1,14 @@
-"""For all tests: one thread each. That is faster for tiny models, and two test processes do not wait for each other."""
+"""For all tests: one thread each, or OMP_NUM_THREADS. One is faster for tiny models and for two test processes."""
 
 import gc
+import os
 
 import pytest
 import torch
 
 from loopback_hub import TOKEN, LoopbackHub
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="module", autouse=True)
