@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow oldest mutants check format cards clean
+.PHONY: demo test test-slow test-processors oldest mutants check format cards clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
@@ -23,6 +23,27 @@ test: $(STAMP)  ## the default tests (under 5 minutes on two cores, no network)
 
 test-slow: $(STAMP)  ## the long tests: killed runs, every family, the whole demo
 	$(BIN)/python -m pytest -m slow
+
+# The numeric tests with other kernels than this processor's own, of PyTorch, MKL, oneDNN and OpenBLAS (NumPy, SciPy), each
+# with one thread and with four. The most different one: make test-processors KERNELS=oldest THREADS=4
+KERNELS := default avx2 sse4 oldest
+THREADS := 1 4
+default := ATEN_CPU_CAPABILITY=default
+avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
+sse4 := MKL_ENABLE_INSTRUCTIONS=SSE4_2
+oldest := $(default) $(sse4) ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem
+NUMERIC := tests/linear tests/noise tests/models tests/explain tests/study \
+	$(addprefix tests/robustness/test_, auto_attack.py carlini_wagner.py checks.py corruption_functions.py \
+		gradient_attacks.py patch_fool.py pixel_model.py scores.py)
+
+define numeric_tests
+	$($(1)) OMP_NUM_THREADS=$(2) MKL_NUM_THREADS=$(2) OPENBLAS_NUM_THREADS=$(2) OMP_WAIT_POLICY=passive \
+		$(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERIC)
+
+endef
+
+test-processors: $(STAMP)  ## the numeric tests as other processors compute them
+	$(foreach kernels,$(KERNELS),$(foreach threads,$(THREADS),$(call numeric_tests,$(kernels),$(threads))))
 
 # The oldest versions that pyproject.toml allows: every lower bound becomes a pin.
 OLDEST := .venv-oldest
