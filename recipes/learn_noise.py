@@ -21,7 +21,13 @@ from tqdm.auto import tqdm
 
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.files import only_run_in, write_json
-from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name, check_own_folder, provenance_of
+from hf_nullspace.noise.artifact import (
+    WEIGHTS_NAME,
+    NullspaceNoise,
+    bank_file_name,
+    check_own_folder,
+    provenance_of,
+)
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.learning import NoiseSettings, derive_seed, learn_noise
@@ -149,7 +155,12 @@ def learn(
     # Learn
     history_path = output / "history.json"
     histories = json.loads(history_path.read_text(encoding="utf-8")) if history_path.exists() else []
-    for index in range(len(histories), args.count):
+    for index in range(args.count):
+        path = output / (WEIGHTS_NAME if args.count == 1 else bank_file_name(index))
+        if index < len(histories):
+            if is_whole(path):
+                continue
+            state.print(f"noise {index}: {path} is lost or damaged; it is learned again, the same")
         bar = tqdm(
             total=settings.steps if isinstance(settings, BoundarySettings) else settings.max_steps,
             desc=f"Noise {index + 1}/{args.count}",
@@ -186,10 +197,10 @@ def learn(
                 (noise,), history = follow_boundary(model, batches, settings, **options)
             else:
                 noise, history = learn_noise(model, batches, settings, **options)
-        histories.append({"round": index} | history.summary(noise))
+        histories[index : index + 1] = [{"round": index} | history.summary(noise)]
         if state.is_main_process:
-            keep(noise, histories, settings, output, args.count, pictured)
-        state.print(describe(noise, histories[-1]), flush=True)
+            keep(noise, path, histories, settings, None if args.count > 1 else pictured)
+        state.print(describe(noise, histories[index]), flush=True)
     state.print(f"Noises are in {output}; load one with NullspaceNoise.from_pretrained({str(output)!r})")
     if args.push_to_hub and state.is_main_process:
         if args.count == 1:
@@ -201,21 +212,29 @@ def learn(
         print(f"Pushed to {args.push_to_hub}", flush=True)
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a noise can be read from ``path``."""
+    try:
+        NullspaceNoise.load(path)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
 def keep(
     noise: NullspaceNoise,
+    path: Path,
     histories: list[dict],
     settings: NoiseSettings | BoundarySettings,
-    output: Path,
-    count: int,
-    pictured: dict,
+    pictured: dict | None,
 ) -> None:
-    """Write the noise, then the history that says that it is there."""
-    if count == 1:
-        noise.save_pretrained(output, **pictured)
+    """Write the noise, one alone with its card, then the history that says that it is there."""
+    if pictured is None:
+        noise.save(path)
     else:
-        noise.save(output / bank_file_name(len(histories) - 1))
-    plot_history(histories, settings.epsilon, output / "history.png")
-    write_json(output / "history.json", histories)
+        noise.save_pretrained(path.parent, **pictured)
+    plot_history(histories, settings.epsilon, path.parent / "history.png")
+    write_json(path.parent / "history.json", histories)
 
 
 def describe(noise: NullspaceNoise, entry: dict) -> str:

@@ -254,6 +254,12 @@ def test_learn_noise_one_bank_and_resumed(own, tmp_path, capsys):
     (tmp_path / "bank" / "history.json").write_text(json.dumps(history[:2]))
     call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'bank'}", "--count=3")
     assert paths[2].read_bytes() == third
+    whole = [path.read_bytes() for path in paths]
+    paths[0].unlink()
+    paths[2].write_bytes(third[:-100])
+    call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'bank'}", "--count=3")
+    assert [path.read_bytes() for path in paths] == whole, "a lost and a damaged one are learned again"
+    assert len(json.loads((tmp_path / "bank" / "history.json").read_text())) == 3
     with Image.open(tmp_path / "bank" / "history.png") as image:
         assert min(image.size) > 200
     assert "influence" in capsys.readouterr().out

@@ -141,6 +141,8 @@ def test_empty_data():
             drawn(NumberStream(0), held_out_images=held_out)
     with pytest.raises(ValueError, match=r"the training stream has 5 images .* lower held_out_images"):
         drawn(NumberStream(5))
+    with pytest.raises(ValueError, match=r"the training stream has 5 images .* noise step takes 100000; lower noise_b"):
+        drawn(NumberStream(5), held_out_images=0, batch_size=100_000)
 
 
 def test_a_stream_that_can_be_read_once_is_refused():

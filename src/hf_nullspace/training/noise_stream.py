@@ -205,3 +205,8 @@ class _Restarted(IterableDataset[Any]):
                     f"the training stream has {count} images for this reader, and {held_out} of them are to be held "
                     "out; lower held_out_images"
                 )
+            if count * workers < self._batch_size:  # one batch would read the stream over and over
+                raise ValueError(
+                    f"the training stream has {count * workers} images for this process, and a noise step takes "
+                    f"{self._batch_size}; lower noise_batch_size, or learn_noise's batch_size"
+                )
