@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "hf_nullspace"
 # Every module, from the bottom to the top. A new file takes its place here.
 ORDER = [
     "files",
+    "markdown",
     "launcher",
     "validation",
     "command_line",

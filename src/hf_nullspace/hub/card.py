@@ -2,6 +2,7 @@
 
 from importlib.resources import as_file, files
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -21,6 +22,7 @@ from hf_nullspace.hub.tables import (
     settings_yaml,
     verdict,
 )
+from hf_nullspace.markdown import block, code, escape, literal
 
 CARD_NAME = "README.md"
 EVAL_RESULTS = ".eval_results"
@@ -68,8 +70,9 @@ def model_card(
     return from_template(
         "model_card.md",
         data,
-        title=title,
-        model_id=repo_id or f"path/to/{title}",
+        title=escape(title),
+        model_id=literal(repo_id or f"path/to/{title}"),
+        last_noise=code(f"hf_nullspace.NullspaceNoise.from_pretrained({literal(repo_id or f'path/to/{title}')})"),
         what=what_it_is(found),
         preparation=preparation(found),
         noises=len(found.history),
@@ -79,9 +82,12 @@ def model_card(
         noise_plot=NOISE_PLOT if (found.path / NOISE_PLOT).is_file() else None,
         cost=cost_table(found),
         not_measured=not_measured(found),
-        yaml=settings_yaml(found).strip(),
+        yaml=block(settings_yaml(found), "yaml") if settings_yaml(found) else "",
+        again=f"accelerate launch recipes/finetune.py --config settings.yaml --output_dir {quote(f'outputs/{title}')}",
         placeholders=f" (put your own folders where it says `{LOCAL}`)" if LOCAL in settings_yaml(found) else "",
-        version=next((r.versions["hf-nullspace"] for r in found.reports if "hf-nullspace" in r.versions), __version__),
+        version=escape(
+            next((r.versions["hf-nullspace"] for r in found.reports if "hf-nullspace" in r.versions), __version__)
+        ),
         note=note,
     )
 
@@ -124,12 +130,12 @@ def what_it_is(run: RunFolder) -> str:
     kind = (config.get("architectures") or ["An image classifier"])[0]
     parts = {"num_hidden_layers": "layers", "hidden_size": "features", "num_attention_heads": "heads"}
     sizes = [f"{config[key]} {name}" for key, name in parts.items() if isinstance(config.get(key), int)]
-    sizes += [f"patches of {config['patch_size']} px" if "patch_size" in config else ""]
-    sizes += [f"images of {config['image_size']} px" if "image_size" in config else ""]
+    sizes += [f"patches of {escape(config['patch_size'])} px" if "patch_size" in config else ""]
+    sizes += [f"images of {escape(config['image_size'])} px" if "image_size" in config else ""]
     sizes += [f"{len(config['id2label'])} classes" if "id2label" in config else ""]
-    text = f"`{kind}` ({', '.join(filter(None, sizes))})" if any(sizes) else f"`{kind}`"
+    text = f"{code(kind)} ({', '.join(filter(None, sizes))})" if any(sizes) else code(kind)
     if run.base_model:
-        at = f" at revision `{run.base_revision}`" if run.base_model.hub_id and run.base_revision else ""
+        at = f" at revision {code(run.base_revision)}" if run.base_model.hub_id and run.base_revision else ""
         text += f", fine-tuned from {run.base_model}{at}"
     elif run.settings:
         text += ", trained from random weights and then fine-tuned"
@@ -144,14 +150,14 @@ def method(run: RunFolder) -> str:
     training = run.settings.get("training", {})
     if run.objective == "nullspace":
         steps = training.get("steps_per_round")
-        every = f"Every {steps} steps" if steps else "At intervals"
+        every = f"Every {escape(steps)} steps" if steps else "At intervals"
         epsilon = training.get("epsilon", run.noise.get("provenance", {}).get("epsilon"))
         shift = f" (mean squared shift of the probabilities below epsilon = {epsilon:g})" if epsilon else ""
         return (
             f"with nullspace noise. {every} a noise on the patch embeddings is learned that the model of that moment "
             f"hardly sees{shift}; every training batch then goes through the model as it is and with that noise."
         )
-    known = METHODS.get(run.objective or "", f"with the objective `{run.objective}` of hf-nullspace.")
+    known = METHODS.get(run.objective or "", f"with the objective {code(run.objective)} of hf-nullspace.")
     return known if run.objective else "with hf-nullspace."
 
 
@@ -160,7 +166,7 @@ def preparation(run: RunFolder) -> str:
     processor = run.read("preprocessor_config.json") or {}
     size, parts = processor.get("size", {}), []
     if {"height", "width"} <= set(size):
-        parts.append(f"{size['width']}x{size['height']} px")
+        parts.append(f"{escape(size['width'])}x{escape(size['height'])} px")
     if processor.get("do_normalize") and "image_mean" in processor:
         parts.append(f"mean {_numbers(processor['image_mean'])}, std {_numbers(processor['image_std'])}")
     return f" ({', '.join(parts)})" if parts else ""
@@ -173,8 +179,8 @@ def _numbers(values: list[float]) -> str:
 def training_text(run: RunFolder) -> str:
     unnamed = "a model that the run trained itself" if run.settings else "not recorded"
     data = run.settings.get("data", {})
-    split = f", split `{data['train_split']}`" if "train_split" in data else ""
-    revision = f", revision `{data['dataset_revision']}`" if data.get("dataset_revision") else ""
+    split = f", split {code(data['train_split'])}" if "train_split" in data else ""
+    revision = f", revision {code(data['dataset_revision'])}" if data.get("dataset_revision") else ""
     return f"Base model: {run.base_model or unnamed}. Data: {run.data or 'not recorded'}{split}{revision}."
 
 
@@ -186,14 +192,14 @@ def report_section(run: RunFolder, report: Report) -> dict[str, Any]:
     answers = report.checks.get(report.subject) or ()
     checks = f"{sum(check.passed for check in answers)} of {len(answers)} checks of the evaluation passed."
     return {
-        "subject": report.subject,
+        "subject": code(report.subject),
         "verdict": verdict(report),
         "table": table,
         "cells": cells,
         "doubts": doubts(report),
         "protocols": protocols(report),
         "checks": checks if answers else "The checks of the evaluation were not run.",
-        "versions": ", ".join(f"{name} {number}" for name, number in report.versions.items()) or "not recorded",
+        "versions": ", ".join(escape(f"{name} {number}") for name, number in report.versions.items()) or "not recorded",
         "plots": list(plots.items()),
     }
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from hf_nullspace.markdown import code
 from hf_nullspace.noise.artifact import CONFIG_NAME as NOISE_NAME
 from hf_nullspace.robustness.checks import Check, unreliable
 from hf_nullspace.robustness.records import result_from_record
@@ -40,8 +41,8 @@ class Source:
 
     def __str__(self) -> str:
         if self.hub_id:
-            return f"`{self.hub_id}`"
-        return BUILT_IN.get(self.name) or f"`{PurePosixPath(self.name).name}` (a local folder)"
+            return code(self.hub_id)
+        return BUILT_IN.get(self.name) or f"{code(PurePosixPath(self.name).name)} (a local folder)"
 
 
 def source(name: str) -> Source:

@@ -8,6 +8,7 @@ import yaml
 from transformers import TrainingArguments
 
 from hf_nullspace.hub.run_folder import Report, RunFolder
+from hf_nullspace.markdown import code, escape
 from hf_nullspace.noise.endings import ENDINGS
 from hf_nullspace.robustness.attacks.base import readable
 from hf_nullspace.robustness.plans import ATTACKS
@@ -43,6 +44,7 @@ def result_tables(report: Report) -> tuple[str, str]:
     """Markdown tables in %: all rows, or, of a long table, the corruption cells in the second one."""
     names, against = list(report.results), compared(report)
     header = ["condition", "images", *names, *(f"{report.subject} - {other}" for other in against)]
+    header = [escape(title) for title in header]
     first = report.results[names[0]]
     rows = [condition_row(report, index, against) for index in range(len(first))]
     folds = len(rows) > MOST_ROWS
@@ -53,8 +55,8 @@ def result_tables(report: Report) -> tuple[str, str]:
         values = [report.averages.get(name, {}).get(title) for name in names]
         doubtful = [any(report.doubts(name, result) for result in report.results[name]) for name in names]
         shown = ["" if v is None else f"{v:.2f}{_sign(d)}" for v, d in zip(values, doubtful, strict=True)]
-        rest.append([title, "", *shown, *blank])
-    rest += [[title, "", *["missing"] * len(names), *blank] for title in grouped(report.missing)]
+        rest.append([escape(title), "", *shown, *blank])
+    rest += [[escape(title), "", *["missing"] * len(names), *blank] for title in grouped(report.missing)]
     return markdown_table([header, *rest]), markdown_table([header, *cells]) if cells else ""
 
 
@@ -65,7 +67,7 @@ def condition_row(report: Report, index: int, against: list[str]) -> list[str]:
     scores = [f"{result.score}{_sign(report.doubts(name, result))}" for name, result in row.items()]
     changes = [signed(report.change(other, index)) for other in against]
     doubt = any(report.doubts(name, row[name]) for name in (*against, report.subject))
-    return [first.condition, str(first.n), *scores, *(change + _sign(doubt) for change in changes)]
+    return [escape(first.condition), str(first.n), *scores, *(change + _sign(doubt) for change in changes)]
 
 
 def _sign(doubt: Any) -> str:
@@ -75,11 +77,12 @@ def _sign(doubt: Any) -> str:
 def verdict(report: Report) -> list[str]:
     """What the table says about the subject, in sentences: against the control first, then against the others."""
     if len(report.results) == 1:
-        return [f"Only `{report.subject}` was measured: these numbers say nothing about what the fine-tuning changed."]
+        only = code(report.subject)
+        return [f"Only {only} was measured: these numbers say nothing about what the fine-tuning changed."]
     sentences = []
     against = compared(report)
     for other in sorted(against, key=lambda name: name != report.control):
-        what = f"`{other}`"
+        what = code(other)
         if other == report.control:
             what += ", the control (the same fine-tuning without noise)"
         sentences.append(comparison(report, other, what))
@@ -97,7 +100,7 @@ def comparison(report: Report, other: str, what: str) -> str:
         if report.doubts(report.subject, result) or report.doubts(other, report.results[other][index]):
             continue
         change = report.change(other, index)
-        named = f"{result.condition} ({100 * change.value:+.2f})"
+        named = f"{escape(result.condition)} ({100 * change.value:+.2f})"
         if change.low > 0:
             better.append(named)
         elif change.high < 0:
@@ -121,12 +124,12 @@ def protocols(report: Report) -> list[str]:
     """One line for every way in which images were measured, with what a reader needs in order to repeat it."""
     lines = []
     if images := report.context.get("images"):
-        lines.append(f"Images: {images}.")
+        lines.append(f"Images: {escape(images)}.")
     ways: dict[str, list[str]] = {}
     for result in report.results[report.subject]:
         ways.setdefault(describe(result), []).append(result.condition)
     for way, conditions in ways.items():
-        lines.append(f"{_few(conditions, 3)}: {way}.")
+        lines.append(f"{escape(_few(conditions, 3))}: {escape(way)}.")
     return lines
 
 
@@ -153,14 +156,14 @@ def _few(names: list[str], most: int) -> str:
 def doubts(report: Report) -> list[str]:
     """The failed checks, what is missing and why, and what is only a part."""
     lines = [
-        f"{UNRELIABLE} {name}: unreliable, the check *{check.name}* failed: {check.detail}"
+        f"{UNRELIABLE} {escape(name)}: unreliable, the check *{escape(check.name)}* failed: {escape(check.detail)}"
         for name, answers in report.checks.items()
         for check in answers
         if not check.passed
     ]
-    lines += [f"Missing: {title}: {why}" for title, why in grouped(report.missing).items()]
+    lines += [f"Missing: {escape(title)}: {escape(why)}" for title, why in grouped(report.missing).items()]
     noted = {str(r.protocol["note"]) for results in report.results.values() for r in results if "note" in r.protocol}
-    return lines + [f"Note: {note}" for note in sorted(noted)]
+    return lines + [f"Note: {escape(note)}" for note in sorted(noted)]
 
 
 def attacks_not_measured(reports: Iterable[Report]) -> list[str]:
@@ -180,7 +183,7 @@ def settings_table(run: RunFolder) -> str:
     noise = run.noise.get("provenance", {}).get("settings", {})
 
     def said(text: str, values: Mapping[str, Any]) -> str:
-        return text.format(**{key: _short(value) for key, value in values.items()})
+        return text.format(**{key: escape(_short(value)) for key, value in values.items()})
 
     rows = []
     if training:
@@ -239,7 +242,7 @@ def cost_table(run: RunFolder) -> str:
         taken = [entry["noise_steps"] for entry in run.history]
         ends = [entry["stopped"] for entry in run.history]
         counted = {end: ends.count(end) for end in [*ENDINGS, *ends] if end in ends}
-        outcome = ", ".join(f"{count} {ENDINGS.get(end, end)}" for end, count in counted.items())
+        outcome = ", ".join(f"{count} {ENDINGS.get(end) or escape(end)}" for end, count in counted.items())
         rows.append(["noises", f"{len(taken)}: {outcome}"])
         each = f"{min(taken)}" if min(taken) == max(taken) else f"{min(taken)} to {max(taken)}"
         rows.append(["noise steps", f"{sum(taken):,} ({each} per noise)"])
@@ -254,5 +257,5 @@ def cost_table(run: RunFolder) -> str:
     rows += [[name, f"{run.cost[key]:,.0f}"] for key, name in _PASSES.items() if key in run.cost]
     for report in run.reports:
         seconds = sum(result.seconds for result in report.results[report.subject])
-        rows.append([f"seconds for measuring `{report.subject}` ({report.file})", f"{seconds:.0f} (wall clock)"])
+        rows.append([f"seconds for measuring {code(report.subject)} ({report.file})", f"{seconds:.0f} (wall clock)"])
     return markdown_table([["cost", ""], *rows]) if rows else ""

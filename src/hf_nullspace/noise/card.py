@@ -3,22 +3,24 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 
 from hf_nullspace.files import write_whole
+from hf_nullspace.markdown import PIPE, cell, code, escape, literal
 from hf_nullspace.noise.endings import ENDINGS, NO_NOISE
 from hf_nullspace.noise.pictures import plot_bank, plot_noise
 
 CARD_NAME, PICTURE, BANK_PICTURE = "README.md", "noise.png", "noises.png"
 TAGS = ["nullspace-noise", "hf-nullspace", "vision", "robustness"]
 _USE_ONE = """\
-noise = NullspaceNoise.from_pretrained("{repo_id}")
+noise = NullspaceNoise.from_pretrained({repo_id})
 with patch_embedding_noise(model, noise):
     logits = model(pixel_values).logits"""
 _USE_BANK = """\
-noises = NoiseBank.from_pretrained("{repo_id}")  # {count} of them
+noises = NoiseBank.from_pretrained({repo_id})  # {count} of them
 with patch_embedding_noise(model, noises[0]):
     logits = model(pixel_values).logits"""
 _LIMITS = """\
@@ -75,17 +77,19 @@ def _write(
     where = repo_id or "path/to/this/folder"
     base, on_hub = _base_model(of)
     data = ModelCardData(library_name="hf-nullspace", base_model=base if on_hub else None, tags=TAGS)
-    named = f"[{base}](https://huggingface.co/{base})" if on_hub else f"{base} (a local folder)" if base else "a model"
-    at = f", commit `{of['revision']}`" if of["revision"] else ""
+    shown = escape(base or "a vision transformer")
+    link = f"[{shown}](https://huggingface.co/{quote(str(base))})"
+    named = link if on_hub else f"{shown} (a local folder)" if base else "a model"
+    at = f", commit {code(of['revision'])}" if of["revision"] else ""
     what = f"A bank of {len(configs)} additive noises" if bank else "Additive noise"
-    loading = f'AutoModelForImageClassification.from_pretrained("{base if on_hub else "path/to/the/model"}"'
-    loading += f', revision="{of["revision"]}")' if of["revision"] else ")"
+    loading = f"AutoModelForImageClassification.from_pretrained({literal(base if on_hub else 'path/to/the/model')}"
+    loading += f", revision={literal(of['revision'])})" if of["revision"] else ")"
     kind, use = ("NoiseBank", _USE_BANK) if bank else ("NullspaceNoise", _USE_ONE)
     text = f"""---
 {data.to_yaml()}
 ---
 
-# Nullspace noise{"s" if bank else ""} of {base or "a vision transformer"}
+# Nullspace noise{"s" if bank else ""} of {shown}
 
 {what} on the patch embeddings of {named}{at}: {patches} patches ({_grid(config)}) of {features} features.
 Influence is how far the prediction moves when it is added: the mean squared distance between the two predicted
@@ -104,7 +108,7 @@ from transformers import AutoModelForImageClassification
 from hf_nullspace import {kind}, patch_embedding_noise
 
 model = {loading}
-{use.format(repo_id=where, count=len(configs))}
+{use.format(repo_id=literal(where), count=len(configs))}
 ```
 
 ## Settings
@@ -116,7 +120,7 @@ model = {loading}
 {_LIMITS}
 
 Method: "Improving Robustness in Vision Transformers with Nullspace Noise Augmented Finetuning", Algorithm 1. Learned
-with {of["library"] or "hf-nullspace"}.
+with {escape(of["library"] or "hf-nullspace")}.
 """
     write_whole(folder / CARD_NAME, lambda temporary: _write_text(temporary, str(ModelCard(text))))
 
@@ -140,18 +144,18 @@ def _weights(configs: Sequence[Mapping[str, Any]]) -> str:
     text = "Learned in the course of a fine-tuning: not on the base model's weights as they are published. " * tuned
     if len(hashes) > 1:
         return f"{text}Every noise was learned on weights of its own; their SHA-256 are in `config.json`."
-    return f"{text}SHA-256 of the weights that it was learned on: `{hashes.pop() or 'not recorded'}`."
+    return f"{text}SHA-256 of the weights that it was learned on: {code(hashes.pop() or 'not recorded')}."
 
 
 def _facts(config: Mapping[str, Any]) -> str:
     of = config["provenance"]
-    images = f" on {of['influence_images']} held-out images" if of["influence_images"] else ""
+    images = f" on {_number(of['influence_images'])} held-out images" if of["influence_images"] else ""
     rows = {
         "epsilon, the threshold": _number(of["epsilon"]),
         "influence": _number(of["influence"]) + images,
         "norm": _number(config["norm"]),
         "centred norm (without each patch's feature mean)": _number(config["centred_norm"]),
-        "gradient steps": f"{_number(of['steps'])}, stopped by: {of['stopped'] or 'not recorded'}" + _none([config]),
+        "gradient steps": f"{_number(of['steps'])}, stopped by: {_number(of['stopped'])}" + _none([config]),
         "round, after training steps": f"{_number(of['round'])}, {_number(of['training_step'])}",
         "seed": _number(of["seed"]),
     }
@@ -178,7 +182,7 @@ def _caption(drawn: Mapping[str, float], image_processor: Any) -> str:
 
 
 def _settings(provenance: Mapping[str, Any]) -> str:
-    rows = [f"| `{name}` | {_number(value)} |" for name, value in provenance["settings"].items()]
+    rows = [f"| {code(name).replace('|', PIPE)} | {_number(value)} |" for name, value in provenance["settings"].items()]
     return "\n".join(["| setting | value |", "| --- | --- |", *rows]) if rows else "Not recorded."
 
 
@@ -189,4 +193,4 @@ def _grid(config: Mapping[str, Any]) -> str:
 def _number(value: Any) -> str:
     if value is None:
         return "not recorded"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else cell(value)

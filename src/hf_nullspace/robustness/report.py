@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.markdown import PIPE, escape
 from hf_nullspace.robustness.checks import Check, unreliable
 from hf_nullspace.robustness.plots import plot_bars, plot_severity, plot_strength
 from hf_nullspace.robustness.published import TABLE_1, TABLE_1_COLUMNS
@@ -149,8 +150,8 @@ def markdown(
 ) -> str:
     """The same as a Markdown document."""
     parts = [
-        markdown_table(table_rows(results, missing, checks)),
-        "\n".join(f"* {n}" for n in notes(results, missing, checks)),
+        markdown_table([[escape(cell) for cell in row] for row in table_rows(results, missing, checks)]),
+        "\n".join(f"* {escape(n)}" for n in notes(results, missing, checks)),
     ]
     if published:
         parts += ["Quoted from the paper, table 1 (not measured here):", markdown_table(published_rows())]
@@ -158,7 +159,7 @@ def markdown(
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    cells = [[cell.replace("|", PIPE) for cell in row] for row in rows]
     rule = ["---", *["---:"] * (len(rows[0]) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
 
