@@ -43,7 +43,7 @@ def summaries(
         found[f"{name}, mean of 75"] = float(np.mean([value for row in cells.values() for value in row]))
         others = {r.condition: 100 * r.score.value for r in reference or ()}
         base = all_cells(others, prefix)
-        if base is not None and base != cells:
+        if base is not None and base != cells and all(sum(row) > 0 for row in errors(base).values()):
             found[f"{name}, mCE against the first checkpoint"] = mean_corruption_error(errors(cells), errors(base))
         if prefix.startswith("generated") and all(column in scores for column in CIFAR_COLUMNS):
             parts = {column: scores[column] for column in CIFAR_COLUMNS} | {"cells": found[f"{name}, mean of 75"]}

@@ -1,9 +1,9 @@
 """A run on the Hub: what is pushed of it, when, and what happens when a push fails.
 
 Pushed are the model, its image processor, the noises, the histories, the results and the card (``PUBLISHED``), not
-whatever lies in the folder. Left here are
-checkpoints (unless the strategy asks for them), the base model and the control, and ``training_args.bin``: a pickle
-that nothing reads. What is pushed is without the paths of this machine. The token is in no file.
+whatever lies in the folder. Left here are checkpoints (unless the strategy asks for them), the base model and the
+control, and ``training_args.bin``: a pickle that nothing reads. What is pushed is without the paths of this machine.
+The token is in no file.
 """
 
 import logging
