@@ -85,6 +85,7 @@ ORDER = [
     "training.ema",
     "training.noise_stream",
     "training.cost",
+    "training.private_methods",
     "training.publishing",
     "training.round_trainer",
     "training.trainer",

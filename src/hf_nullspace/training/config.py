@@ -215,13 +215,14 @@ class NullspaceConfig(TrainingArguments):
                 )
         if self.num_train_epochs is None:
             self.num_train_epochs = 1.0  # the Trainer wants a number and max_steps overrides it
+        self._settled_steps = self.max_steps
 
-    def settle_after_trial(self, max_steps: int | None) -> None:
+    def settle_after_trial(self) -> None:
         """Make the length of the run agree again, and check it, after a hyperparameter search has set fields.
 
-        ``max_steps`` is what it was before: if the trial did not set it, it follows from rounds and steps per round.
+        If the trial did not set ``max_steps``, it follows from rounds and steps per round.
         """
-        if self.max_steps == max_steps:
+        if self.max_steps == self._settled_steps:
             self.max_steps = None
         else:
             self.rounds = None

@@ -164,7 +164,8 @@ class PublishingTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**{name: value for name, value in kwargs.items() if name != "model_name"})
-        self._finish_current_push()
+        if self.push_in_progress is not None:
+            self.push_in_progress.wait_until_done()
         run = Path(str(self.args.output_dir))
         staged = _staged_run(run, linked=blocking)  # meanwhile nobody writes, or else everything is copied
         named: dict[str, Any] = {

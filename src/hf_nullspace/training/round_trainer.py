@@ -38,11 +38,17 @@ class RoundTrainer(Trainer):
     _objective: Objective
     _hook: PatchEmbeddingNoise | None
     _compiled: nn.Module | None
+    _in_trial: Any = None
 
     @property
     def noise(self) -> NullspaceNoise | None:
         """The newest noise of the present round; None before the first, and for objectives without one."""
         return self.noises[0] if self.noises else None
+
+    @property
+    def _run_folder(self) -> Path:
+        """Where this run writes: ``output_dir``, or the folder of a trial in it."""
+        return Path(self._get_output_dir(self._in_trial))
 
     # ---- NaN ends a run
 
@@ -97,6 +103,9 @@ class RoundTrainer(Trainer):
         assert self._hook is not None
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         round_seed, settings = derive_seed(seed, round_), self.args.noise_settings()
+        device_batch = self.get_total_train_batch_size(self.args) // (
+            self.args.gradient_accumulation_steps * self.args.world_size
+        )
         with (
             self._named(round_),
             self._progress(round_, self.args.noise_max_steps or 0) as show,
@@ -112,7 +121,7 @@ class RoundTrainer(Trainer):
                     hook=self._hook,
                     stream=partial(self._noise_images, seed, round_),
                     known=partial(self._provenance, round_),
-                    chunk_size=2 * self._train_batch_size,  # what a training step takes fits here too
+                    chunk_size=2 * device_batch,  # what a training step takes fits here too
                     previous=self.noises,
                     warm_start=bool(self.args.noise_warm_start),
                     bank_size=self.args.noise_bank_size or 1,
@@ -126,14 +135,12 @@ class RoundTrainer(Trainer):
 
     def _noise_images(self, seed: int, round_: int) -> tuple[list[Tensor], Iterator[Tensor]]:
         """Held-out batches of a round, and the endless others."""
-        args, collate, dataset = self.args, self.data_collator, self.train_dataset
-        if isinstance(dataset, Dataset):  # as the Trainer does it: a mapped stream does not know its columns
-            dataset = self._remove_unused_columns(dataset, description="noise")
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description="noise")
+        args = self.args
+        loader: Any = self.callback_handler.train_dataloader
+        loader = self.get_train_dataloader() if loader is None else loader  # without columns that the model lacks
         return noise_stream(
-            dataset,
-            collate,
+            loader.dataset if isinstance(self.train_dataset, Dataset) else self.train_dataset,
+            loader.collate_fn,
             batch_size=args.noise_batch_size,  # type: ignore[arg-type]
             held_out_images=args.held_out_images,
             seed=seed,
@@ -196,7 +203,7 @@ class RoundTrainer(Trainer):
                 for kept in noises
             ]
         self.history = [*self.history[:round_], entry]
-        folder = Path(self._get_output_dir(getattr(self, "_trial", None)))
+        folder = self._run_folder
         if self.args.should_save:
             with one_clear_error(folder):
                 noise.save(folder / "noises" / bank_file_name(round_))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -41,8 +41,11 @@ from hf_nullspace.training.objectives import (
     view_loss,
 )
 from hf_nullspace.training.preflight import check_images
+from hf_nullspace.training.private_methods import check_private_methods
 from hf_nullspace.training.publishing import PublishingTrainer
 from hf_nullspace.training.round_trainer import RoundTrainer
+
+check_private_methods()
 
 BANK_NAME = "nullspace_bank"
 """Folder of a checkpoint whose round has several noises; the first of them is the one beside the model, too."""
@@ -83,7 +86,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         self.cost = Cost()
         self._round: int | None = None
         self._place = (-1, 0)  # optimizer step, micro-batch within it
-        self._restored = False
+        self._resumed: Path | None = None
         self._start: dict[str, Tensor] | None = None
         self._compiled: nn.Module | None = None
         if model is not None:
@@ -185,51 +188,62 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
 
     # ---- checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *positional: Any, **named: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
         """The Trainer's; ``resume_from_checkpoint=True`` takes the last checkpoint that is whole.
 
         Raises:
             NoCheckpointError: if there is none, or the one that is named is not whole.
         """
-        self._restored, self._start = False, None
-        folder = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), self.args.world_size)
-        return super().train(str(folder) if folder else None, *positional, **named)
+        self._in_trial, self._start = trial, None
+        output, processes = str(self.args.output_dir), self.args.world_size
+        self._resumed = checkpoint_to_resume(resume_from_checkpoint, output, processes)
+        return super().train(str(self._resumed) if self._resumed else None, trial, ignore_keys_for_eval)
 
-    def _update_auto_batch_size(self, batch_size: int) -> None:
-        super()._update_auto_batch_size(batch_size)
-        if self._start is None:
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """The Trainer's, when a training loop begins: for the first time, or again after out of memory."""
+        if self.hp_search_backend is not None:
+            self.args.settle_after_trial()
+        if args.auto_find_batch_size and self._start is None:
             self._start = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-        elif not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # again after out of memory: upstream goes on
-            self.model.load_state_dict(self._start)
+        elif args.auto_find_batch_size and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model.load_state_dict(self._start)  # upstream goes on with what the failed loop left
             self.optimizer = self._given_optimizer
-
-    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *more: Any) -> tuple[int, int]:
-        begun = super()._init_training_state(max_steps, steps_per_epoch, epochs, *more)
+        self._epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        finished = self._resumed is not None and _step_of(self._resumed) >= max_steps
         # A finished run has no epoch left: upstream (5.23) would train one step more, in the middle of an epoch.
-        return (epochs, 0) if self.state.global_step >= max_steps else begun
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        steps = self.args.max_steps
-        super()._hp_search_setup(trial)
-        if trial is not None:
-            self.args.settle_after_trial(steps)
+        return (0 if finished else self._epochs, *others, max_steps)
 
     def _begin(self) -> None:
         """A run begins: afresh, also when ``auto_find_batch_size`` begins again; or goes on from a checkpoint."""
-        if not self._restored:
-            self.noises, self._round, self.history = (), None, []
-            self.cost.start()
-            if self.ema is not None:
-                self.ema.start(self.model)
-        self._restored, self._place = False, (-1, 0)
+        self.state.num_train_epochs = self._epochs
+        self.noises, self._round, self.history, self._place = (), None, [], (-1, 0)
+        self.cost.start()
+        if self.ema is not None:
+            self.ema.start(self.model)
+        if self._resumed is not None:
+            self._restore(self._resumed)
+
+    def _restore(self, checkpoint: Path) -> None:
+        if (checkpoint / HISTORY_NAME).exists():
+            self.history = read_json(checkpoint / HISTORY_NAME)
+            if self.args.should_save:
+                restore_noises(checkpoint, self._run_folder, self.history)
+        if (checkpoint / COST_NAME).exists():
+            self.cost.start(read_json(checkpoint / COST_NAME))
+        if (checkpoint / WEIGHTS_NAME).exists():
+            self.noises = _saved_noises(checkpoint)
+            self._round = self.noises[0].provenance.round
+        if self.ema is not None:
+            self.ema.load(checkpoint)
 
     def _end(self) -> None:
         """A run has ended: what it cost. A checkpoint too many, which a kill may have left, goes."""
         self.cost.sync()
         if self.args.should_save:
-            folder = self._get_output_dir(getattr(self, "_trial", None))
-            write_json(Path(folder) / COST_NAME, self.cost.summary())
-            rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+            write_json(self._run_folder / COST_NAME, self.cost.summary())
+            rotate_checkpoints(str(self._run_folder), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's, with the present noise, the history and the averaged weights beside the model's."""
@@ -248,7 +262,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         self.cost.sync()
         summary = self.cost.summary()
         self.log({f"cost/{name}": summary[name] for name in ("forward_equivalents", "seconds")})
-        run, limit = Path(self._get_output_dir(trial)), self.args.save_total_limit
+        run, limit = self._run_folder, self.args.save_total_limit
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with one_clear_error(folder):
             try:
@@ -290,26 +304,6 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         if best and (Path(best) / WEIGHTS_NAME).exists():
             self.noises = _saved_noises(Path(best))  # saved beside the weights: those they were for
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        folder = Path(checkpoint)
-        if (folder / HISTORY_NAME).exists():
-            self.history = read_json(folder / HISTORY_NAME)
-            if self.args.should_save:
-                restore_noises(folder, Path(self._get_output_dir(getattr(self, "_trial", None))), self.history)
-        if (folder / COST_NAME).exists():
-            self.cost.start(read_json(folder / COST_NAME))
-        self.noises, self._round = (), None
-        if (folder / WEIGHTS_NAME).exists():
-            self.noises = _saved_noises(folder)
-            self._round = self.noises[0].provenance.round
-        if self.ema is not None:
-            self.ema.start(self.model)
-            self.ema.load(folder)
-        self._restored = True
-
     # ---- evaluation
 
     def evaluate(
@@ -329,6 +323,10 @@ def _saved_noises(folder: Path) -> tuple[NullspaceNoise, ...]:
     if (folder / BANK_NAME).is_dir():
         return tuple(load_noise_bank(folder / BANK_NAME))
     return (NullspaceNoise.load(folder / WEIGHTS_NAME),)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
 
 
 class _RunBegins(TrainerCallback):
