@@ -122,13 +122,18 @@ def load_classifier(
     """The model that the arguments name, with a head for the labels of ``rows``; ``say`` gets a line on the labels.
 
     Raises:
-        DataError: if the data has one class only, or unnamed labels that are no classes.
+        DataError: if no model is named for a stream, or the labels make no classes (one, or unnamed ones far too many).
         NotAViTError: if the model has no patch embedding.
         OSError: if there is no such model, or its files cannot be used.
         ValueError: if the processor's images do not fit the model, or it has no such attention implementation.
     """
     names = class_names(rows)
     if args.model_name_or_path is None:
+        if isinstance(rows, datasets.IterableDataset):
+            raise DataError(
+                "a small ViT is trained for whole epochs, and a stream has no length; name a model, or leave "
+                "streaming out"
+            )
         if names is None:
             raise DataError("the labels have no names, so the number of classes is not known; name a model instead")
         model: PreTrainedModel = ViTForImageClassification(_small_vit(args, names))
