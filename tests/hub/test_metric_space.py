@@ -27,7 +27,8 @@ def scores(path, tmp_path, **more):
 @pytest.fixture
 def own_modules(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    others = [path for path in sys.path if (Path(path) / "evaluate_modules").is_dir()]  # of tests before
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in others])
     yield
     for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
         del sys.modules[name]
