@@ -239,7 +239,8 @@ def test_its_settings_give_the_run_back(tmp_path, three):
     recipe = runpy.run_path(str(RECIPES / "finetune.py"))["FinetuneArguments"]
     kinds = (recipe, ModelArguments, DataArguments, NullspaceConfig)
     text = """--dataset_name ORG/set --model_name_or_path ORG/base --fgsm 4/255 --rounds 3 --steps_per_round 7
-        --epsilon 0.07 --seed 5 --noise_loss squared_l2 --warmup_steps 2 --horizontal_flip false"""
+        --epsilon 0.07 --seed 5 --noise_loss squared_l2 --warmup_steps 2 --horizontal_flip false
+        --ema_decay 0.9 --ema_from ORG/average"""
     place = ["--output_dir", str(tmp_path / "mine"), "--use_cpu", "true"]
 
     def settings(words):
@@ -249,6 +250,7 @@ def test_its_settings_give_the_run_back(tmp_path, three):
 
     first = settings([*text.split(), *place])
     card = str(model_card(finetuned(tmp_path / "mine", three, first)))
+    assert "| averaged weights (EMA), in `ema/` | decay 0.9 per step, started from ORG/average |" in card
     (text,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
     (tmp_path / "settings.yaml").write_text(text)
     again = settings(

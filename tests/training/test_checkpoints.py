@@ -16,7 +16,7 @@ from hf_nullspace.training.checkpoints import (
     restore_noises,
 )
 from hf_nullspace.training.trainer import NullspaceTrainer
-from tiny_models import FAMILIES, LABELS, tiny_model
+from tiny_models import FAMILIES, IMAGE, LABELS, tiny_model
 from tiny_training import Images, assert_differs, assert_same, config, parameters_of, trained
 
 FILES = (
@@ -179,9 +179,14 @@ def test_weights_of_another_model_are_refused(tmp_path):
     sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     deeper = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, **LABELS))
     with pytest.raises(
-        NoCheckpointError, match=r"does not hold the weights of this ViTForImageClassification.*layers.2"
+        NoCheckpointError, match=r"does not hold the weights of this ViTForImageClassification.*layers.2.* and 12 more$"
     ):
         load_weights(deeper, tmp_path)
+    finer = ViTForImageClassification(
+        ViTConfig(**sizes | {"num_hidden_layers": 2}, **IMAGE | {"patch_size": 8}, **LABELS)
+    )
+    with pytest.raises(NoCheckpointError, match=r"position_embeddings is \(1, 17, 24\) there and \(1, 5, 24\) here"):
+        load_weights(finer, tmp_path)
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path):

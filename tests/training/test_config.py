@@ -158,6 +158,8 @@ def test_rounds_steps_and_max_steps_agree(tmp_path, given, length):
         ({"output_dir": ""}, "output_dir='': expected the name of a folder"),
         ({"report_to": "trackio"}, "report_to='trackio': it is not installed here"),
         ({"report_to": "paper"}, "report_to='paper': expected 'none', 'all' or some of"),
+        ({"ema_from": "base"}, "ema_from='base': expected ema_decay beside it"),
+        ({"ema_from": "", "ema_decay": 0.9}, "ema_from='': expected a folder or an id on the Hub"),
         ({"ema_decay": 1.0}, r"ema_decay=1.0: expected a number in \(0, 1\)"),
         ({"noise_on_limit": "give up"}, "noise_on_limit='give up': expected one of 'use', 'rescale', 'error'"),
         ({"preset": "papers"}, "preset='papers': expected one of 'boundary', 'descent', 'paper'"),

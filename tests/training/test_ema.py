@@ -1,12 +1,15 @@
 """The averaged weights: against the recursion written out, saved, evaluated, and never left in the model."""
 
+import shutil
+
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, TrainerCallback
+from huggingface_hub import constants
+from transformers import AutoModelForImageClassification, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_nullspace.training.ema import EmaCallback
 from hf_nullspace.training.trainer import NullspaceTrainer
-from tiny_models import tiny_model
+from tiny_models import IMAGE, SIZES, tiny_model
 from tiny_training import Images, accuracy, assert_differs, assert_same, config, parameters_of, trained
 
 
@@ -30,6 +33,45 @@ def test_it_is_the_recursion(tmp_path):
     assert_same(parameters_of(trainer.ema.model), average, rtol=1e-12, atol=1e-15)
     assert_differs(average, weights.steps[-1])
     assert_same(parameters_of(trainer.model), weights.steps[-1])
+
+
+def test_it_starts_from_other_weights_and_a_resumed_run_does_not_need_them(tmp_path):
+    tiny_model(seed=5).save_pretrained(tmp_path / "average")
+    weights, start = Weights(), str(tmp_path / "average")
+    known = {"ema_decay": 0.8, "save_strategy": "steps", "save_steps": 2}
+    whole = trained(tmp_path / "run", ema_from=start, callbacks=[weights], **known)
+    average = parameters_of(tiny_model(seed=5).double())
+    for step in weights.steps:
+        average = {name: 0.8 * value + 0.2 * step[name] for name, value in average.items()}
+    assert_same(parameters_of(whole.ema.model), average, rtol=1e-12, atol=1e-15)
+    shutil.rmtree(start)
+    data = Images(dtype=torch.float64)
+    resumed = NullspaceTrainer(
+        tiny_model().double(), config(tmp_path / "run", ema_from=start, **known), train_dataset=data
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert_same(parameters_of(resumed.ema.model), parameters_of(whole.ema.model))
+    assert_same(parameters_of(resumed.model), parameters_of(whole.model))
+
+
+def test_weights_that_the_average_cannot_start_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    tiny_model("deit").save_pretrained(tmp_path / "deit")
+    ViTForImageClassification(ViTConfig(**SIZES, **IMAGE, num_labels=3)).save_pretrained(tmp_path / "three")
+    shutil.copytree(tmp_path / "three", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((tmp_path / "three" / "model.safetensors").read_bytes()[:999])
+    for name, said in (
+        ("three", r"classifier.bias is \(3,\) there and \(5,\) here; classifier.weight is \(3, 24\) there"),
+        ("deit", "has no place"),
+        ("cut", "incomplete|deserializ"),
+        ("nothing", "nothing"),
+    ):
+        trainer = NullspaceTrainer(
+            tiny_model(), config(tmp_path, ema_decay=0.8, ema_from=str(tmp_path / name)), train_dataset=Images()
+        )
+        with pytest.raises(ValueError, match=f"ema_from=.*{name}.*{said}.*; name a folder, or an id on the Hub") as got:
+            trainer.train()
+        assert "\n" not in str(got.value)
 
 
 def test_it_does_not_change_training(tmp_path):

@@ -196,7 +196,8 @@ def settings_table(run: RunFolder) -> str:
             ["seed", said("{seed}", training)],
         ]  # fmt: skip
         if training.get("ema_decay"):
-            rows.append(["averaged weights (EMA), in `ema/`", said("decay {ema_decay} per step", training)])
+            start = ", started from {ema_from}" if training.get("ema_from") else ""
+            rows.append(["averaged weights (EMA), in `ema/`", said("decay {ema_decay} per step" + start, training)])
     if data:
         crop, flip = data.get("crop_scale", 1), data.get("horizontal_flip")
         augmentation = [f"random crop of at least {crop:g} of the area"] if crop < 1 else []

@@ -152,19 +152,27 @@ def checkpoint_to_resume(resume: Path | str | bool | None, folder: Path | str, p
     return last
 
 
-def load_weights(model: PreTrainedModel, folder: Path | str) -> None:
-    """Load every weight of a saved model into ``model``, in place, or raise.
+def load_weights(model: PreTrainedModel, folder: Path | str, *, local: bool = True) -> None:
+    """Load every weight of a saved model into ``model``, in place, or raise; not ``local``: also one of the Hub.
 
     Works around transformers 5.23, where a ViT is saved under legacy key names and the Trainer loads them with
     ``strict=False``: the encoder stays as it was, with a warning (transformers #48805).
     """
     loading: Any = type(model).from_pretrained(
-        str(folder), config=model.config, dtype=model.dtype, local_files_only=True, output_loading_info=True
+        str(folder),
+        config=model.config,
+        dtype=model.dtype,
+        local_files_only=local,
+        ignore_mismatched_sizes=True,  # they are named below
+        output_loading_info=True,
     )
     loaded, info = loading
-    wrong = {
-        key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]
-    }
+    wrong = [f"{key} is {tuple(there)} there and {tuple(here)} here" for key, there, here in info["mismatched_keys"]]
+    wrong += [f"{key} is missing" for key in info["missing_keys"]]
+    wrong += [f"{key} has no place" for key in info["unexpected_keys"]]
     if wrong:
-        raise NoCheckpointError(f"{folder} does not hold the weights of this {type(model).__name__}: {wrong}")
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise NoCheckpointError(
+            f"{folder} does not hold the weights of this {type(model).__name__}: {'; '.join(sorted(wrong)[:4])}{more}"
+        )
     model.load_state_dict(loaded.state_dict(), strict=True)

@@ -129,6 +129,10 @@ class NullspaceConfig(TrainingArguments):
         default=None,
         metadata={"help": "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."},
     )
+    ema_from: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of weights that this average starts from. Unset: the model's own."},
+    )
 
     learning_rate: float | None = _preset("Learning rate of the model.")  # type: ignore[assignment]
     weight_decay: float | None = _preset("AdamW's decay of the model.")  # type: ignore[assignment]
@@ -151,6 +155,9 @@ class NullspaceConfig(TrainingArguments):
         check_numbers(self, RANGES)
         self.attack_settings()  # raises on values out of range
         check_output_dir(self.output_dir)
+        if self.ema_from is not None:
+            self._check("ema_from", bool(self.ema_from), "a folder or an id on the Hub")
+            self._check("ema_from", self.ema_decay is not None, "ema_decay beside it")
         self._settle_length()
         batch_size, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
         global_batch_size = self.global_batch_size

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -18,16 +19,35 @@ FOLDER = "ema"
 class EmaCallback(TrainerCallback):
     """Averaged weights w' = decay * w' + (1 - decay) * w after every optimizer step, from the weights at the start.
 
+    ``start_from``, a folder or an id on the Hub, holds other weights for w' to start from: the same model's average.
     The paper evaluates its ViT-B + DAT row on such an average. In a checkpoint they lie in ``ema/``, a model folder
     like any other: ``from_pretrained(checkpoint, subfolder="ema")``.
     """
 
-    def __init__(self, model: PreTrainedModel, decay: float) -> None:
-        self.decay = decay
-        self.start(model)
+    def __init__(self, model: PreTrainedModel, decay: float, start_from: str | None = None) -> None:
+        self.decay, self.start_from = decay, start_from
+        self._copy_of(model)
 
-    def start(self, model: PreTrainedModel) -> None:
-        """Begin the average at the present weights of ``model``."""
+    def start(self, model: PreTrainedModel, checkpoint: Path | None = None) -> None:
+        """Begin the average of ``model``: where ``checkpoint`` has it, or else at its start.
+
+        Raises:
+            ValueError: if ``start_from`` holds no weights for this model, with the names and shapes.
+            OSError: if the checkpoint has no average.
+        """
+        self._copy_of(model)
+        if checkpoint is not None:
+            load_weights(self.model, checkpoint / FOLDER)
+        elif self.start_from is not None:
+            try:
+                load_weights(self.model, self.start_from, local=False)
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                raise ValueError(
+                    f"ema_from={self.start_from!r} cannot start the average ({' '.join(str(error).split())}); name a "
+                    "folder, or an id on the Hub, with weights of the model that is trained"
+                ) from error
+
+    def _copy_of(self, model: PreTrainedModel) -> None:
         self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
         self._average.n_averaged.fill_(1)  # 0 would make the first update a copy and forget the start
         self._model = model
@@ -47,14 +67,6 @@ class EmaCallback(TrainerCallback):
         if processor is not None:
             processor.save_pretrained(Path(folder) / FOLDER)
         make_lasting(Path(folder) / FOLDER)
-
-    def load(self, folder: Path | str) -> None:
-        """Read the averaged model of a checkpoint.
-
-        Raises:
-            OSError: if the checkpoint has none.
-        """
-        load_weights(self.model, Path(folder) / FOLDER)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -101,7 +101,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         if self.args.ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
                 raise ValueError("ema_decay needs a whole transformers model per process: no FSDP, DeepSpeed or PEFT")
-            self.ema = EmaCallback(self.model, self.args.ema_decay)
+            self.ema = EmaCallback(self.model, self.args.ema_decay, self.args.ema_from)
             self.add_callback(self.ema)
         self.add_callback(_RunBegins(self))
 
@@ -221,7 +221,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         self.noises, self._round, self.history, self._place = (), None, [], (-1, 0)
         self.cost.start()
         if self.ema is not None:
-            self.ema.start(self.model)
+            self.ema.start(self.model, self._resumed)
         if self._resumed is not None:
             self._restore(self._resumed)
 
@@ -235,8 +235,6 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         if (checkpoint / WEIGHTS_NAME).exists():
             self.noises = _saved_noises(checkpoint)
             self._round = self.noises[0].provenance.round
-        if self.ema is not None:
-            self.ema.load(checkpoint)
 
     def _end(self) -> None:
         """A run has ended: what it cost. A checkpoint too many, which a kill may have left, goes."""
