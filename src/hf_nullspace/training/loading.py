@@ -68,7 +68,7 @@ class DataArguments:
     image_column: str | None = option(None, "Column of the images; found by itself if there is only one.")
     label_column: str | None = option(None, "Column of the labels; found by itself if it has a usual name.")
     streaming: bool = option(False, "Stream the data instead of downloading it.")
-    shuffle_buffer: int = option(1000, "Streaming: images held to draw the next one from.")
+    shuffle_buffer: int = option(1000, "Streaming: images held to draw the next one from; 0 keeps the order.")
     crop_scale: float = option(0.08, "RandomResizedCrop: smallest area of a crop, in (0, 1]; 1 switches it off.")
     horizontal_flip: bool = option(True, "Mirror half of the training images. Not for digits or text.")
     max_train_images: int | None = option(None, "Train on the first so many images only.")
@@ -76,7 +76,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_numbers(
-            self, {"shuffle_buffer": "int [1, inf)", "crop_scale": "(0, 1]", "max_train_images": "int [1, inf)"}
+            self, {"shuffle_buffer": "int [0, inf)", "crop_scale": "(0, 1]", "max_train_images": "int [1, inf)"}
         )
         for name in ("dataset_name", "train_split", "eval_split"):
             if not getattr(self, name).strip():
@@ -136,6 +136,7 @@ def load_classifier(
             )
         if names is None:
             raise DataError("the labels have no names, so the number of classes is not known; name a model instead")
+        _check_classes(names)
         model: PreTrainedModel = ViTForImageClassification(_small_vit(args, names))
         processor = make_image_processor(args.image_size)
         labels = align_labels(names, model.config)
@@ -143,11 +144,6 @@ def load_classifier(
         model, processor, labels = _pretrained(args.model_name_or_path, args.model_revision, rows, names)
         say(labels.message)
     weights = None if args.model_name_or_path is None else _fingerprint(model, labels.new_head)
-    if labels.num_labels == 1:
-        raise DataError(
-            f"The data has one class, {labels.id2label[0]!r}; a classifier needs two or more. Check label_column, or "
-            "give the folder whose subfolders are the classes."
-        )
     if args.attn_implementation is not None:
         try:
             model.set_attn_implementation(args.attn_implementation)
@@ -170,6 +166,7 @@ def _pretrained(
 ) -> tuple[PreTrainedModel, Any, LabelAlignment]:
     config = load_model_config(name, revision)
     labels = align_labels(names, config, None if isinstance(rows, datasets.IterableDataset) else num_classes(rows))
+    _check_classes(list(labels.id2label.values()))
     config.id2label, config.label2id = labels.id2label, labels.label2id
     try:
         model = load_model(name, revision, config=config, new_head=labels.new_head)
@@ -184,6 +181,15 @@ def _pretrained(
 
 def _heads(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in HEAD_NAMES]
+
+
+def _check_classes(names: list[str]) -> None:
+    """One class: transformers takes such a head for a regression."""
+    if len(names) == 1:
+        raise DataError(
+            f"The data has one class, {names[0]!r}; a classifier needs two or more. Check label_column, or "
+            "give the folder whose subfolders are the classes."
+        )
 
 
 def _new_head(model: PreTrainedModel) -> None:
