@@ -1,5 +1,7 @@
 """Averages, intervals and power of a study against NumPy loops, the scores of single conditions and closed forms."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -182,6 +184,8 @@ def test_everything_is_computed_again_from_the_content():
     text = markdown(whole)
     assert "| better | 2 |" in text
     assert f"{whole['differences']['better']['average'][0]:+.2f} [" in text
+    spoilt = markdown(json.loads(json.dumps(whole).replace('"better"', '"<b> | x"')))
+    assert spoilt == text.replace("| better |", "| &lt;b> \\| x |"), "a name is text"
 
 
 def test_power_in_closed_form():

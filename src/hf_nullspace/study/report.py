@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.markdown import cell, escape
 from hf_nullspace.study.analysis import Results, between_arms, differences, table
 from hf_nullspace.study.design import BEFORE
 
@@ -72,7 +73,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         ["arm", "seeds", *map(short, groups)],
         [[arm, str(seeds[arm]), *(spread(entry.get(g)) for g in groups)] for arm, entry in content["table"].items()],
     )
-    lines += ["", f"Paired differences to {control} in points, with 95% intervals over images.", ""]
+    lines += ["", f"Paired differences to {escape(control)} in points, with 95% intervals over images.", ""]
     lines += _table(
         ["arm", *map(short, groups)],
         [[arm, *(signed(entry.get(g)) for g in groups)] for arm, entry in content["differences"].items()],
@@ -129,7 +130,7 @@ def short(title: str) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     rule = ["---", *["---:"] * (len(head) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
+    return [f"| {' | '.join(row)} |" for row in (map(cell, head), rule, *(map(cell, row) for row in rows))]
 
 
 def plot_cost(content: Mapping[str, Any], path: Path) -> Path:
