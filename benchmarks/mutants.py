@@ -318,22 +318,28 @@ def learn(folder, tests, session):
     return {"seconds": seconds, "ran": ran}
 
 
-def chosen(mutant, known):
-    """The tests for a mutant, quickest first: those that run its line, and then all of its file's."""
+def chosen(mutant, known, before):
+    """The tests for a mutant: the one that noticed it ``before``, those that run its line, and all of its file's."""
     mine, seconds = tests_of(mutant["file"]), known["seconds"]
     found = set()
     for context in known["ran"].get(mutant["file"], {}).get(str(mutant["line"]), []):
         whole = context.removeprefix(f"{WHOLE} ")
         found |= {test for test in seconds if test.startswith(f"{whole}::")} if whole != context else {context}
-    return [*sorted(found & set(seconds), key=seconds.get), *mine]
+    first = [test for test in [before.get(mutant["id"])] if test in seconds]
+    return [*first, *sorted(found & set(seconds), key=seconds.get), *mine]
+
+
+def read(path):
+    """id -> result, of a session's file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {one["id"]: one for one in map(json.loads, lines)}
 
 
 def run_all(mutants, folders, known, session):
     """Run the mutants that have no result in the session yet, one in each folder at a time."""
     record = session / "results.jsonl"
-    done = {}
-    if record.is_file():
-        done = {one["id"]: one for one in map(json.loads, record.read_text().splitlines())}
+    done = read(record)
+    before = {name: one["by"] for path in session.parent.glob("*/results.jsonl") for name, one in read(path).items()}
     waiting = [mutant for mutant in reversed(mutants) if mutant["id"] not in done]
     of_file = defaultdict(float)
     for test, seconds in known["seconds"].items():
@@ -348,7 +354,7 @@ def run_all(mutants, folders, known, session):
             os.utime(path, (stamp, stamp))  # so that no compiled file is taken for it
             stamp += 1
             limit = 30 + 3 * sum(of_file[test] for test in tests_of(mutant["file"]))
-            busy[folder] = mutant, Run(folder, chosen(mutant, known), limit)
+            busy[folder] = mutant, Run(folder, chosen(mutant, known, before), limit)
         time.sleep(0.02)
         for folder, (mutant, run) in list(busy.items()):
             if (found := run.result()) is None:

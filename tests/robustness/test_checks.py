@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_nullspace.robustness.checks import run_checks, unreliable
+from hf_nullspace.robustness import checks as each
+from hf_nullspace.robustness.attacks.gradient import PGD
+from hf_nullspace.robustness.checks import Check, run_checks, unreliable
 from hf_nullspace.robustness.pixel_model import PixelModel
 
 NAMES = [
@@ -109,6 +111,109 @@ def test_wrong_labels_mode_and_range_are_seen(tiny_vit, batch):
     assert tiny_vit.training
     dark = unreliable(run_checks(tiny_vit, batch / 255, labels), attack=False)
     assert "input range" in dark
+
+
+@pytest.mark.parametrize(
+    ("values", "passed"),
+    [
+        ([0.0, 0.3, 1.0], True),
+        ([0.01, 0.49, 0.51], True),
+        ([-0.01, 0.3, 1.0], False),
+        ([0.0, 0.3, 1.01], False),
+        ([0.5, 0.6, 1.0], False),
+        ([0.0, 0.1, 0.5], False),
+        ([0.49, 0.5, 0.51], False),
+        ([0.0] * 2 + [0.51] * 2000, False),
+    ],
+)
+def test_pixels_are_between_0_and_1_on_both_sides_of_the_middle_and_not_all_alike(values, passed):
+    assert each.input_range(torch.tensor(values))[0] == passed
+
+
+@pytest.mark.parametrize(
+    ("n", "right", "falls", "steps"),
+    [
+        # (radius, steps) -> images that are still right: 8/255 after 2 and after 10, 127.5/255 after 10
+        (100, (50, 50, 5), True, True),
+        (100, (50, 50, 6), False, True),
+        (100, (4, 4, 5), False, True),
+        (100, (4, 4, 4), True, True),
+        (100, (50, 52, 0), True, True),
+        (100, (50, 53, 0), True, False),
+        (10, (5, 6, 0), True, True),
+        (10, (5, 7, 0), True, False),
+        (10, (5, 5, 1), False, True),
+    ],
+)
+def test_verdicts_on_attacks_by_hand(n, right, falls, steps):
+    table = dict(zip([(8 / 255, 2), (8 / 255, 10), (0.5, 10)], right, strict=True))
+    found = [check(lambda *asked: table[asked], 8 / 255, n) for check in (each.falls_to_zero, each.more_steps)]
+    assert [passed for passed, _ in found] == [falls, steps]
+    assert f"{right[1]} right at 8/255, {right[2]} at 127.5/255" in found[0][1]
+
+
+def test_an_attack_of_a_radius_and_steps_runs_once(tiny_vit, batch, monkeypatch):
+    asked = []
+    inner = PGD.perturb
+    monkeypatch.setattr(PGD, "perturb", lambda self, *given: asked.append(self) or inner(self, *given))
+    run(tiny_vit, batch)
+    assert asked == [PGD(8 / 255), PGD(0.5), PGD(8 / 255, steps=2)]
+
+
+@pytest.mark.parametrize(("share", "passed"), [(0.4, True), (0.6, False)])
+def test_gradients_that_are_zero_for_most_pixels_are_not_sound(tiny_vit, batch, share, passed):
+    """Of each image the first rows carry no gradient; none of the images has a gradient of zero."""
+    rows = round(16 * share)
+
+    def before(x):
+        return torch.cat([x[:, :, :rows].detach(), x[:, :, rows:]], 2)
+
+    check = run(tiny_vit, batch, {"before": before})["gradients"]
+    assert check.passed == passed
+    assert f"zero for 0 of 16 images, {100 * rows / 16:.0f}% of all values zero" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("after", "passed", "words"),
+    [
+        (lambda z: z, True, "logits in ["),
+        (lambda z: z.log_softmax(-1), True, "log-probabilities in ["),
+        (lambda z: z.softmax(-1) * 1.01, True, "logits in ["),
+        (lambda z: z.softmax(-1) * 1.0005, False, "sums to 1"),
+        (lambda z: z.softmax(-1) - 1e-3, True, "logits in ["),
+        (lambda z: -z.exp(), True, "logits in ["),
+    ],
+)
+def test_what_logits_are_taken_for(tiny_vit, batch, after, passed, words):
+    found = run(tiny_vit, batch, {"after": after})["logits, not probabilities"]
+    assert found.passed == passed
+    assert words in found.detail
+
+
+@pytest.mark.parametrize(("right", "classes", "passed"), [(4, 10, True), (3, 10, False), (2, 10, False), (16, 2, True),
+                                                          (15, 2, True), (14, 2, False)])  # fmt: skip
+def test_better_than_chance_is_twice_chance_or_nine_in_ten(right, classes, passed):
+    logits = torch.zeros(16, classes)
+    logits[:, 0] = 1
+    labels = torch.tensor([0] * right + [1] * (16 - right))
+    assert each.better_than_chance(lambda pixels: logits, torch.zeros(16, 3, 2, 2), labels)[0] == passed
+
+
+@pytest.mark.parametrize(("gap", "passed"), [(0.0, True), (0.9e-4, True), (1.1e-4, False)])
+def test_two_forwards_may_differ_by_rounding(gap, passed):
+    answers = iter([torch.zeros(2, 3), torch.tensor([[0.0, gap, 0.0], [0.0, 0.0, 0.0]])])
+    assert each.deterministic(lambda pixels: next(answers), torch.zeros(2, 3, 2, 2))[0] == passed
+
+
+def test_which_checks_concern_a_number():
+    found = [
+        Check("a", False, ""),
+        Check("b", False, "", "attacks"),
+        Check("c", True, ""),
+        Check("d", True, "", "attacks"),
+    ]
+    assert unreliable(found, attack=True) == ["a", "b"]
+    assert unreliable(found, attack=False) == ["a"]
 
 
 def test_an_attack_that_noise_beats_fails(tiny_vit, batch, monkeypatch):

@@ -30,7 +30,7 @@ class Draws:
         return draw
 
 
-@pytest.mark.parametrize(("radius", "smoothing"), [*CIFAR["defocus_blur"], (3, 0.1), (6, 0.5), (10, 0.5)])
+@pytest.mark.parametrize(("radius", "smoothing"), [*CIFAR["defocus_blur"], (3, 0.1), (6, 0.5), (8, 0.5), (10, 0.5)])
 def test_defocus_is_opencvs_filter(x, radius, smoothing):
     kernel = library.disk(radius, smoothing)
     expected = np.stack([cv2.filter2D(x[..., c], -1, kernel) for c in range(3)], axis=-1)

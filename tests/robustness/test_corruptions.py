@@ -105,6 +105,21 @@ def test_large_images_follow_the_library(photo, name, severity):
     assert np.abs(got - expected).max() <= 1
 
 
+@pytest.mark.parametrize("name", ["glass_blur", "snow"])
+def test_a_large_image_has_its_seed_from_run_image_corruption_and_severity(photo, name):
+    """Written out: other draws would be other images under the same name."""
+    image = photo(72)
+    seed = int(np.random.default_rng([7, 5, CORRUPTIONS.index(name), 2]).integers(2**31))
+    if name == "glass_blur":
+        expected = imagecorruptions.corrupt(np.asarray(image), 2, name, seed=seed)
+    else:
+        before = np.random.get_state()  # noqa: NPY002
+        np.random.seed(seed)  # noqa: NPY002
+        expected = imagecorruptions.corrupt(np.asarray(image), 2, name)
+        np.random.set_state(before)  # noqa: NPY002
+    np.testing.assert_array_equal(np.asarray(corrupt(image, name, 2, seed=7, index=5)), expected)
+
+
 def test_the_librarys_generator_is_put_back_and_its_absence_named(photo, monkeypatch):
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     corrupt(photo(80), "fog", 2, seed=0, index=0)

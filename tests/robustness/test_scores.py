@@ -8,6 +8,7 @@ from scipy import stats
 from hf_nullspace.noise.influence import noise_influence
 from hf_nullspace.robustness import published
 from hf_nullspace.robustness.scores import (
+    Interval,
     accuracy,
     expected_calibration_error,
     influence,
@@ -29,6 +30,13 @@ def test_wilson_is_scipys(correct, n, confidence):
     got = wilson(correct, n, confidence=confidence)
     assert got.value == correct / n
     assert (got.low, got.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_an_interval_is_written_in_percent():
+    assert str(Interval(0.5, 0.25, 0.75125)) == "50.00 [25.00, 75.12]"
+    for correct, n in ((-1, 10), (11, 10), (0, 0)):
+        with pytest.raises(ValueError, match="is not a score"):
+            wilson(correct, n)
 
 
 def test_accuracy_wants_one_bool_per_image():
@@ -65,9 +73,16 @@ def test_means_over_conditions_resample_images_jointly():
     by_hand = sum(w * (a.mean() - b.mean()) for w, a, b in zip((0.5, 0.25, 0.25), after, before, strict=True))
     assert weighted.value == pytest.approx(by_hand)
     assert weighted.low < by_hand < weighted.high
-    for weights in ([0.5, 0.5], [1.0, 1.0, 1.0]):
+    for weights in ([0.5, 0.5], [1.0, 1.0, 1.0], [0.5, 0.25, 0.25 + 2e-9]):
         with pytest.raises(ValueError, match="3 conditions before, 3 after"):
             paired_mean_difference(before, after, weights=weights)
+    with pytest.raises(ValueError, match="2 conditions before, 3 after"):
+        paired_mean_difference(before[:2], after)
+    one = paired_mean_difference(before, after, resamples=150, seed=4)
+    assert one == paired_mean_difference(before, after, resamples=150, seed=4)
+    assert one != paired_mean_difference(before, after, resamples=150, seed=5)
+    narrow = paired_mean_difference(before, after, confidence=0.5)
+    assert (narrow.low, narrow.high) == pytest.approx(np.quantile(draws, [0.25, 0.75]), abs=0.006)
 
 
 def test_corruption_errors_by_hand():
@@ -153,6 +168,14 @@ def test_match_rate_influence_and_worst():
     assert influence(*softmax) == pytest.approx(float(noise_influence(torch.from_numpy(a), torch.from_numpy(b))))
     with pytest.raises(ValueError, match="not logits"):
         influence(a, b)
+    for one, two in ((before, after[:1]), (before[0], after[0]), ([before], [after]), ([], [])):
+        with pytest.raises(ValueError, match=r"expected probabilities of shape \(images, classes\)"):
+            influence(one, two)
+    near, wrong = [[1.0 - 0.9e-3, 0.0]], [[1.0 - 1.1e-3, 0.0]]
+    assert influence(near, near) == 0
+    for one in (wrong, [[1.5, -0.5]]):
+        with pytest.raises(ValueError, match="rows must be probabilities"):
+            influence(near, one)
     with pytest.raises(ValueError, match="as many predictions"):
         match_rate([1, 2], [1])
     assert worst_condition({"clean": 0.9, "fog": 0.2, "snow": 0.4}) == ("fog", 0.2)
