@@ -264,3 +264,29 @@ def test_a_scaled_random_direction_agrees_with_the_calibration_of_the_controls()
     (ours,), _ = follow(vit, **UNMOVED)
     theirs = calibrate(vit, ours.tensor, EPSILON * 0.98, HELD_OUT, tolerance=0.001)
     assert ours.centred_norm == pytest.approx(float(centred_norm(theirs.noise)), rel=0.03)
+
+
+@pytest.mark.parametrize(("pool_images", "batches"), [(18, 3), (19, 4), (1, 1), (0, 6)])
+def test_the_pool_holds_as_many_batches_as_it_needs_images(pool_images, batches):
+    """Six steps on batches of six images; without a pool every step takes one."""
+    taken = []
+    source = stream()
+    follow(tiny_model().double().eval(), batches=(taken.append(1) or next(source) for _ in range(99)), steps=6,
+           pool_images=pool_images)  # fmt: skip
+    assert len(taken) == batches
+
+
+def test_a_noise_grows_until_tokens_of_a_tenth_of_the_mean_length_are_cut():
+    """A small limit keeps even the longest noise inside epsilon; the token of 1 / 9.5 of the mean is cut as well."""
+    limit = 1e-3
+    longest = limit * math.sqrt(24 / 3)
+    start = centre(torch.randn(1, 16, 24, generator=torch.Generator().manual_seed(5)).double())
+    start = start / start.norm(dim=-1, keepdim=True)
+    start[0, 3] *= 1 / 9.5
+    start = start / start.norm() * 4  # now 1 is the mean length
+    start[0, 3] *= 1 / 9.5 / start[0, 3].norm()
+    (found,), _ = follow(tiny_model().double().eval(), start=start, steps=1, learning_rate=1e-9, noise_limit=limit)
+    assert found.provenance.influence < EPSILON / 2
+    torch.testing.assert_close(
+        found.tensor.norm(dim=-1), torch.full((1, 16), longest, dtype=torch.float64), rtol=1e-6, atol=0
+    )

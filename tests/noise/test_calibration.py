@@ -65,8 +65,24 @@ def test_no_factor_is_larger_than_allowed(largest, start):
             find_factor(influence, 0.03, start=start, largest=largest)
         assert caught.value.inside == (largest, (largest / 37) ** 2 * 0.03)
     assert max(asked) <= largest
+    assert len(asked) <= 14, "it is not asked again where it cannot go further"
     steps = [after / before for before, after in itertools.pairwise(asked)]
     assert all(0.5 <= step <= 2 for step in steps)
+
+
+@pytest.mark.parametrize("start", [1.0, 1e-3, 1e4])
+def test_where_small_factors_do_nothing_at_all_epsilon_is_found(start):
+    def influence(factor):
+        return max(0.0, factor - 10) ** 2
+
+    factor, found, _ = find_factor(influence, 0.03, start=start)
+    assert found == influence(factor) == pytest.approx(0.03, rel=0.02)
+
+
+def test_where_nothing_is_inside_nothing_is_told_to_be():
+    with pytest.raises(NoiseNotCalibratedError, match=f"no factor between 1 and {2**-40:g} .* it is 1\\. ") as caught:
+        find_factor(lambda factor: 1.0, 0.03)
+    assert caught.value.inside == (0.0, 0.0)
 
 
 def test_what_cannot_be_reached_is_an_error():

@@ -356,6 +356,14 @@ def test_impossible_settings_are_refused(setting, message):
         NoiseSettings(**setting)
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_batches_that_run_out_say_where_and_how_many_are_needed(count):
+    settings = NoiseSettings(epsilon=1e-9, max_steps=5, stop_on="minibatch")
+    batches = itertools.islice(stream(dtype=torch.float32), count)
+    with pytest.raises(ValueError, match=f"ran out at noise step {count}; up to 6 are needed: repeat the data"):
+        learn_noise(tiny_model(), batches, settings, seed=0)
+
+
 def test_held_out_images_are_asked_for():
     with pytest.raises(ValueError, match="pass held_out="):
         learn_noise(tiny_model(), stream(dtype=torch.float32), NoiseSettings(), seed=0)

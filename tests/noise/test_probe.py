@@ -82,3 +82,14 @@ def test_the_held_out_influence_is_the_mean_over_images_whatever_the_batches():
                 z = model(pixel_values=seen).logits
                 with patch_embedding_noise(model, v):
                     assert found == pytest.approx(noise_influence(z, model(pixel_values=seen).logits).item(), rel=1e-9)
+
+
+def test_a_sharded_model_of_one_process_is_asked_as_often():
+    """Pieces that count for nothing are only for a rank with fewer than another one."""
+    model = tiny_model().double()
+    with frozen(model):
+        probe = probe_of(model, [images(5, seed=3)], 2)
+        before = [(len(piece), count) for piece, count in probe.chunks([images(7)])]
+        probe.sharded = True
+        assert [(len(piece), count) for piece, count in probe.chunks([images(7)])] == before
+    assert before == [(2, 2), (2, 2), (2, 2), (1, 1)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_nullspace.robustness.attacks.base import readable
 from hf_nullspace.robustness.attacks.carlini_wagner import CW
 from hf_nullspace.robustness.attacks.gradient import FGSM, MIM, PGD
 from hf_nullspace.robustness.attacks.patch_fool import PatchFool
@@ -167,6 +168,16 @@ def test_names_say_every_setting():
     assert repr(PGD(0.5, norm="l2")) == "PGD(eps=0.5, step=0.125, steps=10, norm='l2', random_start=True)"
     assert repr(MIM()) == "MIM(eps=1/255, step=0.1/255, steps=10, decay=1)"
     assert repr(FGSM(8 / 225)) == "FGSM(eps=0.0355556)"
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(8 / 255, "8/255"), (0.25 / 255, "0.25/255"), (1.0, "1"), (0.2, "0.2"), (0.0, "0"), (0.1234567, "0.123457"),
+     (3, "3"), (None, "None"), ("linf", "'linf'"), (1e-3 / 255, "0.001/255"), (1.1e-9 + 0.002, "0.002"),
+     (-4 / 255, "-4/255")],
+)  # fmt: skip
+def test_a_setting_is_written_as_one_writes_it(value, written):
+    assert readable(value) == written
 
 
 def test_bad_arguments_are_named(linear):
