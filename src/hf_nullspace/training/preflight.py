@@ -74,8 +74,9 @@ def check_images(config: Any, images: int, batches: Sequence[str] = BATCHES) -> 
     held_out = min(config.held_out_images, images // 4)
     if config.needs_held_out() and held_out < config.world_size:
         raise ValueError(
-            f"of {images} training images a quarter, {images // 4}, can be held out from the noise, on which its "
-            f"influence is measured; use at least {4 * config.world_size} images, or fewer processes"
+            f"{held_out} held-out images (of {images}, a quarter at most) are less than one for each of "
+            f"{config.world_size} processes; raise held_out_images, or use at least {4 * config.world_size} images, or "
+            "fewer processes"
         )
 
 
