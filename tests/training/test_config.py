@@ -134,7 +134,7 @@ def test_rounds_steps_and_max_steps_agree(tmp_path, given, length):
         ({"epsilon": -0.03}, "noise setting epsilon=-0.03"),
         ({"preset": "paper", "noise_max_steps": 0}, r"noise setting max_steps=0: expected at least 1 noise step \(T\)"),
         ({"noise_max_steps": 0}, r"noise setting max_steps=0: expected at least 1 noise step \(T\)"),
-        ({"noise_on_limit": "shrug"}, "noise setting on_limit='shrug': expected 'use', 'rescale' or 'error'"),
+        ({"noise_on_limit": "shrug"}, "noise_on_limit='shrug': expected one of 'use', 'rescale', 'error'"),
         ({"noise_limit": float("inf")}, "noise setting noise_limit=inf: expected a positive start range"),
         ({"noise_learner": "ascent"}, "noise_learner='ascent': expected one of 'boundary', 'descent'"),
         ({"noise_mix": "many"}, "noise_mix='many': expected one of 'one', 'choice', 'convex'"),
