@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train, fine-tune and measure on real handwritten digits (about 80 seconds on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/finetune.py
 
-test: $(STAMP)  ## the default tests (under 5 minutes on two cores, no network)
+test: $(STAMP)  ## the default tests (under 3 minutes on two cores, no network)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the long tests: killed runs, every family, the whole demo
