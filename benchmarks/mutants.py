@@ -12,9 +12,11 @@ as in mutmut, one process that has imported them forks for each mutant.
 The files are ``FILES``. A place in the code (an operator, a number, a comparison, a condition, a decorator, a loop) is
 drawn at most once, the files by their number of places; then one change of that place. The draw is a hash of the seed
 and of the place's own text, so a change elsewhere in the code draws the same mutants again. Annotations are left out.
-A mutant lies in a copy of the tree: yours is never touched. First the tests that run its line (coverage says which,
-from one run without mutants), then all tests of its file, until one fails. What is done is kept in ``--session``, and a
-second start goes on. A survivor needs a test, or in ``mutants_reasons.json`` the reason why it changes nothing.
+A mutant lies in a copy of the tree: yours is never touched. First comes the test that noticed it in an earlier session,
+then those that run its line (coverage says which, from one run without mutants), then all tests of its file, until one
+fails. In the end every test that noticed something has to pass without a mutant. A result is kept in ``--session`` until
+its file, or the test that noticed it, or (of a survivor) one of its tests changes; so a second start goes on. A survivor
+needs a test, or in ``mutants_reasons.json`` the reason why it changes nothing.
 """
 
 import argparse
@@ -206,16 +208,20 @@ class Watcher:
     """A pytest plugin: the first test that failed; and with ``coverage``, on whose behalf a line runs."""
 
     def __init__(self, coverage=None):
-        self.coverage, self.failed, self.test, self.seconds = coverage, None, "", defaultdict(float)
+        self.coverage, self.failed, self.test, self.seconds = coverage, [], "", defaultdict(float)
+        self.tests = []
+
+    def pytest_collection_finish(self, session):
+        self.tests = [item.nodeid for item in session.items]
 
     def pytest_runtest_logreport(self, report):
         self.seconds[report.nodeid] += report.duration
-        if report.failed and self.failed is None:
-            self.failed = report.nodeid
+        if report.failed:
+            self.failed.append(report.nodeid)
 
     def pytest_collectreport(self, report):
-        if report.failed and self.failed is None:
-            self.failed = f"{report.nodeid} (import)"
+        if report.failed:
+            self.failed.append(report.nodeid)
 
     def pytest_runtest_logstart(self, nodeid, location):
         self.test = nodeid
@@ -252,11 +258,12 @@ def child(folder, tests, answer, lines):
         measured.start()
     watcher = Watcher(measured)
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    code = pytest.main([*options, *([] if measured else ["-x"]), *tests], plugins=[watcher])
+    code = pytest.main([*options, *tests], plugins=[watcher])
     if measured:
         measured.stop()
         measured.save()
-    answer.write_text(json.dumps({"code": int(code), "failed": watcher.failed, "seconds": watcher.seconds}))
+    found = {name: getattr(watcher, name) for name in ("failed", "seconds", "tests")}
+    answer.write_text(json.dumps(found | {"code": int(code)}))
     os._exit(0)
 
 
@@ -291,42 +298,59 @@ class Run:
         if not self.answer.is_file():
             return "noticed", "the interpreter ended"
         found = json.loads(self.answer.read_text())
-        return ("survived", None) if found["code"] == 0 else ("noticed", found["failed"])
-
-    def wait(self):
-        while (found := self.result()) is None:
-            time.sleep(0.02)
-        return found
+        return ("survived", None) if found["code"] == 0 else ("noticed", (found["failed"] or ["no test ran"])[0])
 
 
-def learn(folder, tests, session):
-    """Run all tests once without a mutant: (file, line) -> the tests that run it, and each test file's seconds."""
+def without_a_mutant(folder, tests, lines=None):
+    """What happens to ``tests`` in the tree as it is."""
+    run = Run(folder, tests, 3600, lines)
+    while run.result() is None:
+        time.sleep(0.1)
+    if not run.answer.is_file():
+        raise SystemExit(f"the tests do not run without a mutant:\n{(folder / 'log').read_text()[-3000:]}")
+    return json.loads(run.answer.read_text())
+
+
+def learn(folder, tests, lines):
+    """Run all tests once without a mutant: (file, line) -> the tests that run it, and each test's seconds.
+
+    It decides about the order in which tests are tried and about nothing else, so an old one does.
+    """
     import coverage
 
     print(f"running {len(tests)} test files without a mutant", flush=True)
-    run = Run(folder, tests, 3600, session / "lines")
-    if run.wait()[0] != "survived":
-        raise SystemExit(f"the tests fail without a mutant:\n{(folder / 'log').read_text()[-3000:]}")
-    seconds = json.loads(run.answer.read_text())["seconds"]
-    data = coverage.CoverageData(str(session / "lines"))
+    found = without_a_mutant(folder, tests, lines)
+    data = coverage.CoverageData(str(lines))
     data.read()
     ran = defaultdict(dict)
     for path in data.measured_files():
         name = Path(path).relative_to(folder / PACKAGE).as_posix()
         for line, contexts in data.contexts_by_lineno(path).items():
             ran[name][line] = sorted(contexts)
-    return {"seconds": seconds, "ran": ran}
+    return {"seconds": found["seconds"], "ran": ran}
+
+
+def confirm(folder, done, record):
+    """Run every test that noticed a mutant without one; what a test noticed that fails then counts for nothing."""
+    tests = sorted({one["by"] for one in done.values() if "::" in (one["by"] or "")})
+    print(f"running the {len(tests)} tests that noticed something without a mutant", flush=True)
+    red = set(without_a_mutant(folder, tests)["failed"])
+    if red:
+        kept = [one for one in done.values() if one["by"] not in red]
+        record.write_text("".join(json.dumps(one) + "\n" for one in kept), encoding="utf-8")
+        raise SystemExit("these fail without a mutant; mend them and start again: " + " ".join(sorted(red)))
 
 
 def chosen(mutant, known, before):
     """The tests for a mutant: the one that noticed it ``before``, those that run its line, and all of its file's."""
-    mine, seconds = tests_of(mutant["file"]), known["seconds"]
+    seconds = known["seconds"]
+    mine = sorted(tests_of(mutant["file"]), key=lambda test: known["of_file"][test])
     found = set()
     for context in known["ran"].get(mutant["file"], {}).get(str(mutant["line"]), []):
         whole = context.removeprefix(f"{WHOLE} ")
         found |= {test for test in seconds if test.startswith(f"{whole}::")} if whole != context else {context}
     first = [test for test in [before.get(mutant["id"])] if test in seconds]
-    return [*first, *sorted(found & set(seconds), key=seconds.get), *mine]
+    return ["-x", *first, *sorted(found & set(seconds), key=seconds.get), *mine]
 
 
 def read(path):
@@ -335,15 +359,27 @@ def read(path):
     return {one["id"]: one for one in map(json.loads, lines)}
 
 
+def state(mutant, test):
+    """What a result depends on: the file that is changed, and the test that noticed it, or all tests of that file."""
+    tests = [test.partition("::")[0]] if test and "::" in test else tests_of(mutant["file"])
+    digest = hashlib.sha256((ROOT / PACKAGE / mutant["file"]).read_bytes())
+    for path in tests:
+        digest.update((ROOT / path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def run_all(mutants, folders, known, session):
     """Run the mutants that have no result in the session yet, one in each folder at a time."""
     record = session / "results.jsonl"
-    done = read(record)
-    before = {name: one["by"] for path in session.parent.glob("*/results.jsonl") for name, one in read(path).items()}
+    known_results = read(record)
+    before = {name: one["by"] for name, one in known_results.items()}
+    current = {one["id"]: one for one in mutants}
+    done = {
+        name: one
+        for name, one in known_results.items()
+        if name in current and one["of"] == state(current[name], one["by"])
+    }
     waiting = [mutant for mutant in reversed(mutants) if mutant["id"] not in done]
-    of_file = defaultdict(float)
-    for test, seconds in known["seconds"].items():
-        of_file[test.partition("::")[0]] += seconds
     free, busy, stamp = list(folders), {}, 1
     begun, all_of_them = time.monotonic(), len(waiting)
     while waiting or busy:
@@ -353,7 +389,7 @@ def run_all(mutants, folders, known, session):
             path.write_text(mutant["source"], encoding="utf-8")
             os.utime(path, (stamp, stamp))  # so that no compiled file is taken for it
             stamp += 1
-            limit = 30 + 3 * sum(of_file[test] for test in tests_of(mutant["file"]))
+            limit = 60 + 3 * sum(known["of_file"][test] for test in tests_of(mutant["file"]))
             busy[folder] = mutant, Run(folder, chosen(mutant, known, before), limit)
         time.sleep(0.02)
         for folder, (mutant, run) in list(busy.items()):
@@ -364,23 +400,16 @@ def run_all(mutants, folders, known, session):
             shutil.copy2(ROOT / PACKAGE / mutant["file"], folder / PACKAGE / mutant["file"])
             outcome, test = found
             took = round(time.monotonic() - run.begun, 1)
-            done[mutant["id"]] = {"id": mutant["id"], "outcome": outcome, "by": test, "seconds": took}
+            done[mutant["id"]] = {"id": mutant["id"], "outcome": outcome, "by": test, "seconds": took,
+                                  "of": state(mutant, test)}  # fmt: skip
             with record.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(done[mutant["id"]]) + "\n")
             left = len(waiting) + len(busy)
             print(f"{all_of_them - left}/{all_of_them} {outcome:8} {took:6.1f} s  {mutant['file']}:{mutant['line']}  "
                   f"{mutant['before']}  ->  {mutant['after']}", flush=True)  # fmt: skip
     print(f"{time.monotonic() - begun:.0f} s")
+    confirm(folders[0], done, record)
     return done
-
-
-def fingerprint(mutants, tests):
-    """Of what the results depend on: source, tests and sample."""
-    digest = hashlib.sha256()
-    for path in sorted(path for folder in ("src", "tests", "recipes") for path in (ROOT / folder).rglob("*.py")):
-        digest.update(path.read_bytes())
-    digest.update(json.dumps([sorted(mutant["id"] for mutant in mutants), tests]).encode())
-    return digest.hexdigest()[:16]
 
 
 def main():
@@ -397,16 +426,20 @@ def main():
     mutants = sample(args.seed, args.count, args.only)
     names = sorted({mutant["file"] for mutant in mutants})
     tests = list(dict.fromkeys(test for name in names for test in tests_of(name)))
-    session = args.session / fingerprint(mutants, tests)
-    session.mkdir(parents=True, exist_ok=True)
-    print(f"{len(mutants)} mutants in {len(names)} files; results in {session}", flush=True)
+    args.session.mkdir(parents=True, exist_ok=True)
+    print(f"{len(mutants)} mutants in {len(names)} files", flush=True)
     import_libraries()
     with tempfile.TemporaryDirectory(prefix="mutants-") as room:
         folders = [copied(Path(room).resolve() / str(number)) for number in range(args.workers)]
-        if not (session / "known.json").is_file():
-            (session / "known.json").write_text(json.dumps(learn(folders[0], tests, session)))
-        known = json.loads((session / "known.json").read_text())
-        done = run_all(mutants, folders, known, session)
+        present = set(without_a_mutant(folders[0], ["--collect-only", *tests])["tests"])
+        if not (args.session / "known.json").is_file():
+            (args.session / "known.json").write_text(json.dumps(learn(folders[0], tests, args.session / "lines")))
+        known = json.loads((args.session / "known.json").read_text())
+        known["seconds"] = {test: seconds for test, seconds in known["seconds"].items() if test in present}
+        known["of_file"] = defaultdict(float)
+        for test, seconds in known["seconds"].items():
+            known["of_file"][test.partition("::")[0]] += seconds
+        done = run_all(mutants, folders, known, args.session)
     report(args, commit.stdout.strip(), mutants, done)
 
 

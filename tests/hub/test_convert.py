@@ -206,6 +206,16 @@ def test_identity_normalization_is_not_taken_for_bytes():
     assert normalization(with_normalization((0.0,) * 3, (1.0,) * 3))[:2] == ((0.0,) * 3, (1.0,) * 3)
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "top"),
+    [((0.5,), (0.5,), 1), ((1.0, 0.0, 0.5), (1.0, 1.0, 0.5), 1), ((0.5,) * 3, (2.0,) * 3, 255),
+     ((255.0, 0.0, 1.0), (255.0, 1.5, 2.0), 255), ((127.5,), (127.5,), 255)],
+)  # fmt: skip
+def test_the_unit_of_a_normalization_is_that_of_its_std(mean, std, top):
+    found = normalization(Checkpoint({}, "state_dict"), mean, std)
+    assert found[:2] == (tuple(x / top for x in mean), tuple(x / top for x in std))
+
+
 def test_normalization_is_never_guessed():
     bare = Checkpoint({}, "state_dict")
     with pytest.raises(CheckpointError, match="the file does not say how images are normalised"):
@@ -219,7 +229,9 @@ def test_normalization_is_never_guessed():
     with pytest.raises(CheckpointError, match="unknown normalization 'clip'; expected imagenet or augreg"):
         normalization(bare, name="clip")
     for mean, std in [(MEAN[:2], STD[:2]), (MEAN, STD[:1]), ((2.0, 0.5, 0.5), STD), (MEAN, (0.2, 60.0, 0.2)),
-                      (MEAN, (0.0, 0.2, 0.2)), ((-0.1, 0.4, 0.4), STD), ((float("nan"),) * 3, STD)]:  # fmt: skip
+                      (MEAN, (0.0, 0.2, 0.2)), ((-0.1, 0.4, 0.4), STD), ((float("nan"),) * 3, STD), ((256.0,) * 3, (60.0,) * 3),
+                      ((100.0,) * 3, (256.0,) * 3), ((100.0,) * 3, (60.0, 1.0, 60.0)),
+                      (MEAN, (float("inf"),) * 3), (MEAN * 2, STD * 2), (MEAN, (-0.1, 0.2, 0.2))]:  # fmt: skip
         with pytest.raises(CheckpointError, match="expected 1 or 3 values each"):
             normalization(bare, mean, std)
 
