@@ -229,8 +229,8 @@ def test_normalization_is_never_guessed():
     with pytest.raises(CheckpointError, match="unknown normalization 'clip'; expected imagenet or augreg"):
         normalization(bare, name="clip")
     for mean, std in [(MEAN[:2], STD[:2]), (MEAN, STD[:1]), ((2.0, 0.5, 0.5), STD), (MEAN, (0.2, 60.0, 0.2)),
-                      (MEAN, (0.0, 0.2, 0.2)), ((-0.1, 0.4, 0.4), STD), ((float("nan"),) * 3, STD), ((256.0,) * 3, (60.0,) * 3),
-                      ((100.0,) * 3, (256.0,) * 3), ((100.0,) * 3, (60.0, 1.0, 60.0)),
+                      (MEAN, (0.0, 0.2, 0.2)), ((-0.1, 0.4, 0.4), STD), ((float("nan"),) * 3, STD),
+                      ((256.0,) * 3, (60.0,) * 3), ((100.0,) * 3, (256.0,) * 3), ((100.0,) * 3, (60.0, 1.0, 60.0)),
                       (MEAN, (float("inf"),) * 3), (MEAN * 2, STD * 2), (MEAN, (-0.1, 0.2, 0.2))]:  # fmt: skip
         with pytest.raises(CheckpointError, match="expected 1 or 3 values each"):
             normalization(bare, mean, std)
