@@ -42,7 +42,7 @@ from hf_nullspace.training.loading import (
     load_rows,
     training_images,
 )
-from hf_nullspace.training.preflight import check_images
+from hf_nullspace.training.preflight import check_images, lack_of_room
 from hf_nullspace.validation import check_numbers, check_output_dir
 
 
@@ -170,6 +170,8 @@ def work_on(
     images = training_images(data_args, train_rows, classifier, args.seeds[0])
     for config in (first, *others):
         check_images(config, len(images))
+    if warning := lack_of_room(classifier.model, first, trainings=1 + len(others)):
+        say(warning)
     if model_args.model_name_or_path is None:
         train_base_model(
             classifier, images, output / "base", first, epochs=args.base_epochs,

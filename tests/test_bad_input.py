@@ -85,10 +85,11 @@ YAML = {
 
 
 def rows(table):
-    """(columns) of every row, the first of each ten for the default run."""
+    """(columns) of every row; the first of each ten is for the default run, unless it starts a process."""
     lines = (TABLES / table).read_text(encoding="utf-8").splitlines()
     cases = [[part.strip() for part in line.split("|")] for line in lines if line and not line.startswith("#")]
-    marks = [() if index % 10 == 0 else pytest.mark.slow for index in range(len(cases))]
+    quick = [index % 10 == 0 and not case[0].startswith("real ") for index, case in enumerate(cases)]
+    marks = [() if one else pytest.mark.slow for one in quick]
     return [pytest.param(*case, marks=mark, id=" ".join(case[:2])) for case, mark in zip(cases, marks, strict=True)]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_nullspace.noise.learning import derive_seed
+from hf_nullspace.training.preflight import held_out_of
 
 _SHUFFLE_BUFFER = 1024
 _EMPTY = "the training stream is empty; check the split's name and the data files"
@@ -68,17 +69,7 @@ def noise_stream(
     if len(dataset) == 0:
         raise ValueError("the training set is empty: no image to learn a noise on")
     order = torch.randperm(len(dataset), generator=_generator(seed, round)).tolist()
-    if held_out_images > 0 and len(dataset) < 4:
-        raise ValueError(
-            f"the training set has {len(dataset)} images, of which at most a quarter can be held out "
-            f"(held_out_images={held_out_images}); use 4 images or more"
-        )
-    held_out_images = min(held_out_images, len(dataset) // 4)
-    if 0 < held_out_images < processes:
-        raise ValueError(
-            f"{held_out_images} held-out images (of {len(dataset)}) are less than one for each of {processes} "
-            "processes; raise held_out_images, or use more data or fewer processes"
-        )
+    held_out_images = held_out_of(len(dataset), held_out_images, processes)
     held, pool = order[:held_out_images], order[held_out_images:]
 
     def drawn() -> Iterator[list[int]]:

@@ -71,13 +71,28 @@ def check_images(config: Any, images: int, batches: Sequence[str] = BATCHES) -> 
             raise ValueError(
                 f"{name}={getattr(config, name)}, but there are {images} training images; choose at most {images}"
             )
-    held_out = min(config.held_out_images, images // 4)
-    if config.needs_held_out() and held_out < config.world_size:
+    if config.needs_held_out():
+        held_out_of(images, config.held_out_images, config.world_size)
+
+
+def held_out_of(images: int, wanted: int, processes: int) -> int:
+    """How many of ``images`` training images are held out from the noise: at most a quarter of them.
+
+    Raises:
+        ValueError: if some are wanted and not every process gets one.
+    """
+    if wanted > 0 and images < 4:
         raise ValueError(
-            f"{held_out} held-out images (of {images}, a quarter at most) are less than one for each of "
-            f"{config.world_size} processes; raise held_out_images, or use at least {4 * config.world_size} images, or "
-            "fewer processes"
+            f"the training set has {images} images, of which at most a quarter can be held out "
+            f"(held_out_images={wanted}); use 4 images or more"
         )
+    held_out = min(wanted, images // 4)
+    if 0 < held_out < processes:
+        raise ValueError(
+            f"{held_out} held-out images (of {images}) are less than one for each of {processes} processes; raise "
+            "held_out_images, or use more data or fewer processes"
+        )
+    return held_out
 
 
 def lack_of_room(model: nn.Module, config: Any, trainings: int = 1) -> str | None:
