@@ -442,6 +442,7 @@ def test_a_noise_of_another_model_in_a_checkpoint(tmp_path):
     trained(tmp_path, tiny_model(), Images(), save_strategy="steps", save_steps=3)
     other = NullspaceNoise(torch.zeros(1, 4, 24), (2, 2), load_noise_bank(tmp_path / "noises")[1].provenance)
     other.save_beside_model(tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / "manifest.json").unlink()  # as one from the Hub, which has none
     resumed = NullspaceTrainer(tiny_model(), config(tmp_path), train_dataset=Images())
     with pytest.raises(
         ValueError, match=r"noise of shape \(1, 4, 24\) does not fit patch embeddings that need \(1, 16, 24\)"
