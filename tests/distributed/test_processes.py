@@ -318,8 +318,11 @@ def test_bf16_is_near_on_one_process_and_on_two(one: Launch, two: Launch) -> Non
 
 def test_every_rank_says_why_when_a_loss_is_not_a_number(two: Launch) -> None:
     """The image that is NaN lies on rank 1."""
-    for result in two.results("not_a_number"):
-        assert "FloatingPointError: noise step" in result["error"]
+    errors = [result["error"] for result in two.results("not_a_number")]
+    for error in errors:
+        assert "FloatingPointError: round 1, after 2 optimizer steps: noise step 0: influence nan" in error
+    assert ["the images (pixel_values) are" in error for error in errors] == [False, True]
+    assert "the logits with the noise are (or a tensor of another process)" in errors[0]
 
 
 def test_every_rank_says_why_when_no_noise_is_learned(two: Launch) -> None:

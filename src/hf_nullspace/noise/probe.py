@@ -35,10 +35,12 @@ class Probe:
         self.held_out = self.chunks(held_out)
         with torch.no_grad():
             self.clean = [self.logits(self.prepare(chunk)) for chunk, _ in self.held_out]
-        if self.over_processes(int(not _finite(*self.clean)), "max"):
+        mine = float(sum(count for _, count in self.held_out)) if _finite(*self.clean) else math.nan
+        total = float(over_processes(torch.tensor(mine, dtype=torch.float64, device=self.device)))  # NaN on every rank
+        if math.isnan(total):
             raise self._not_finite("held-out", "logits without noise", [chunk for chunk, _ in self.held_out])
-        self._counts: dict[int | None, int] = {}
-        self.held_out_images = self._images_in(None)
+        self.held_out_images = int(total)
+        self._counts: dict[int | None, int] = {None: self.held_out_images}
 
     def chunks(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
         """Pieces of at most ``chunk_size`` images, each with the number of images that it counts for.
