@@ -1,0 +1,288 @@
+"""A campaign of faults: each strikes a recipe or what it wrote, then the recipe is started again.
+
+There are two good ends. "equal": exit code 0, and all that the run is for is bit for bit that of the run that nothing
+disturbed. "said": exit code 2 and one line that begins with ``error:``, names the place and says what to do; doing that
+gives the equal end. All else has failed: "silent" (exit code 0 and another result), "lost" (anything else), "stuck".
+"""
+
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+LOG = HERE.parents[1] / "outputs" / "faults.jsonl"
+"""One line per fault, as they end; ``table.py`` makes benchmarks/results/faults.json of it."""
+HANGS = 240  # seconds after which a process is called stuck: a start takes two on a machine that is not busy
+OTHER_WORDS = ("another --output_dir", "a new --output_dir", "choose another folder", "Choose another folder")
+
+
+@dataclass
+class Ended:
+    """How a process ended."""
+
+    code: int | None  # None: stuck
+    out: str
+    err: str
+    seconds: float
+    orphans: list[str]
+
+    @property
+    def errors(self):
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+@dataclass
+class Recipe:
+    """A recipe with the arguments that it is started with, and what equal ends means for it.
+
+    ``results``: name of results.json or the like; ``parts``: patterns of files of tensors; ``plain``: of JSON files.
+    """
+
+    name: str
+    words: list[str]
+    parts: tuple[str, ...]
+    plain: tuple[str, ...]
+    undisturbed: Path | None = None
+    points: dict = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Server:
+    """Starts recipes in processes of their own, which a fork makes of one that has imported everything."""
+
+    def __init__(self, folder):
+        paths = [str(HERE.parents[1] / "src"), str(HERE.parent)]
+        machine = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+        environment = os.environ | machine | {"PYTHONPATH": os.pathsep.join(paths)}
+        self.folder, self.number, self.ended, self.lines = folder, 0, {}, queue.Queue()
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "recipe_process.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.lines.put(json.loads(line))
+        self.lines.put(None)
+
+    def _next(self, timeout):
+        try:
+            told = self.lines.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        assert told is not None, "the server has ended"
+        if "ended" in told:
+            self.ended[told["ended"]] = told["code"]
+        return told
+
+    def begin(self, recipe, folder, more=(), **fault):
+        """Start a recipe in ``folder``; a handle for :meth:`end`."""
+        self.number += 1
+        log = self.folder / f"log-{self.number}"
+        words = [*recipe.words, "--output_dir", str(folder), *map(str, more)]
+        request = {"recipe": recipe.name, "words": words, "log": str(log), "folder": str(folder)} | fault
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        while True:
+            told = self._next(HANGS)
+            assert told is not None, "the server hangs"
+            if "started" in told:
+                return told["started"], log, time.perf_counter()
+
+    def end(self, handle):
+        """Wait until a process has ended, and for the processes that it has started."""
+        pid, log, began = handle
+        while pid not in self.ended and time.perf_counter() - began < HANGS:
+            self._next(0.2)
+        seconds, code = time.perf_counter() - began, self.ended.pop(pid, None)
+        if code is None:
+            os.killpg(pid, signal.SIGKILL)
+        orphans = left_of(pid)
+        out, err = (
+            Path(path).read_text(errors="replace") if Path(path).exists() else "" for path in (log, f"{log}.err")
+        )
+        for path in (log, Path(f"{log}.err")):
+            path.unlink(missing_ok=True)
+        return Ended(code, out, err, seconds, orphans)
+
+    def run(self, recipe, folder, more=(), **fault):
+        return self.end(self.begin(recipe, folder, more, **fault))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.reader.join()
+        self.process.stdout.close()
+
+
+def left_of(session, wait=20):
+    """Processes of a session that still run after ``wait`` seconds; workers take some to see that they are alone."""
+    until = time.monotonic() + wait
+    while True:
+        left = []
+        for process in psutil.process_iter(["pid", "status", "cmdline"]):
+            try:
+                if process.info["status"] != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == session:
+                    left.append(" ".join(process.info["cmdline"] or [])[:80])
+            except (OSError, psutil.Error):
+                continue
+        if not left or time.monotonic() > until:
+            return left
+        time.sleep(0.2)
+
+
+def timeless(value):
+    """Without what the clock and the place decide."""
+    if isinstance(value, dict):
+        without = ("seconds", "output_dir", "commit", "_name_or_path")
+        return {key: timeless(entry) for key, entry in value.items() if key not in without}
+    return [timeless(entry) for entry in value] if isinstance(value, list) else value
+
+
+def differences(folder, recipe, undisturbed=None):
+    """What of ``folder`` is not as in the undisturbed run: files that are there, tensors, and JSON without seconds."""
+    there = undisturbed or recipe.undisturbed
+    found = []
+
+    def names(place):
+        relative = (path.relative_to(place) for path in place.rglob("*") if path.is_file())
+        return {path.as_posix() for path in relative if path.name != ".lock" and not path.match("checkpoint-*/**/*")}
+
+    ours, theirs = (
+        {name for name in names(place) if "checkpoint-" not in name} for place in (Path(folder), Path(there))
+    )
+    if ours != theirs:
+        found.append(f"files: {sorted(ours - theirs)} too many, {sorted(theirs - ours)} missing")
+    for pattern in recipe.parts:
+        for path in sorted(Path(there).glob(pattern)):
+            name = path.relative_to(there)
+            if "checkpoint-" in str(name) or not (Path(folder) / name).exists():
+                continue
+            one, other = load_file(path), load_file(Path(folder) / name)
+            if one.keys() != other.keys() or not all(one[key].equal(other[key]) for key in one):
+                found.append(f"{name} differs")
+    for pattern in recipe.plain:
+        for path in sorted(Path(there).glob(pattern)):
+            name = path.relative_to(there)
+            if "checkpoint-" in str(name) or not (Path(folder) / name).exists():
+                continue
+            one, other = (timeless(json.loads((place / name).read_text())) for place in (Path(there), Path(folder)))
+            if one != other:
+                found.append(f"{name} differs")
+    return found
+
+
+class Campaign:
+    """Judges how faults end, and keeps a line of each."""
+
+    def __init__(self, server, folder):
+        self.server, self.folder, self.number = server, folder, 0
+
+    def new_folder(self, copy_of=None):
+        self.number += 1
+        folder = self.folder / f"run-{self.number}"
+        if copy_of is not None:
+            shutil.copytree(copy_of, folder, symlinks=True)
+        return folder
+
+    def struck(self, kind, name, recipe, folder, ended, signal_name, more=()):
+        """Judge a process that a signal ended, then start again. A kill leaves no word; Ctrl-C and SIGTERM one line."""
+        problem = None
+        if ended.code is None:
+            problem = "stuck: the process hangs"
+        elif ended.orphans:
+            problem = f"lost: processes still run: {ended.orphans}"
+        elif signal_name == "SIGKILL":
+            if ended.code != -signal.SIGKILL:
+                problem = f"lost: exit code {ended.code} instead of a kill: {ended.err[-300:]}"
+        else:
+            number = getattr(signal, signal_name)
+            lines = [line for line in ended.err.splitlines() if line.startswith("stopped by ")]
+            if ended.code != 128 + number or len(lines) != 1 or "Traceback" in ended.err:
+                problem = f"lost: exit code {ended.code}, {len(lines)} lines: {ended.err[-500:]}"
+        return self.again(kind, name, recipe, folder, more=more, problem=problem, seconds=ended.seconds)
+
+    def again(
+        self, kind, name, recipe, folder, *, mend=None, more=(), fault=None, problem=None, said="", seconds=0.0,
+        undisturbed=None, named=None, keep_folder=False,
+    ):  # fmt: skip
+        """Start the recipe (again) in ``folder``; judge the end; keep a line of it. Returns what is wrong, or None.
+
+        Args:
+            mend: does what the error line says where that is not another option: makes room, brings a file back.
+            more: further options.
+            fault: the arguments of ``recipe_process.start`` that arm one.
+            problem: what was wrong before, if anything was; ``seconds``, what was spent.
+            said: the error line of the start before.
+            undisturbed: the folder to compare with, if it is not the recipe's.
+            named: what the error line has to name, if it is not the folder.
+        """
+        outcome = "lost"
+        if problem is None:
+            ended = self.server.run(recipe, folder, more, **(fault or {}))
+            seconds += ended.seconds
+            problem, outcome = self._judged(ended, recipe, folder, undisturbed)
+            if outcome == "equal" and said:
+                outcome = "said"
+            elif outcome == "said":
+                said = ended.errors[0]
+                problem, more_seconds = self._follow(said, recipe, folder, mend, more, undisturbed, named)
+                seconds += more_seconds
+        if problem is not None:
+            outcome = problem.partition(":")[0]
+        self.keep(kind, name, recipe.name, outcome, said.replace(str(self.folder), ""), seconds, problem)
+        if problem is None and not keep_folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        return None if problem is None else f"{name} ({recipe.name}): {problem}"
+
+    def _judged(self, ended, recipe, folder, undisturbed):
+        if ended.code is None:
+            return "stuck: the process hangs", "stuck"
+        if ended.orphans:
+            return f"lost: processes still run: {ended.orphans}", "lost"
+        if ended.code == 0:
+            different = differences(folder, recipe, undisturbed)
+            return (f"silent: {'; '.join(different)[:500]}", "silent") if different else (None, "equal")
+        if ended.code == 2 and len(ended.errors) == 1 and "Traceback" not in ended.err:
+            return None, "said"
+        return f"lost: exit code {ended.code}: {ended.err[-700:]}", "lost"
+
+    def _follow(self, said, recipe, folder, mend, more, undisturbed, named):
+        """Do what an error line says; what is wrong with the end, or None, and the seconds that it took."""
+        place = Path(folder)
+        if str(named or folder) not in said:
+            return f"lost: the line does not name {named or folder}: {said}", 0.0
+        if mend is not None:
+            mend()
+        elif "--overwrite true" in said:
+            more = [*more, "--overwrite", "true"]
+        elif any(words in said for words in OTHER_WORDS):
+            place = self.new_folder()
+        else:
+            return f"lost: the line does not say what to do: {said}", 0.0
+        ended = self.server.run(recipe, place, more)
+        problem, outcome = self._judged(ended, recipe, place, undisturbed)
+        if outcome == "said":
+            problem = f"lost: what the line says does not help: {said} ... {ended.errors[0]}"
+        return problem, ended.seconds
+
+    def keep(self, kind, name, recipe, outcome, said, seconds, problem=None):
+        """Append a line to :data:`LOG`."""
+        LOG.parent.mkdir(exist_ok=True)
+        entry = {"kind": kind, "name": name, "recipe": recipe, "outcome": outcome, "said": said}
+        entry |= {"seconds": round(seconds, 2)} | ({"problem": problem} if problem else {})
+        with LOG.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
