@@ -186,8 +186,11 @@ def measure(
             if args.checks and not answers:
                 key = "checks-" + records.key(model=fingerprint, images=images_fingerprint(images), seed=args.seed)
                 stored = records.read(key)
-                answers = check(pixel_model, images, args) if stored is None else [Check(**entry) for entry in stored]
-                records.write(key, [dataclasses.asdict(answer) for answer in answers])
+                if isinstance(stored, dict):
+                    answers = [Check(**entry) for entry in stored["checks"]]
+                else:
+                    answers = check(pixel_model, images, args)
+                    records.write(key, {"checks": [dataclasses.asdict(answer) for answer in answers]})
             results, used = evaluate_resumably(
                 records,
                 pixel_model,

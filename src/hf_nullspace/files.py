@@ -12,7 +12,7 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
+_SEAL = "sha256_of_the_rest"
 _OWNER_NAME = ".lock.json"
 _DISK_ERRORS = (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
 _DISK_ERROR_NUMBERS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -75,23 +76,31 @@ def write_whole(path: Path | str, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def write_json(path: Path | str, value: Any) -> Path:
-    """``value`` as indented JSON with a final newline; NaN and infinity are an error, not invalid JSON."""
+def write_json(path: Path | str, value: Any, *, sealed: bool = False) -> Path:
+    """``value`` as indented JSON with a final newline; NaN and infinity are an error, not invalid JSON.
+
+    ``sealed``: a mapping, with the SHA-256 of its content: ``read_json`` then notices a change of any byte that counts.
+    """
+    if sealed:
+        value = {**value, _SEAL: _content_hash(value)}
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     return write_whole(path, lambda temporary: _write_text(temporary, text))
 
 
 def read_json(path: Path | str) -> Any:
-    """What ``write_json`` wrote.
+    """What ``write_json`` wrote, without its seal.
 
     Raises:
-        DamagedFileError: if it is no JSON, naming the file.
+        DamagedFileError: if it is no JSON, or was changed after it was sealed, naming the file.
         OSError: if it cannot be read.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedFileError(f"{path} is damaged: expected JSON ({error})") from error
+    if isinstance(value, dict) and _SEAL in value and value.pop(_SEAL) != _content_hash(value):
+        raise DamagedFileError(f"{path} is damaged: its content is not what was written")
+    return value
 
 
 def make_lasting(folder: Path | str, *, below: bool = False) -> None:
@@ -147,16 +156,22 @@ def _error_number(message: str) -> int | None:
     return errno.ENOSPC if "unexpected pos" in message else None
 
 
+def size_and_hash(path: Path) -> dict[str, Any]:
+    """Of one file, in bytes and as SHA-256."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 def write_manifest(folder: Path | str) -> None:
     """Force all files of a folder to the disk, then list their sizes and SHA-256 in ``manifest.json``."""
     folder = Path(folder)
     make_lasting(folder, below=True)
-    files = {path.relative_to(folder).as_posix(): _size_and_hash(path) for path in _files(folder)}
+    files = {path.relative_to(folder).as_posix(): size_and_hash(path) for path in _files(folder)}
     write_json(folder / MANIFEST_NAME, files)
 
 
-def damaged_files(folder: Path | str) -> list[str]:
-    """What of the manifest is not there as it was written, in words; an empty list if all is.
+def damaged_files(folder: Path | str, listed: Mapping[str, Any] | None = None) -> list[str]:
+    """What of ``listed``, or of the manifest, is not there as it was written, in words; an empty list if all is.
 
     Raises:
         OSError: if there is no manifest.
@@ -164,13 +179,13 @@ def damaged_files(folder: Path | str) -> list[str]:
     """
     folder = Path(folder)
     damaged = []
-    for name, written in read_json(folder / MANIFEST_NAME).items():
+    for name, written in (read_json(folder / MANIFEST_NAME) if listed is None else listed).items():
         path = folder / name
         if not path.is_file():
             damaged.append(name)
         elif (size := path.stat().st_size) != written["bytes"]:
             damaged.append(f"a whole {name} ({size:,} of {written['bytes']:,} bytes)")
-        elif _size_and_hash(path) != written:
+        elif size_and_hash(path) != written:
             damaged.append(f"an unchanged {name} (its SHA-256 is another)")
     return damaged
 
@@ -233,9 +248,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
 
 
-def _size_and_hash(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def _content_hash(value: Any) -> str:
+    """The same for the value and for what JSON makes of it."""
+    plain = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _to_disk(path: Path) -> None:

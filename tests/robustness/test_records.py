@@ -1,6 +1,5 @@
 """A finished condition is found again if nothing changed, and never if anything did."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from hf_nullspace.files import read_json
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.attacks.auto import AutoAttack
 from hf_nullspace.robustness.attacks.gradient import FGSM
@@ -210,19 +210,19 @@ def test_samples_are_written_per_image(tiny_vit, images, tmp_path):
 
 def test_a_damaged_record_is_an_error(tiny_vit, images, tmp_path):
     found, _ = evaluate_resumably(Records(tmp_path), tiny_vit, images, {"clean": Clean()}, **USUAL)
-    entry = json.loads(next(tmp_path.glob("*.json")).read_text())
+    entry = read_json(next(tmp_path.glob("*.json")))
     assert entry == record(found["clean"])
     entry["correct"] = entry["correct"] + 1
     with pytest.raises(ValueError, match="damaged record of 'clean'"):
         result_from_record(entry)
 
 
-@pytest.mark.parametrize("content", ["", '{"condition": "clean"}', "[]"])
+@pytest.mark.parametrize("content", ["", '{"condition": "clean"}', "[]", "other seconds"])
 def test_a_damaged_record_on_the_disk_is_said_and_measured_again(tiny_vit, images, tmp_path, caplog, content):
     records = Records(tmp_path)
     first = finished(records, tiny_vit, images)
     (path,) = tmp_path.iterdir()
-    path.write_text(content)
+    path.write_text(path.read_text().replace('"seconds": ', '"seconds": 1') if content == "other seconds" else content)
     again = finished(records, tiny_vit, images)
     assert f"{path} is damaged" in caplog.text
     assert "measured again" in caplog.text

@@ -97,7 +97,7 @@ class Records:
     def read(self, key: str) -> Any:
         """What is under ``key``, or None: on the main process's word, so that no process goes another way.
 
-        A file that is no JSON is said, and counts as none.
+        A damaged file is said, and counts as none.
         """
         found: list[Any] = [None]
         rank, world = process()
@@ -116,8 +116,9 @@ class Records:
             logger.warning("%s; it is measured again", problem)
 
     def write(self, key: str, entry: Any) -> None:
+        """Keep what JSON can hold; of a mapping every later change is noticed."""
         if process()[0] == 0:
-            write_json(self.folder / f"{key}.json", entry)
+            write_json(self.folder / f"{key}.json", entry, sealed=isinstance(entry, Mapping))
 
     def others(self, keys: Iterable[str]) -> int:
         """How many records belong to another checkpoint, protocol, data set or seed; they are never mixed in."""

@@ -1,15 +1,18 @@
 """The order of a study: select, write down what can be seen, report. And how much of it is left."""
 
+import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_nullspace.files import write_json
+from hf_nullspace.files import DamagedFileError, read_json, write_json
 from hf_nullspace.robustness.records import versions
 from hf_nullspace.study.analysis import power, selection_averages
 from hf_nullspace.study.design import Run, Study
 from hf_nullspace.study.pieces import Piece, Workshop, pieces_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -102,8 +105,12 @@ def _do_all(pieces: Sequence[Piece], shop: Workshop, deadline: float | None, say
 def write_down(study: Study, shop: Workshop, chosen: dict[str, float]) -> None:
     """Keep the choice of learning rates and the smallest visible difference, before the report images are looked at."""
     path = shop.folder / "selection.json"
-    if not path.exists():
-        write_json(path, selected(study, shop, chosen))
+    try:
+        read_json(path)
+    except (FileNotFoundError, DamagedFileError) as error:
+        if isinstance(error, DamagedFileError):
+            logger.warning("%s; it is written again", error)
+        write_json(path, selected(study, shop, chosen), sealed=True)
 
 
 def selected(study: Study, shop: Workshop, chosen: dict[str, float]) -> dict[str, Any]:

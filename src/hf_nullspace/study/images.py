@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hf_nullspace.files import write_whole
+from hf_nullspace.files import DamagedFileError, read_json, size_and_hash, write_json, write_whole
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.corruptions import SMALL, corrupt
 from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet
@@ -47,6 +47,7 @@ class ImageStore:
         self.fingerprint = images_fingerprint(images)
         self.folder = Path(folder) / self.fingerprint
         self._labels: dict[int, int] = {}
+        self._intact: set[Path] = set()
 
     def get(self, places: tuple[int, ...], condition: Condition) -> KeptImages:
         """The images at ``places`` for a condition: corrupted already, if it is a corruption.
@@ -60,9 +61,11 @@ class ImageStore:
         corrupted = condition if isinstance(condition, Corrupted) else None
         name = "clean" if corrupted is None else f"{corrupted.corruption}-{corrupted.severity}-seed-{self.seed}"
         path = self.folder / f"{places[0]}-{places[-1]}-{len(places)}" / f"{name}.npy"
-        if not path.exists():
+        if path not in self._intact and not _intact(path):
             array = self._made(places, corrupted)
             write_whole(path, lambda temporary: _save(temporary, array))
+            write_json(path.with_suffix(".json"), size_and_hash(path))
+        self._intact.add(path)
         for place in places:
             if place not in self._labels:  # a row of a data set takes a while
                 self._labels[place] = int(self.images.label(place))
@@ -87,6 +90,14 @@ class ImageStore:
             made[row] = pixels
         assert made is not None
         return made
+
+
+def _intact(path: Path) -> bool:
+    """Whether an array is on the disk as it was written."""
+    try:
+        return read_json(path.with_suffix(".json")) == size_and_hash(path)
+    except (OSError, DamagedFileError):
+        return False
 
 
 def _save(path: Path, array: NDArray[np.uint8]) -> None:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForImageClassification, PrinterCallback, TrainerCallback
 
-from hf_nullspace.files import DamagedFileError, read_json, write_json
+from hf_nullspace.files import DamagedFileError, damaged_files, read_json, size_and_hash, write_json
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.robustness.image_sets import InMemory
 from hf_nullspace.robustness.pixel_model import PixelModel
@@ -30,6 +30,7 @@ from hf_nullspace.training.run_settings import claim_folder
 from hf_nullspace.training.trainer import NullspaceTrainer
 
 FINISHED = "finished.json"
+_TRAINED = ("model.safetensors", "config.json", "preprocessor_config.json", "nullspace_noise.*", "noises/*")
 logger = logging.getLogger(__name__)
 
 
@@ -89,18 +90,31 @@ class Workshop:
         self.device, self.dtype, self.batch_size, self.seed, self.overwrite = device, dtype, batch_size, seed, overwrite
         self.attn_implementation = attn_implementation
         self._loaded: tuple[Run, PixelModel] | None = None
+        self._identities: dict[Run, str] = {}
+        self._looked_at: dict[Run, bool] = {}
 
     # ---- what is finished
 
     def finished(self, piece: Piece) -> dict[str, Any] | None:
         """What a piece gave, or None if it is not finished."""
         if piece.planned is None:
-            return _read(self.folder / piece.run.folder / FINISHED)
+            found = _read(self.folder / piece.run.folder / FINISHED)
+            return found if found is not None and self._whole(piece.run, found) else None
         found = _read(self._path(piece))
         trained = self.finished(Piece(piece.run))
         if found is None or trained is None or found["key"] != self._key(piece, trained["weights"]):
             return None
         return found
+
+    def _whole(self, run: Run, found: dict[str, Any]) -> bool:
+        """Whether the files of a finished training are as they were written; looked at once, said if not."""
+        if run not in self._looked_at:
+            folder = self.folder / run.folder
+            damaged = damaged_files(folder, found.get("files", {}))
+            if damaged:
+                logger.warning("%s lacks %s; it is trained again", folder, ", ".join(damaged))
+            self._looked_at[run] = not damaged
+        return self._looked_at[run]
 
     def correct(self, piece: Piece) -> NDArray[np.bool_]:
         """One bool per image of a finished measurement."""
@@ -156,16 +170,17 @@ class Workshop:
         trainer = self.trainer_of(run, folder)
         settings = {"study": self.shared_settings, "training": trainer.args.to_dict()}
         try:
-            claim_folder(folder, settings)
+            self._identities[run] = claim_folder(folder, settings)
         except ValueError:
             if not self.overwrite:
                 raise
             shutil.rmtree(folder)
-            claim_folder(folder, settings)
+            self._identities[run] = claim_folder(folder, settings)
 
     def _keep_before(self, run: Run) -> bool:
         model = self.load_base()
-        write_json(self.folder / run.folder / FINISHED, {"weights": model_hash(model), "cost": None, "rounds": []})
+        entry: dict[str, Any] = {"weights": model_hash(model), "cost": None, "rounds": []}
+        write_json(self.folder / run.folder / FINISHED, entry, sealed=True)
         return True
 
     def _train(self, run: Run, deadline: float | None) -> bool:
@@ -174,7 +189,8 @@ class Workshop:
         trainer.remove_callback(PrinterCallback)
         if deadline is not None:
             trainer.add_callback(_StopAfter(deadline))
-        checkpoint = last_complete_checkpoint(folder)
+        trainer.run = self._identities.get(run)
+        checkpoint = last_complete_checkpoint(folder, run=trainer.run)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.state.global_step < trainer.state.max_steps:
             return False
@@ -182,7 +198,10 @@ class Workshop:
         rounds = [{key: value for key, value in entry.items() if key != "trace"} for entry in trainer.history]
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         entry = {"cost": trainer.cost.summary(), "rounds": rounds, "losses": losses}
-        write_json(folder / FINISHED, {"weights": model_hash(trainer.model)} | entry)
+        trained = (path for pattern in _TRAINED for path in sorted(folder.glob(pattern)))
+        files = {path.relative_to(folder).as_posix(): size_and_hash(path) for path in trained}
+        write_json(folder / FINISHED, {"weights": model_hash(trainer.model)} | entry | {"files": files}, sealed=True)
+        self._looked_at[run] = True
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)
         return True
@@ -205,7 +224,7 @@ class Workshop:
         trained = self.finished(Piece(piece.run))
         assert trained is not None
         entry = record(result) | {"condition": piece.planned.title, "key": self._key(piece, trained["weights"])}
-        write_json(self._path(piece), entry | {"seconds": round(time.perf_counter() - begin, 3)})
+        write_json(self._path(piece), entry | {"seconds": round(time.perf_counter() - begin, 3)}, sealed=True)
 
     def _model(self, run: Run) -> PixelModel:
         if self._loaded is None or self._loaded[0] != run:
