@@ -139,7 +139,7 @@ def run_all(
     if classifier.weights is not None:
         contents["base weights"] = classifier.weights
     with state.main_process_first():
-        claim_folder(output, settings, contents, overwrite=recipe.overwrite, say=say)
+        identity = claim_folder(output, settings, contents, overwrite=recipe.overwrite, say=say)
     if model_args.model_name_or_path is None:
         train_base_model(
             classifier,
@@ -179,7 +179,8 @@ def run_all(
             data_collator=collate,
             processing_class=classifier.image_processor,
         )
-        checkpoint = last_complete_checkpoint(folder, args.world_size)
+        trainer.run = f"{identity}-{objective}"
+        checkpoint = last_complete_checkpoint(folder, args.world_size, trainer.run)
         if checkpoint is not None:
             say(f"Going on from {checkpoint}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -144,6 +144,9 @@ def _reason(error: Exception) -> str:
         return text.partition(" This could be")[0]
     if isinstance(error, UnpicklingError):
         return "its pickled weights hold more than tensors, and nothing in a pickle is run; save it as safetensors"
+    if "not a valid JSON file" in text:
+        return f"{text.rstrip('.')}: copy or download it again"
     if isinstance(error, OSError):
         return text
-    return f"{type(error).__name__}: {text.partition('. ')[0]}; the files are damaged, or not those of one checkpoint"
+    text = f"{type(error).__name__}: {text.partition('. ')[0]}"
+    return f"{text}; the files are damaged, or not those of one checkpoint: copy or download them again"

@@ -1,5 +1,6 @@
 """The small ViT that a recipe trains first where no model is named."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +9,21 @@ from typing import Any
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from hf_nullspace.files import MANIFEST_NAME, DamagedFileError, damaged_files, one_clear_error, write_manifest
+from hf_nullspace.files import (
+    MANIFEST_NAME,
+    DamagedFileError,
+    damaged_files,
+    one_clear_error,
+    read_json,
+    write_json,
+    write_manifest,
+)
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import Classifier
 
 BASE_RANGES = {"base_epochs": "(0, inf)", "base_learning_rate": "(0, inf)", "base_batch_size": "int [1, inf)"}
 """Of the options of the recipes that train one (:mod:`~hf_nullspace.validation`)."""
+SETTINGS_NAME = "base.json"
 
 
 def train_base_model(
@@ -30,7 +40,7 @@ def train_base_model(
     """Train ``classifier.model`` with the plain Trainer and keep it in ``folder``, or take what an earlier run left.
 
     Seed, precision and machine are those of ``run``; ``batch_size`` counts the images of all processes. One whose files
-    are damaged is trained again.
+    are damaged, or that was trained with other settings or images, is trained again.
 
     Raises:
         ValueError: if there are fewer images than one batch has.
@@ -39,8 +49,9 @@ def train_base_model(
     if hasattr(train_set, "__len__") and batch_size > len(train_set):
         raise ValueError(f"base_batch_size={batch_size}, but there are {len(train_set)} training images")
     state = PartialState()
-    if folder.is_dir() and (damaged := _damaged(folder)):
-        say(f"{folder} is damaged, it lacks {', '.join(damaged)}")
+    settings = _settings(classifier, train_set, run, epochs, learning_rate, batch_size)
+    if folder.is_dir() and (damaged := _damaged(folder, settings)):
+        say(f"{folder} is damaged or of another run, it lacks {', '.join(damaged)}")
         state.wait_for_everyone()  # all have looked
         if state.is_main_process:
             shutil.rmtree(folder)
@@ -78,6 +89,7 @@ def train_base_model(
             trainer.save_model()
             state.wait_for_everyone()
             if state.is_main_process:
+                write_json(unfinished / SETTINGS_NAME, settings, sealed=True)
                 write_manifest(unfinished)
                 unfinished.rename(folder)
         state.wait_for_everyone()
@@ -86,8 +98,22 @@ def train_base_model(
     model.config._name_or_path = str(folder)
 
 
-def _damaged(folder: Path) -> list[str]:
+def _settings(
+    classifier: Classifier, train_set: Any, run: TrainingArguments, epochs: float, learning_rate: float, batch_size: int
+) -> dict[str, Any]:
+    """What a base model depends on: one of other settings or images is none of this run."""
+    config = classifier.model.config.to_dict()
+    without = ("transformers_version", "_name_or_path", "architectures", "dtype", "problem_type")
+    settings = {
+        "model": {name: value for name, value in config.items() if name not in without},
+        "images": train_set.content_fingerprint() if hasattr(train_set, "content_fingerprint") else None,
+        "training": {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": run.seed},
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _damaged(folder: Path, settings: dict[str, Any]) -> list[str]:
     try:
-        return damaged_files(folder)
+        return damaged_files(folder) or (["these settings"] if read_json(folder / SETTINGS_NAME) != settings else [])
     except (OSError, DamagedFileError):
         return [f"a readable {MANIFEST_NAME}"]

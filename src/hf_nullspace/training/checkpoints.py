@@ -11,7 +11,15 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_nullspace.files import MANIFEST_NAME, DamagedFileError, damaged_files, write_whole
+from hf_nullspace.files import (
+    MANIFEST_NAME,
+    DamagedFileError,
+    damaged_files,
+    read_json,
+    write_json,
+    write_manifest,
+    write_whole,
+)
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, bank_file_name
 
 logger = logging.getLogger(__name__)
@@ -26,6 +34,8 @@ _WEIGHTS = (
 )
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")
 HISTORY_NAME = "nullspace_history.json"
+RUN_NAME = "nullspace_run.json"
+"""In a checkpoint: the identity of its run, where that is known."""
 NOISES = "noises"
 """Folder of the noises of all rounds, in a run and in its checkpoints."""
 
@@ -34,11 +44,11 @@ class NoCheckpointError(ValueError):
     """There is no checkpoint to go on from, or it is not whole."""
 
 
-def missing_from(checkpoint: Path, processes: int, *, sealed: bool = True) -> list[str]:
+def missing_from(checkpoint: Path, processes: int, *, sealed: bool = True, run: str | None = None) -> list[str]:
     """What a checkpoint folder lacks of an exact resume; an empty list when it is whole.
 
     ``manifest.json`` is written last, when all other files are on the disk; a checkpoint from elsewhere, such as the
-    Hub, may have none (``sealed=False``).
+    Hub, may have none (``sealed=False``). ``run`` is the identity of the run that it has to be of.
     """
     missing = []
     if not any((checkpoint / name).exists() for name in _WEIGHTS):
@@ -57,6 +67,8 @@ def missing_from(checkpoint: Path, processes: int, *, sealed: bool = True) -> li
         missing.append("the noise")
     names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     missing += [name for name in names if not (checkpoint / name).exists()]
+    if run is not None and not missing and _run_of(checkpoint) != run:
+        missing.append(f"a {RUN_NAME} of this run")
     if missing:
         return missing
     if not (checkpoint / MANIFEST_NAME).exists():
@@ -67,6 +79,13 @@ def missing_from(checkpoint: Path, processes: int, *, sealed: bool = True) -> li
         return [f"a readable {MANIFEST_NAME}"]
 
 
+def _run_of(checkpoint: Path) -> str | None:
+    try:
+        return read_json(checkpoint / RUN_NAME)["run"]
+    except (OSError, DamagedFileError, KeyError, TypeError):
+        return None
+
+
 def _has_history(checkpoint: Path) -> bool:
     path = checkpoint / HISTORY_NAME
     try:
@@ -75,12 +94,20 @@ def _has_history(checkpoint: Path) -> bool:
         return True
 
 
-def copy_noises(run: Path, checkpoint: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Put the noises of all rounds into a checkpoint: one that the run loses can be brought back."""
+def complete_checkpoint(
+    run: Path, checkpoint: Path, history: Sequence[Mapping[str, Any]], identity: str | None
+) -> None:
+    """Put the noises of all rounds into a checkpoint, and the identity of its run, if known; then the manifest.
+
+    A noise that the run loses can be brought back from there.
+    """
     for entry in history:
         name = bank_file_name(entry["round"])
         if (run / NOISES / name).exists():
             _copy(run / NOISES / name, checkpoint / NOISES / name)
+    if identity is not None:
+        write_json(checkpoint / RUN_NAME, {"run": identity})
+    write_manifest(checkpoint)
 
 
 def restore_noises(checkpoint: Path, run: Path, history: Sequence[Mapping[str, Any]]) -> None:
@@ -104,14 +131,14 @@ def _copy(source: Path, target: Path) -> None:
     write_whole(target, write)
 
 
-def last_complete_checkpoint(folder: Path | str, processes: int = 1) -> Path | None:
-    """The checkpoint of the highest step that is whole; those that are not are skipped, and said."""
+def last_complete_checkpoint(folder: Path | str, processes: int = 1, run: str | None = None) -> Path | None:
+    """The checkpoint of the highest step that is whole, and of ``run`` if that is given; what is skipped is said."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = []
     if Path(folder).is_dir():
         found = [(int(m[1]), path) for path in Path(folder).iterdir() if (m := pattern.fullmatch(path.name))]
     for _, path in sorted(found, reverse=True):
-        missing = missing_from(path, processes)
+        missing = missing_from(path, processes, run=run)
         if not missing:
             return path
         logger.warning("skipped %s, it is not whole: it lacks %s", path, ", ".join(missing))

@@ -1,8 +1,9 @@
 """One output folder, one run: started again with the same settings it goes on, with others it refuses."""
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,15 @@ def claim_folder(
     contents: Mapping[str, str] | None = None,
     *,
     overwrite: bool = False,
+    written: Sequence[str] = WRITTEN,
     say: Callable[[str], None] = print,
-) -> None:
+) -> str:
     """Make ``folder`` the one of the run with ``settings`` that begins with ``contents`` (fingerprints, by name).
 
-    ``overwrite`` deletes what another run wrote there, and tells ``say`` what; other files stay. A folder that is not
-    empty and holds no run is refused all the same.
+    Returns the run's identity: a hash of both, for what belongs to it alone, such as its checkpoints.
+
+    ``overwrite`` deletes what another run wrote there (the patterns ``written``), and tells ``say`` what; other files
+    stay. A folder that is not empty and holds no run is refused all the same.
 
     Raises:
         OtherRunError: if it holds a run with other settings or contents, which are named, or files and no run.
@@ -98,10 +102,17 @@ def claim_folder(
     except (OtherRunError, DamagedFileError):
         if not (overwrite and (folder / SETTINGS_NAME).exists()):
             raise
-        _delete_run(folder, say)
+        _delete_run(folder, written, say)
         found, began = None, None
     if found is None or began is None:
-        write_json(folder / SETTINGS_NAME, _as_json(settings) | ({CONTENTS: dict(contents)} if contents else {}))
+        began = {CONTENTS: dict(contents)} if contents else {}
+        write_json(folder / SETTINGS_NAME, _as_json(settings) | began, sealed=True)
+    relevant = {
+        group: {name: value for name, value in values.items() if name not in _IRRELEVANT}
+        for group, values in _as_json(settings).items()
+    }
+    text = json.dumps([relevant, dict(contents or {})], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _as_json(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -109,14 +120,16 @@ def _as_json(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """run.json, or None in a folder where no run has begun; the lock and other hidden files do not count."""
+    """run.json, or None in a folder where no run has written more than that; hidden files (the lock) do not count."""
     path = folder / SETTINGS_NAME
+    names = sorted(file.name for file in folder.glob("*") if not file.name.startswith("."))
+    if names == [SETTINGS_NAME]:
+        return None
     if path.exists():
         try:
             return read_json(path)
         except DamagedFileError as error:
             raise DamagedFileError(f"{error}. {_OVERWRITE}") from error
-    names = sorted(file.name for file in folder.glob("*") if not file.name.startswith("."))
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise OtherRunError(
@@ -126,8 +139,8 @@ def _read(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _delete_run(folder: Path, say: Callable[[str], None]) -> None:
-    doomed = sorted({left for pattern in WRITTEN for left in folder.glob(pattern)})
+def _delete_run(folder: Path, written: Sequence[str], say: Callable[[str], None]) -> None:
+    doomed = sorted({left for pattern in written for left in folder.glob(pattern)})
     say(f"Deleting the earlier run in {folder}: {', '.join(left.name for left in doomed)}")
     for left in doomed:
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_nullspace.files import make_lasting, one_clear_error, read_json, write_json, write_manifest
+from hf_nullspace.files import make_lasting, one_clear_error, read_json, write_json
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, NullspaceNoise, load_noise_bank, save_noise_bank
@@ -21,7 +21,7 @@ from hf_nullspace.noise.learning import derive_seed
 from hf_nullspace.training.checkpoints import (
     HISTORY_NAME,
     checkpoint_to_resume,
-    copy_noises,
+    complete_checkpoint,
     load_weights,
     restore_noises,
 )
@@ -83,6 +83,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         self._hook: PatchEmbeddingNoise | None = None
         self.noises: tuple[NullspaceNoise, ...] = ()
         self.history: list[dict[str, Any]] = []
+        self.run: str | None = None  # the identity of the run, for its checkpoints
         self.cost = Cost()
         self._round: int | None = None
         self._place = (-1, 0)  # optimizer step, micro-batch within it
@@ -268,8 +269,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
             finally:
                 self.args.save_total_limit = limit
             if self.args.should_save:
-                copy_noises(run, folder, self.history)
-                write_manifest(folder)
+                complete_checkpoint(run, folder, self.history, self.run)
                 rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
 
     def _save_noise(self, folder: Path) -> None:
