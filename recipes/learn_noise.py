@@ -10,7 +10,9 @@ Writes to --output_dir: nullspace_noise.safetensors with config.json and a card 
 goes on, and so does a push that failed: start it again.
 """
 
+import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +22,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from hf_nullspace.command_line import UsageError, parse, run
-from hf_nullspace.files import only_run_in, write_json
+from hf_nullspace.files import DamagedFileError, only_run_in, read_json, write_json
 from hf_nullspace.noise.artifact import (
     WEIGHTS_NAME,
     NullspaceNoise,
@@ -35,9 +37,24 @@ from hf_nullspace.noise.plots import plot_history
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import DataArguments, ModelArguments, load_classifier, load_rows, training_images
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
-from hf_nullspace.training.run_settings import check_folder, claim_folder
+from hf_nullspace.training.run_settings import SETTINGS_NAME, check_folder, claim_folder
 from hf_nullspace.uploads import check_ready
 from hf_nullspace.validation import check_numbers, check_output_dir
+
+HISTORY_NAME = "history.json"
+SEAL = "sha256"
+"""In an entry of the history: of the rest of it, and of the noise's file."""
+WRITTEN = (
+    "round-*.safetensors",
+    WEIGHTS_NAME,
+    "config.json",
+    "README.md",
+    "noise.png",
+    "history.json",
+    "history.png",
+    SETTINGS_NAME,
+)
+"""What ``--overwrite true`` deletes."""
 
 
 @dataclass
@@ -74,6 +91,7 @@ class NoiseArguments:
     seed: int = field(default=42, metadata={"help": "Seed; noise k is learned from (seed, k)."})
     bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast; the noise stays float32."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete earlier noises of other settings."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Upload the noises to ORG/NAME, with their card."})
     private: bool = field(default=False, metadata={"help": "Of a new repository of --push_to_hub."})
 
@@ -136,7 +154,8 @@ def learn(
 
     # Load
     described = {"noise": asdict(args), "model": asdict(model_args), "data": asdict(data_args)}
-    check_folder(output, described)
+    if not args.overwrite:
+        check_folder(output, described)
     with state.main_process_first():
         rows = load_rows(data_args, data_args.train_split, streaming=data_args.streaming)
     classifier = load_classifier(model_args, rows, lambda text: state.print(text))
@@ -148,19 +167,14 @@ def learn(
         raise UsageError(f"batch_size={args.batch_size}, but there are {len(images)} images; choose at most that many")
     contents = {"weights": str(classifier.weights), "images": images.content_fingerprint()}
     with state.main_process_first():
-        claim_folder(output, described, contents)
+        claim_folder(output, described, contents, overwrite=args.overwrite, written=WRITTEN, say=state.print)
     known = provenance_of(model)
     pictured = {"model": model, "image_processor": classifier.image_processor}  # a card shows the noise in pixels
 
     # Learn
-    history_path = output / "history.json"
-    histories = json.loads(history_path.read_text(encoding="utf-8")) if history_path.exists() else []
-    for index in range(args.count):
-        path = output / (WEIGHTS_NAME if args.count == 1 else bank_file_name(index))
-        if index < len(histories):
-            if is_whole(path):
-                continue
-            state.print(f"noise {index}: {path} is lost or damaged; it is learned again, the same")
+    histories = found(output, args.count, state.print)
+    state.wait_for_everyone()  # all have looked
+    for index in [index for index in range(args.count) if index not in histories]:
         bar = tqdm(
             total=settings.steps if isinstance(settings, BoundarySettings) else settings.max_steps,
             desc=f"Noise {index + 1}/{args.count}",
@@ -197,10 +211,14 @@ def learn(
                 (noise,), history = follow_boundary(model, batches, settings, **options)
             else:
                 noise, history = learn_noise(model, batches, settings, **options)
-        histories[index : index + 1] = [{"round": index} | history.summary(noise)]
+        histories[index] = {"round": index} | history.summary(noise)
         if state.is_main_process:
-            keep(noise, path, histories, settings, None if args.count > 1 else pictured)
+            keep(noise, histories, output, args.count, pictured)
         state.print(describe(noise, histories[index]), flush=True)
+    if state.is_main_process:
+        if args.count == 1:  # what follows from the noise once more: a file of it may be lost or damaged
+            NullspaceNoise.from_pretrained(output).save_pretrained(output, **pictured)
+        plot_history([histories[index] for index in range(args.count)], settings.epsilon, output / "history.png")
     state.print(f"Noises are in {output}; load one with NullspaceNoise.from_pretrained({str(output)!r})")
     if args.push_to_hub and state.is_main_process:
         if args.count == 1:
@@ -212,29 +230,45 @@ def learn(
         print(f"Pushed to {args.push_to_hub}", flush=True)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a noise can be read from ``path``."""
+def found(output: Path, count: int, say: Callable[[str], None]) -> dict[int, dict]:
+    """The entries of history.json whose noises are there as they were written; what is damaged or lost is said."""
+    path = output / HISTORY_NAME
     try:
-        NullspaceNoise.load(path)
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
+        entries = read_json(path) if path.exists() else []
+    except DamagedFileError as error:
+        say(f"{error}; the noises are learned again")
+        return {}
+    whole = {}
+    for index, entry in enumerate(entries[:count]):
+        if entry.get(SEAL) == seal(entry, output / noise_name(index, count)):
+            whole[index] = entry
+        else:
+            say(f"{output / noise_name(index, count)}, or its entry in {HISTORY_NAME}, is damaged; it is learned again")
+    return whole
 
 
-def keep(
-    noise: NullspaceNoise,
-    path: Path,
-    histories: list[dict],
-    settings: NoiseSettings | BoundarySettings,
-    pictured: dict | None,
-) -> None:
-    """Write the noise, one alone with its card, then the history that says that it is there."""
-    if pictured is None:
-        noise.save(path)
+def noise_name(index: int, count: int) -> str:
+    return WEIGHTS_NAME if count == 1 else bank_file_name(index)
+
+
+def seal(entry: dict, noise: Path) -> str | None:
+    """A hash of an entry of the history together with its noise; None if that is not there."""
+    if not noise.is_file():
+        return None
+    text = json.dumps({key: value for key, value in entry.items() if key != SEAL}, sort_keys=True)
+    return hashlib.sha256(text.encode() + noise.read_bytes()).hexdigest()
+
+
+def keep(noise: NullspaceNoise, histories: dict[int, dict], output: Path, count: int, pictured: dict) -> None:
+    """Write the noise, then the history that says that it is there."""
+    index = noise.provenance.round or 0
+    path = output / noise_name(index, count)
+    if count == 1:
+        noise.save_pretrained(output, **pictured)
     else:
-        noise.save_pretrained(path.parent, **pictured)
-    plot_history(histories, settings.epsilon, path.parent / "history.png")
-    write_json(path.parent / "history.json", histories)
+        noise.save(path)
+    histories[index][SEAL] = seal(histories[index], path)
+    write_json(output / HISTORY_NAME, [histories[index] for index in sorted(histories)])
 
 
 def describe(noise: NullspaceNoise, entry: dict) -> str:

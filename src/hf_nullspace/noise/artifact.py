@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.files import DamagedFileError, read_json, write_json, write_whole
 from hf_nullspace.models.patch_embedding import EmbeddingShape
 from hf_nullspace.noise.card import write_noise_card
 from hf_nullspace.noise.influence import centred_norm
@@ -266,10 +266,14 @@ def _read_header(header: str, tensor: Tensor) -> tuple[tuple[int, int], NoisePro
 def check_own_folder(folder: Path, format: str = _FORMAT) -> None:
     """Raise ValueError if the ``config.json`` in ``folder`` is something else's than a noise's or a bank's."""
     path = folder / "config.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("format") != format:
+    try:
+        found = read_json(path) if path.is_file() else {"format": format}
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; delete it, or choose another folder for the noise") from error
+    if not isinstance(found, dict) or found.get("format") != format:
         raise ValueError(
-            f"{folder} has a config.json that is not of {format!r}, perhaps a model's: choose a folder of its own; "
-            "noise.save_beside_model(folder) writes a noise beside its model"
+            f"{folder} has a config.json that is not of {format!r}, perhaps a model's: choose another folder, a folder "
+            "of its own; noise.save_beside_model(folder) writes a noise beside its model"
         )
 
 
