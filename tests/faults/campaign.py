@@ -147,7 +147,7 @@ def left_of(session, wait=20):
 def timeless(value):
     """Without what the clock and the place decide."""
     if isinstance(value, dict):
-        without = ("seconds", "output_dir", "commit", "_name_or_path")
+        without = ("seconds", "output_dir", "commit", "overwrite", "_name_or_path")
         return {key: timeless(entry) for key, entry in value.items() if key not in without}
     return [timeless(entry) for entry in value] if isinstance(value, list) else value
 
