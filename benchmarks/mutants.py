@@ -14,9 +14,9 @@ drawn at most once, the files by their number of places; then one change of that
 and of the place's own text, so a change elsewhere in the code draws the same mutants again. Annotations are left out.
 A mutant lies in a copy of the tree: yours is never touched. First comes the test that noticed it in an earlier session,
 then those that run its line (coverage says which, from one run without mutants), then all tests of its file, until one
-fails. In the end every test that noticed something has to pass without a mutant. A result is kept in ``--session`` until
-its file, or the test that noticed it, or (of a survivor) one of its tests changes; so a second start goes on. A survivor
-needs a test, or in ``mutants_reasons.json`` the reason why it changes nothing.
+fails. In the end every test that noticed something has to pass without a mutant. A result is kept in ``--session``
+until its file, or the test that noticed it, or (of a survivor) one of its tests changes; so a second start goes on. A
+survivor needs a test, or in ``mutants_reasons.json`` the reason why it changes nothing.
 """
 
 import argparse

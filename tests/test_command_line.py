@@ -144,6 +144,7 @@ def test_a_signal_is_one_line_and_its_exit_code(capsys, monkeypatch, number, nam
         except Exception:
             pytest.fail("a signal is no error to be handled")
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
@@ -154,6 +155,7 @@ def test_a_signal_is_one_line_and_its_exit_code(capsys, monkeypatch, number, nam
         assert error.count("\n") == lines
         assert error.count(f"stopped by {name}. Start the same command again") == lines
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    signal.signal(signal.SIGINT, before)
 
 
 def test_run_lets_bugs_through(monkeypatch):

@@ -26,7 +26,7 @@ DEFAULTS = [
                                  "pool_images": 1024, "count": 1, "loss": "l2", "tolerance": 0.04}),
     (calibration.find_factor, {"start": 1.0, "tolerance": 0.02, "steps": 40, "largest": float("inf")}),
     (calibration.calibrate, {"tolerance": 0.02}),
-    (calibration.calibrate_each, {"tolerance": 0.02, "largest": None}),
+    (calibration.calibrate_each, {"tolerance": 0.02, "largest": None, "must_reach": True}),
     (influence.scale_to_influence, {"upper": 1.0, "steps": 20}),
     (influence.permuted, {"raw": False}),
     (learning.NoiseHistory.summary, {"points": 200}),

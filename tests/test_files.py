@@ -157,6 +157,20 @@ def test_one_run_per_folder_and_a_dead_one_holds_nothing(tmp_path):
         pass
 
 
+def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
+    """A recipe that ends on bad input leaves nothing behind."""
+    with pytest.raises(ValueError, match="bad input"), only_run_in(tmp_path / "new" / "run", wait=0.2):
+        raise ValueError("bad input")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    with only_run_in(tmp_path / "empty", wait=0.2):
+        pass
+    with only_run_in(tmp_path / "new" / "run", wait=0.2):
+        write_json(tmp_path / "new" / "run" / "x.json", 1)
+    assert {path.name for path in (tmp_path / "new" / "run").iterdir()} == {".lock", "x.json"}
+    assert (tmp_path / "empty").is_dir()
+
+
 def test_other_ranks_leave_the_lock_to_the_first(tmp_path, monkeypatch):
     with only_run_in(tmp_path):
         monkeypatch.setenv("RANK", "1")

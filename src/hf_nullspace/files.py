@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,8 @@ def remove_leftovers(folder: Path | str) -> None:
 def only_run_in(folder: Path | str, *, wait: float = 15) -> Iterator[None]:
     """Hold the folder's lock: no second run writes there. Leftovers of killed runs are deleted first.
 
+    The folder is made if it is not there; if nothing was written, it goes again.
+
     Rank 0 alone takes it. The system frees the lock of a process that is gone; its workers may take ``wait`` seconds
     to notice that.
 
@@ -214,6 +216,7 @@ def only_run_in(folder: Path | str, *, wait: float = 15) -> Iterator[None]:
         yield
         return
     folder = Path(folder)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -233,6 +236,11 @@ def only_run_in(folder: Path | str, *, wait: float = 15) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
+        if new and [path.name for path in folder.iterdir()] == [LOCK_NAME]:
+            (folder / LOCK_NAME).unlink()  # filelock gives nobody a lock on a file that is gone
+            with suppress(OSError):  # another process may use a folder above
+                for path in new:
+                    path.rmdir()
         lock.release()
 
 
