@@ -181,6 +181,23 @@ def test_a_missing_layer_is_missed():
         read_architecture(weights, heads=HEADS)
 
 
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (6, ""), (7, "; and 1 more"), (9, "; and 3 more")])
+def test_six_problems_are_named_and_the_rest_counted(count, more):
+    weights = timm_weights()
+    weights |= {f"blocks.0.unknown{index}": weights["cls_token"] for index in range(count)}
+    with pytest.raises(CheckpointError) as caught:
+        read_architecture(weights, heads=HEADS)
+    text = str(caught.value)
+    assert text.count("is not known") == min(count, 6)
+    assert text.endswith(f"is not known{more}")
+
+
+@pytest.mark.parametrize("heads", [0, -1, 5])
+def test_heads_divide_the_width(heads):
+    with pytest.raises(CheckpointError, match=f"heads={heads}: the width"):
+        read_architecture(timm_weights(), heads=heads)
+
+
 # ---- the image processor
 
 
