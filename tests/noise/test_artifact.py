@@ -78,6 +78,30 @@ def test_another_model_says_what_differs():
         noise.check_fits(EmbeddingShape(36, 24, (6, 6)))
 
 
+def test_a_grid_that_is_not_square_keeps_its_sides():
+    noise = make_noise(grid=(2, 8), features=6)
+    noise.check_fits(EmbeddingShape(16, 6, (2, 8)))
+    with pytest.raises(NoiseMismatchError, match=r"a grid of 2 x 8 patches, it has 4 x 5; interpolate\(grid\)"):
+        noise.check_fits(EmbeddingShape(20, 6, (4, 5)), "it")
+    with pytest.raises(NoiseMismatchError, match=r"6 features .*; and a grid of 2 x 8 patches, the model has 8 x 2$"):
+        noise.check_fits(EmbeddingShape(16, 7, (8, 2)))
+    larger = noise.interpolate((3, 8))
+    assert larger.grid == (3, 8)
+    rows = noise.tensor.reshape(2, 8, 6)
+    expected = torch.nn.functional.interpolate(rows.permute(1, 2, 0), size=3, mode="linear", align_corners=False)
+    assert larger.tensor.shape == (1, 24, 6)
+    columns = larger.tensor.reshape(3, 8, 6)
+    torch.testing.assert_close(columns[1], expected.permute(2, 0, 1)[1])  # between two rows: cubic is linear there
+
+
+def test_a_noise_is_published_without_the_folder_of_its_base_model():
+    found = []
+    for base, revision in (("/srv/me/vit", None), ("org/vit", "abc"), (None, None), (None, "abc")):
+        known = NoiseProvenance(base_model=base, revision=revision)
+        found.append(NullspaceNoise(make_noise().tensor, (4, 4), known).without_local_path().provenance.base_model)
+    assert found == ["vit", "org/vit", None, None]
+
+
 def test_interpolation_is_that_of_position_embeddings():
     from transformers import ViTConfig
     from transformers.models.vit.modeling_vit import ViTEmbeddings
@@ -170,6 +194,11 @@ def test_a_noise_on_other_weights_warns_with_both_hashes(tmp_path):
         (torch.zeros(1, 16, 24), (-4, -4), "-4 x -4"),
         (torch.zeros(1, 16, 24, dtype=torch.int64), (4, 4), "floating-point tensor, got torch.int64"),
         (torch.zeros(16, 24), (4, 4), "shape"),
+        (torch.zeros(1, 24), (4, 6), "shape"),
+        (torch.zeros(2, 16, 24), (4, 4), "shape"),
+        (torch.zeros(2, 16, 1), (4, 4), "shape"),
+        (torch.zeros(1, 1, 16, 24), (4, 4), "shape"),
+        (torch.zeros(1, 0, 24), (0, 3), "0 x 3"),
         (torch.zeros(1, 16, 24), (4, 5), "4 x 5"),
         (torch.full((1, 16, 24), float("nan")), (4, 4), "NaN"),
     ],
