@@ -57,7 +57,7 @@ TESTS = {
     "linear/": ["test_images.py"],
     "noise/": ["noise/test_noise_on_hub.py", "noise/test_learning.py", "training/test_rounds.py"],
     "noise/bank.py": ["training/test_noise_bank.py"],
-    "noise/plots.py": ["figures/test_figure_numbers.py"],
+    "noise/plots.py": ["noise/test_pictures.py"],
     "hub/": ["hub/test_card.py", "hub/test_release.py", "hub/test_model_cards.py"],
     "hub/timm_vit.py": ["hub/test_convert.py", "test_published_tables.py"],
     "hub/convert.py": ["hub/test_checkpoint_files.py", "test_published_tables.py"],
