@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-processors oldest mutants check format cards clean
+.PHONY: demo test test-slow test-processors oldest mutants faults check format cards clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
@@ -67,6 +67,11 @@ oldest: $(STAMP) $(OLDEST)/.installed  ## the oldest versions allowed: they load
 mutants: $(STAMP)  ## which small changes of meaning do the tests notice? 420 of them; goes on where it was stopped
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutants]'
 	$(BIN)/python benchmarks/mutants.py
+
+faults: $(STAMP)  ## kills, full disks, damaged files: does a run that is started again end as an undisturbed one? half an hour
+	rm -f outputs/faults.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults
+	$(BIN)/python tests/faults/table.py
 
 check: $(STAMP)  ## linter, formatter, types
 	$(BIN)/ruff check .

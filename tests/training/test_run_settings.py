@@ -12,9 +12,11 @@ TRAINING = {"epsilon": 0.03, "noise_learner": "descent", "noise_mix": "one", "ou
 
 def test_the_same_settings_go_on_and_others_are_refused(tmp_path):
     claim_folder(tmp_path, {"training": TRAINING})
+    (tmp_path / "control").mkdir()
     claim_folder(tmp_path, {"training": TRAINING | {"epsilon": 0.2}})  # nothing was done there yet
     claim_folder(tmp_path, {"training": TRAINING | {"output_dir": "there"}})
     (tmp_path / "noises").mkdir()
+    (tmp_path / "noises" / "round-000.safetensors").write_bytes(b"")
     with pytest.raises(OtherRunError, match=r"epsilon: 0\.03 there, 0\.1 now"):
         claim_folder(tmp_path, {"training": TRAINING | {"epsilon": 0.1}})
     claim_folder(tmp_path, {"training": TRAINING | {"epsilon": 0.1}}, overwrite=True)
@@ -26,6 +28,7 @@ def test_other_contents_under_the_same_names_are_refused(tmp_path):
     contents = {"base weights": "aa", "training images": "bb"}
     claim_folder(tmp_path, settings, contents)
     (tmp_path / "noises").mkdir()
+    (tmp_path / "noises" / "round-000.safetensors").write_bytes(b"")
     claim_folder(tmp_path, settings, contents)
     with pytest.raises(OtherRunError, match=r"began with something else .*base weights: aa there, cc now"):
         claim_folder(tmp_path, settings, contents | {"base weights": "cc"})
@@ -55,6 +58,7 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
 def test_a_damaged_record_of_the_settings_names_the_file(tmp_path):
     claim_folder(tmp_path, {"training": TRAINING})
     (tmp_path / "noises").mkdir()
+    (tmp_path / "noises" / "round-000.safetensors").write_bytes(b"")
     (tmp_path / SETTINGS_NAME).write_text('{"training": {')
     with pytest.raises(DamagedFileError, match=r"run\.json is damaged: expected JSON .*--overwrite true"):
         claim_folder(tmp_path, {"training": TRAINING})

@@ -123,7 +123,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
     """run.json, or None in a folder where no run has written more than that; hidden files (the lock) do not count."""
     path = folder / SETTINGS_NAME
     names = sorted(file.name for file in folder.glob("*") if not file.name.startswith("."))
-    if names == [SETTINGS_NAME]:
+    if [name for name in names if not _is_empty(folder / name)] == [SETTINGS_NAME]:
         return None
     if path.exists():
         try:
@@ -137,6 +137,10 @@ def _read(folder: Path) -> dict[str, Any] | None:
             "not there. Choose a new --output_dir, or empty this one"
         )
     return None
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(below.is_file() for below in path.rglob("*"))
 
 
 def _delete_run(folder: Path, written: Sequence[str], say: Callable[[str], None]) -> None:
