@@ -23,6 +23,9 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parent
 LOG = HERE.parents[1] / "outputs" / "faults.jsonl"
 """One line per fault, as they end; ``table.py`` makes benchmarks/results/faults.json of it."""
+COMMIT = subprocess.run(
+    ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+).stdout.strip()
 HANGS = 240  # seconds after which a process is called stuck: a start takes two on a machine that is not busy
 OTHER_WORDS = ("another --output_dir", "a new --output_dir", "choose another folder", "Choose another folder")
 
@@ -147,7 +150,7 @@ def left_of(session, wait=20):
 def timeless(value):
     """Without what the clock and the place decide."""
     if isinstance(value, dict):
-        without = ("seconds", "output_dir", "commit", "overwrite", "_name_or_path")
+        without = ("seconds", "output_dir", "commit", "overwrite", "_name_or_path", "sha256", "sha256_of_the_rest")
         return {key: timeless(entry) for key, entry in value.items() if key not in without}
     return [timeless(entry) for entry in value] if isinstance(value, list) else value
 
@@ -282,7 +285,7 @@ class Campaign:
     def keep(self, kind, name, recipe, outcome, said, seconds, problem=None):
         """Append a line to :data:`LOG`."""
         LOG.parent.mkdir(exist_ok=True)
-        entry = {"kind": kind, "name": name, "recipe": recipe, "outcome": outcome, "said": said}
+        entry = {"kind": kind, "name": name, "recipe": recipe, "outcome": outcome, "said": said, "commit": COMMIT}
         entry |= {"seconds": round(seconds, 2)} | ({"problem": problem} if problem else {})
         with LOG.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -61,12 +60,9 @@ def without_places(text):
 
 def main():
     faults = [{**fault, "said": without_places(fault["said"])} for fault in read(LOG)]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
     content = {
         "command": COMMAND,
-        "commit": commit.stdout.strip(),
+        "commits": sorted({fault["commit"] for fault in faults}),
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "versions": versions(),
         "tried": len(faults),

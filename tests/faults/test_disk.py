@@ -27,7 +27,7 @@ def failed(campaign, kind, name, recipe, folder, ended, mend=None):
 def test_full_from_a_file_on(campaign, finetune):
     """RLIMIT_FSIZE: no file can take another byte."""
     wrong = []
-    for name, number in spread(finetune.points["file"][4:], 30):  # the first are those of the lock
+    for name, number in spread(finetune.points["file"][4:], 20):  # the first are those of the lock
         folder = campaign.new_folder()
         ended = campaign.server.run(finetune, folder, point=["file", number + 4], action="full")
         if ended.code == 0:  # nothing was written after this point

@@ -57,7 +57,7 @@ def test_killed_at_a_forward_pass(campaign, finetune):
 
 @pytest.mark.slow
 def test_killed_between_two_files(campaign, finetune):
-    places = spread(finetune.points["file"], 60)
+    places = spread(finetune.points["file"], 40)
     assert strike(campaign, finetune, "between two files", places, "file", "SIGKILL") == []
 
 
@@ -71,7 +71,7 @@ def test_stopped_in_every_phase(campaign, finetune, signal):
 @pytest.mark.slow
 @pytest.mark.parametrize("signal", STOPPED)
 def test_stopped_between_two_files(campaign, finetune, signal):
-    places = spread(finetune.points["file"], 14)
+    places = spread(finetune.points["file"], 8)
     assert strike(campaign, finetune, "between two files", places, "file", signal) == []
 
 
