@@ -350,7 +350,9 @@ def chosen(mutant, known, before):
         whole = context.removeprefix(f"{WHOLE} ")
         found |= {test for test in seconds if test.startswith(f"{whole}::")} if whole != context else {context}
     first = [test for test in [before.get(mutant["id"])] if test in seconds]
-    return ["-x", *first, *sorted(found & set(seconds), key=seconds.get), *mine]
+    own = set(tests_of(mutant["file"]))
+    near = sorted(found & set(seconds), key=lambda test: (test.partition("::")[0] not in own, seconds[test]))
+    return ["-x", *first, *near, *mine]
 
 
 def read(path):
