@@ -12,6 +12,7 @@ import sys
 import threading
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -91,16 +92,21 @@ def run(main: Callable[[], None]) -> None:
     except (KeyboardInterrupt, _Terminated) as error:
         name, number = ("SIGTERM", signal.SIGTERM) if isinstance(error, _Terminated) else ("Ctrl-C", signal.SIGINT)
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped by {name}. Start the same command again: what is finished is kept", file=sys.stderr)
+            _say(f"stopped by {name}. Start the same command again: what is finished is kept")
         sys.exit(128 + number)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if os.environ.get("HF_NULLSPACE_TRACEBACK") or not _is_for_users(error):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split())}")
         sys.exit(2)
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # standard error may be a file on a full disk, or gone: the exit code says it, too
+        print(line, file=sys.stderr, flush=True)
 
 
 class _Terminated(BaseException):

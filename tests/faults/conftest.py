@@ -8,7 +8,8 @@ from campaign import Campaign, Recipe, Server
 
 FINETUNE = {
     "dataset_name": "digits", "horizontal_flip": False, "crop_scale": 1.0, "max_train_images": 300,
-    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "base_epochs": 1,
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+    "base_epochs": 4, "base_learning_rate": 0.01,
     "rounds": 2, "steps_per_round": 3, "global_batch_size": 16, "learning_rate": 1e-3, "ema_decay": 0.7,
     "noise_batch_size": 16, "noise_max_steps": 5, "noise_pool_images": 32, "held_out_images": 32,
     "fgsm": ["8/255"], "corruptions": ["contrast"], "severities": [3], "max_eval_images": 40,

@@ -15,6 +15,7 @@ import resource
 import runpy
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -105,9 +106,16 @@ def start(recipe, words, log, folder, point=None, action=None, points=None):
         points: a JSON file for the phase of every forward pass and for the file operations.
     """
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores it
     for name, descriptor in ((os.devnull, 0), (log, 1), (f"{log}.err", 2)):
         opened = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(opened, descriptor)
+        os.close(opened)
+        if action == "full" and descriptor:  # what is printed goes to a pipe, which has no size
+            with open(name, "wb") as file:
+                pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file).stdin
+            os.dup2(pipe.fileno(), descriptor)
+            pipe.close()
     sys.argv = [recipe, *words]
     faults = Faults(folder, point, action)
     faults.arm()

@@ -12,7 +12,8 @@ from test_kills import moments, spread, strike
 
 STUDY = {
     "dataset_name": "digits", "horizontal_flip": False, "crop_scale": 1.0, "max_train_images": 300,
-    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "base_epochs": 1,
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+    "base_epochs": 4, "base_learning_rate": 0.01,
     "arms": {"plain": {"objective": "plain"}, "nullspace": {"objective": "nullspace", "preset": "descent"}},
     "training": {"rounds": 1, "steps_per_round": 2, "global_batch_size": 16, "noise_batch_size": 16,
                  "noise_max_steps": 3, "held_out_images": 16, "dataloader_pin_memory": False},
