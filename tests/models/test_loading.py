@@ -1,7 +1,11 @@
 """A checkpoint loads with its own weights, or one line says why not; nothing in it is run."""
 
+import io
+import logging
+
 import pytest
 import torch
+import transformers
 
 from bad_models import DAMAGES, MESSAGES, Hostile, save_bad_models, save_good
 from hf_nullspace.models.loading import (
@@ -49,6 +53,20 @@ def test_plain_tensors_in_a_bin_load_and_other_pickles_do_not_run(bad, tmp_path)
     call, arguments = Hostile(tmp_path / "ran").__reduce__()
     call(*arguments)
     assert (tmp_path / "ran").exists(), "it would have"
+
+
+def test_what_transformers_would_report_is_said_once(bad):
+    """Its table of missing weights would stand above the one line; its verbosity is as it was afterwards."""
+    verbosity = transformers.logging.get_verbosity()
+    logged = logging.StreamHandler(io.StringIO())
+    transformers.logging.add_handler(logged)
+    try:
+        with pytest.raises(ModelNotLoadedError):
+            load_model(str(bad / "lost_tensor"))
+    finally:
+        transformers.logging.remove_handler(logged)
+    assert logged.stream.getvalue() == ""
+    assert transformers.logging.get_verbosity() == verbosity
 
 
 def test_a_missing_head_is_only_for_those_who_make_a_new_one(bad):

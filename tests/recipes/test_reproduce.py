@@ -182,9 +182,17 @@ def test_figure_2_is_equation_6_in_a_loop_of_its_own(figure_2, saved):
 
 
 def test_a_killed_figure_goes_on_to_the_same_numbers(figure_2, saved, tiny, tmp_path):
-    words = ["figure2", "--config", str(tiny), "--model_name_or_path", str(saved), "--output_dir", str(tmp_path)]
+    words = [
+        "figure2",
+        "--config",
+        str(tiny),
+        "--model_name_or_path",
+        str(saved),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     process = start(script, "reproduce", *words, log=tmp_path / "log.txt")
-    points = tmp_path / "points"
+    points = tmp_path / "run" / "points"
     end = time.monotonic() + 120
     while not list(points.glob("[0-9a-f]*.json")) and process.exitcode is None and time.monotonic() < end:
         time.sleep(0.002)
@@ -193,10 +201,10 @@ def test_a_killed_figure_goes_on_to_the_same_numbers(figure_2, saved, tiny, tmp_
     assert process.exitcode == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
     kept = {path.name: path.stat().st_mtime_ns for path in points.glob("[0-9a-f]*.json")}
     assert 1 <= len(kept) < 4
-    assert not (tmp_path / "figure2.json").exists()
+    assert not (tmp_path / "run" / "figure2.json").exists()
     call(*words)
     assert {name: (points / name).stat().st_mtime_ns for name in kept} == kept
-    ours, whole = read(tmp_path / "figure2.json"), read(figure_2 / "figure2.json")
+    ours, whole = read(tmp_path / "run" / "figure2.json"), read(figure_2 / "figure2.json")
     assert ours["points"] == whole["points"]
     assert ours["curves"] == whole["curves"]
 

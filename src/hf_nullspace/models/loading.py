@@ -7,6 +7,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import transformers
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
@@ -49,7 +50,7 @@ def load_model(
         ModelNotLoadedError: if there is no such checkpoint, it is no image classifier that transformers knows, its
             files are damaged, or weights are missing or of another shape.
     """
-    with _one_line(name):
+    with _one_line(name), without_load_report():
         model, found = AutoModelForImageClassification.from_pretrained(
             _place(name),
             revision=revision,
@@ -122,6 +123,17 @@ def _place(name: str) -> str:
     except HFValidationError as error:
         raise ModelNotLoadedError(f"cannot load the model {name!r}: {expected}") from error
     return name
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """transformers does not log its table of missing and unexpected weights: the caller looks at them itself."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 @contextmanager

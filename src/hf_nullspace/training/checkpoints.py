@@ -20,6 +20,7 @@ from hf_nullspace.files import (
     write_manifest,
     write_whole,
 )
+from hf_nullspace.models.loading import without_load_report
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, bank_file_name
 
 logger = logging.getLogger(__name__)
@@ -185,14 +186,15 @@ def load_weights(model: PreTrainedModel, folder: Path | str, *, local: bool = Tr
     Works around transformers 5.23, where a ViT is saved under legacy key names and the Trainer loads them with
     ``strict=False``: the encoder stays as it was, with a warning (transformers #48805).
     """
-    loading: Any = type(model).from_pretrained(
-        str(folder),
-        config=model.config,
-        dtype=model.dtype,
-        local_files_only=local,
-        ignore_mismatched_sizes=True,  # they are named below
-        output_loading_info=True,
-    )
+    with without_load_report():
+        loading: Any = type(model).from_pretrained(
+            str(folder),
+            config=model.config,
+            dtype=model.dtype,
+            local_files_only=local,
+            ignore_mismatched_sizes=True,  # they are named below
+            output_loading_info=True,
+        )
     loaded, info = loading
     wrong = [f"{key} is {tuple(there)} there and {tuple(here)} here" for key, there, here in info["mismatched_keys"]]
     wrong += [f"{key} is missing" for key in info["missing_keys"]]
