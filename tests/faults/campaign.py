@@ -49,7 +49,7 @@ class Ended:
 class Recipe:
     """A recipe with the arguments that it is started with, and what equal ends means for it.
 
-    ``results``: name of results.json or the like; ``parts``: patterns of files of tensors; ``plain``: of JSON files.
+    ``parts`` are patterns of files of tensors, ``plain`` of JSON files; ``label`` is the name in the table.
     """
 
     name: str
@@ -59,6 +59,10 @@ class Recipe:
     undisturbed: Path | None = None
     points: dict = field(default_factory=dict)
     seconds: float = 0.0
+    label: str = ""
+
+    def __post_init__(self):
+        self.label = self.label or self.name
 
 
 class Server:
@@ -246,10 +250,10 @@ class Campaign:
                 seconds += more_seconds
         if problem is not None:
             outcome = problem.partition(":")[0]
-        self.keep(kind, name, recipe.name, outcome, said.replace(str(self.folder), ""), seconds, problem)
+        self.keep(kind, name, recipe.label, outcome, said.replace(str(self.folder), ""), seconds, problem)
         if problem is None and not keep_folder:
             shutil.rmtree(folder, ignore_errors=True)
-        return None if problem is None else f"{name} ({recipe.name}): {problem}"
+        return None if problem is None else f"{name} ({recipe.label}): {problem}"
 
     def _judged(self, ended, recipe, folder, undisturbed):
         if ended.code is None:

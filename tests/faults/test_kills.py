@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from campaign import Recipe
 
 STOPPED = "SIGTERM", "SIGINT"
 
@@ -121,3 +122,12 @@ def test_killed_again_and_again(campaign, finetune, signal):
     name = f"{killed} times in one run"
     problem = campaign.struck(f"{signal} again and again", name, finetune, folder, ended, signal)
     assert problem is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--save_strategy", "no"], ["--control", "false"]], ids=" ".join)
+def test_killed_without_checkpoints_or_control(campaign, finetune, undisturbed, options):
+    """Noises of the rounds before are there, and nothing to go on from; or there is no control before the training."""
+    recipe = undisturbed(Recipe("finetune", [*finetune.words, *options], finetune.parts, finetune.plain))
+    places = [(f"{what}, {' '.join(options)}", number) for what, number in moments(recipe.points["forward"])]
+    assert strike(campaign, recipe, "at a forward pass", places[4::4], "forward", "SIGKILL") == []

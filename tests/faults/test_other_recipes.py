@@ -23,6 +23,7 @@ STUDY = {
 }  # fmt: skip
 SUITE = {"conditions": ["clean", {"attack": "FGSM", "eps": "8/255"}, {"corruption": "contrast", "severity": 3}]}
 RECIPES = ("learn_noise", "evaluate_robustness", "compare")
+ONE_NOISE = "learn_noise --count 1"
 
 
 @pytest.fixture(scope="session")
@@ -46,13 +47,14 @@ def recipes(undisturbed, model, tmp_path_factory):
     suite = ["--suite", str(folder / "suite.yaml"), "--limit", "40", "--disable_tqdm", "true"]
     planned = {
         "learn_noise": (begins + noise, ("*.safetensors",), ("history.json",)),
+        ONE_NOISE: ([*begins, *noise, "--count", "1"], ("*.safetensors",), ("history.json", "config.json")),
         "evaluate_robustness": (begins + suite, (), ("results.json", "records/*.json")),
         "compare": (["--config", str(folder / "study.yaml")], ("**/model.safetensors",), ("results.json",)),
     }
 
     def of(name):
         if name not in made:
-            made[name] = undisturbed(Recipe(name, *planned[name]))
+            made[name] = undisturbed(Recipe(name.partition(" ")[0], *planned[name], label=name))
         return made[name]
 
     return of
@@ -87,7 +89,8 @@ def test_stopped(campaign, recipes, name, signal):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "turn"), [(name, turn) for name in RECIPES for turn in ([0] if name == "compare" else range(4))]
+    ("name", "turn"),
+    [(name, turn) for name in (*RECIPES, ONE_NOISE) for turn in ([0] if name == "compare" else range(4))],
 )
 def test_damaged_files(campaign, recipes, name, turn):
     recipe = recipes(name)
@@ -135,8 +138,7 @@ def test_other_weights_under_the_same_name(campaign, recipes, model, name):
         if name == "evaluate_robustness":
             assert campaign.server.run(recipe, theirs).code == 0
             undisturbed = theirs
-            shutil.rmtree(folder / "records")
-            shutil.copytree(recipe.undisturbed / "records", folder / "records")
+            shutil.copytree(recipe.undisturbed / "records", theirs / "records", dirs_exist_ok=True)  # they stay
         problem = campaign.again("other content under the same name", "other weights", recipe, folder,
                                  mend=lambda: path.write_bytes(kept), undisturbed=undisturbed)  # fmt: skip
         assert problem is None
