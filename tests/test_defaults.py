@@ -10,7 +10,7 @@ import pytest
 
 from hf_nullspace.hub import recheck
 from hf_nullspace.linear import attention, box, layer_norm, patch
-from hf_nullspace.noise import boundary, calibration, closure, influence, learning
+from hf_nullspace.noise import artifact, bank, boundary, calibration, closure, influence, learning
 from hf_nullspace.robustness import checks, scores, suite
 from hf_nullspace.robustness.attacks import auto, base, carlini_wagner, gradient, patch_fool
 from hf_nullspace.study import analysis
@@ -76,3 +76,50 @@ def test_defaults(function, defaults):
     numbers = (int, float)
     other = [p.name for p in parameters.values() if isinstance(p.default, numbers) and p.name not in defaults]
     assert other == [], "a number that is not in the table"
+
+
+# What may be given without its name, and by its name as well; the rest is given by its name.
+POSITIONAL = [
+    (learning.learn_noise, "model batches settings"),
+    (boundary.follow_boundary, "model batches settings"),
+    (calibration.find_factor, "influence_at epsilon"),
+    (calibration.calibrate, "model direction epsilon held_out"),
+    (calibration.calibrate_each, "model directions epsilon held_out"),
+    (closure.scaling, "model batches noises factors"),
+    (closure.combinations, "model batches pairs alphas_1 alphas_2"),
+    (influence.permuted, "noise generator"),
+    (influence.scale_to_influence, "influence_at epsilon"),
+    (artifact.NullspaceNoise.save_pretrained, "self folder"),
+    (artifact.NullspaceNoise.push_to_hub, "self repo_id"),
+    (bank.NoiseBank.save_pretrained, "self folder"),
+    (bank.NoiseBank.push_to_hub, "self repo_id"),
+    (objectives.forward_views, "model hook inputs views input_name"),
+    (rounds.Round.learn, "self"),
+    (suite.evaluate, "model images conditions"),
+    (checks.run_checks, "model pixels labels"),
+    (checks.unreliable, "checks"),
+    (scores.accuracy, "correct"),
+    (scores.wilson, "correct n"),
+    (scores.paired_difference, "before after"),
+    (scores.mean_corruption_error, "errors reference"),
+    (scores.expected_calibration_error, "confidence correct"),
+    (analysis.differences, "results groups reference"),
+    (analysis.between_arms, "results weights"),
+    (box.nearest_in_box, "row_basis source target"),
+    (box.nearest_invisible_image, "nullspace source target"),
+    (layer_norm.exact_encoder_nullspace, "model pixel_values"),
+    (layer_norm.check_direction, "model pixel_values"),
+    (patch.PatchNullspace.from_model, "model"),
+    (patch.PatchNullspace.from_weight, "weight"),
+    (patch.PatchNullspace.sample, "self generator count"),
+    (base.Attack.__call__, "self model pixels labels"),
+    (patch_fool.without_conflict, "pull gradient"),
+]
+
+
+@pytest.mark.parametrize(("function", "names"), POSITIONAL, ids=lambda value: getattr(value, "__qualname__", ""))
+def test_what_has_to_be_named(function, names):
+    parameters = inspect.signature(function).parameters.values()
+    kinds = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    assert {each.kind for each in parameters} <= kinds
+    assert [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == names.split()

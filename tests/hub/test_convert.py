@@ -237,6 +237,9 @@ def test_normalization_is_never_guessed():
     bare = Checkpoint({}, "state_dict")
     with pytest.raises(CheckpointError, match="the file does not say how images are normalised"):
         normalization(bare)
+    for half in (with_normalization(MEAN, None), with_normalization(None, STD)):
+        with pytest.raises(CheckpointError, match="the file does not say how images are normalised"):
+            normalization(half)
     assert normalization(bare, name="augreg") == ((0.5,) * 3, (0.5,) * 3, "normalization augreg")
     assert normalization(bare, MEAN, STD) == (MEAN, STD, "--mean and --std")
     assert normalization(bare, (127.5,) * 3, (127.5,) * 3)[:2] == ((0.5,) * 3, (0.5,) * 3)

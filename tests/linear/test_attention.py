@@ -117,6 +117,16 @@ def test_a_space_larger_than_the_one_it_should_lie_in_has_right_angles():
     assert principal_angles(tiny, axis).item() == pytest.approx(1e-9, rel=1e-6)
 
 
+def test_the_rank_of_a_value_is_relative_to_its_largest_singular_value():
+    """Diagonal, so that they are exact: 1, 1e-3 and, at 24 * eps = 5.3e-15 of the largest, one above and one below."""
+    weights = proposition_weights()
+    for smallest, rank in ((1e-14, 3), (1e-15, 2)):
+        value = torch.zeros_like(weights.value)
+        value[:, [0, 1, 2], [0, 1, 2]] = torch.tensor([1.0, 1e-3, smallest], dtype=torch.float64)
+        found = layer_conditions(dataclasses.replace(weights, value=value))
+        assert [len(angles) for angles in found.value_angles] == [rank] * HEADS
+
+
 def test_zero_heads_and_single_heads_have_measures():
     weights = proposition_weights()
     zero = dataclasses.replace(weights, value=torch.zeros_like(weights.value))

@@ -85,6 +85,10 @@ def test_a_grid_that_is_not_square_keeps_its_sides():
         noise.check_fits(EmbeddingShape(20, 6, (4, 5)), "it")
     with pytest.raises(NoiseMismatchError, match=r"6 features .*; and a grid of 2 x 8 patches, the model has 8 x 2$"):
         noise.check_fits(EmbeddingShape(16, 7, (8, 2)))
+    for grid in ((0, 3), (3, -1)):
+        with pytest.raises(ValueError, match="expected at least 1 x 1 patches"):
+            noise.interpolate(grid)
+    assert noise.interpolate((1, 3)).tensor.shape == (1, 3, 6)
     larger = noise.interpolate((3, 8))
     assert larger.grid == (3, 8)
     rows = noise.tensor.reshape(2, 8, 6)

@@ -61,7 +61,8 @@ def test_no_factor_is_larger_than_allowed(largest, start):
         assert 0.98 * 0.03 <= found <= 0.03
         assert count == len(asked)
     else:
-        with pytest.raises(NoiseNotCalibratedError, match="no factor between") as caught:
+        there = f"{largest:g} gives an influence of 0.03; at {largest:g} it is {(largest / 37) ** 2 * 0.03:.4g}"
+        with pytest.raises(NoiseNotCalibratedError, match=f"no factor between {start:g} and {there}. Choose") as caught:
             find_factor(influence, 0.03, start=start, largest=largest)
         assert caught.value.inside == (largest, (largest / 37) ** 2 * 0.03)
     assert max(asked) <= largest
@@ -80,13 +81,15 @@ def test_where_small_factors_do_nothing_at_all_epsilon_is_found(start):
 
 
 def test_where_nothing_is_inside_nothing_is_told_to_be():
-    with pytest.raises(NoiseNotCalibratedError, match=f"no factor between 1 and {2**-40:g} .* it is 1\\. ") as caught:
+    with pytest.raises(
+        NoiseNotCalibratedError, match=f"no factor between 1 and {2**-40:g} .* it is 1\\. The influence jumps there"
+    ) as caught:
         find_factor(lambda factor: 1.0, 0.03)
     assert caught.value.inside == (0.0, 0.0)
 
 
 def test_what_cannot_be_reached_is_an_error():
-    with pytest.raises(NoiseNotCalibratedError, match=r"it is 0\.01"):
+    with pytest.raises(NoiseNotCalibratedError, match=r"it is 0\.01\. Choose another epsilon"):
         find_factor(lambda factor: min(factor, 0.01), 0.03)
     with pytest.raises(NoiseNotCalibratedError, match="The influence jumps there"):
         find_factor(lambda factor: float(factor > 3), 0.03)

@@ -356,6 +356,14 @@ def test_impossible_settings_are_refused(setting, message):
         NoiseSettings(**setting)
 
 
+def test_a_start_inside_epsilon_warns_with_its_influence_on_the_minibatch(caplog):
+    """Without held-out images the last minibatch is what is known."""
+    vit = tiny_model().double()
+    _, history = learn_noise(vit, stream(), NoiseSettings(epsilon=2.0, stop_on="minibatch"), seed=0)
+    assert (history.stopped, len(history.influence), history.held_out_influence) == ("start", 1, None)
+    assert f"began with an influence of {history.influence[0]:.3g}, inside epsilon=2.0" in caplog.text
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_batches_that_run_out_say_where_and_how_many_are_needed(count):
     settings = NoiseSettings(epsilon=1e-9, max_steps=5, stop_on="minibatch")

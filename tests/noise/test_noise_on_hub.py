@@ -99,6 +99,8 @@ def test_a_bank_is_one_repository(hub_here, tmp_path):
     assert len(NoiseBank.from_pretrained("lab/noises")) == 2
     assert len(NoiseBank.from_pretrained("lab/noises", revision=first.oid)) == 3
     card = ModelCard(files["README.md"].decode())
+    table = [line for line in card.text.splitlines() if line.startswith("|")]
+    assert [line.count("|") for line in table[:4]] == [10] * 4, "a head, a rule and two noises of nine cells"
     rows = [line for line in card.text.splitlines() if re.match(r"\| \d", line)]
     assert [row.split(" | ")[1:3] for row in rows] == [["0", "0"], ["1", "40"]]
     assert all("0.02877 | 512" in row and f"{noise.norm:.4g}" in row for row, noise in zip(rows, bank, strict=False))

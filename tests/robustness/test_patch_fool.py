@@ -1,5 +1,7 @@
 """Patch-Fool against a plain transcription in normalised space, and its threat model in every variant."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -255,6 +257,20 @@ def test_models_without_global_attention_are_refused(family, message, pixels):
     model = PixelModel(model_of(family), MEAN, STD).eval()
     with pytest.raises(ValueError, match=message):
         PatchFool(steps=1)(model, pixels.float(), torch.zeros(6, dtype=torch.long), seeds=SEEDS)
+
+
+def test_a_configuration_that_knows_no_attention_is_left_alone(tiny_vit, pixels, labels):
+    tiny_vit.model.other = torch.nn.Identity()
+    tiny_vit.model.other.config = types.SimpleNamespace(width=3)
+    PatchFool(steps=1)(tiny_vit, pixels, labels, seeds=SEEDS)
+    assert vars(tiny_vit.model.other.config) == {"width": 3}
+
+
+def test_an_l_inf_radius_is_at_most_1():
+    assert PatchFool(mild="linf", eps=1.0).eps == 1
+    assert PatchFool(mild="l2", eps=3.0).eps == 3
+    with pytest.raises(ValueError, match=r"PatchFool: eps is 1\.5; expected a radius for pixels in \[0, 1\]"):
+        PatchFool(mild="linf", eps=1.5)
 
 
 def test_an_exception_restores_attention_and_mode(tiny_vit, pixels, labels):

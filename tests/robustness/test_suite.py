@@ -1,5 +1,7 @@
 """The evaluation loop: right counts, whatever the batch size, and nothing left behind."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -199,6 +201,13 @@ def test_what_is_judged_lies_in_the_ball_of_the_attack(tiny_vit, half_right):
     (result,) = evaluate(tiny_vit, half_right, [Attacked(Far(2 / 255))], batch_size=4, progress=False)
     assert result.correct.tolist() == [a == label for a, label in zip(near, half_right.labels, strict=True)]
     assert result.correct.tolist() != [a == label for a, label in zip(white, half_right.labels, strict=True)]
+
+
+@pytest.mark.parametrize("condition", [Clean(), Corrupted("fog", 3), Attacked(FGSM())])
+def test_a_condition_is_a_value(condition):
+    assert len({condition, dataclasses.replace(condition)}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        condition.severity = 5
 
 
 def test_wrong_input_is_an_error(tiny_vit, images):

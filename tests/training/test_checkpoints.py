@@ -180,8 +180,9 @@ def test_weights_of_another_model_are_refused(tmp_path):
     deeper = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, **LABELS))
     with pytest.raises(
         NoCheckpointError, match=r"does not hold the weights of this ViTForImageClassification.*layers.2.* and 12 more$"
-    ):
+    ) as caught:
         load_weights(deeper, tmp_path)
+    assert str(caught.value).count(" is missing") == 4
     finer = ViTForImageClassification(
         ViTConfig(**sizes | {"num_hidden_layers": 2}, **IMAGE | {"patch_size": 8}, **LABELS)
     )

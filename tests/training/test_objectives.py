@@ -18,6 +18,7 @@ from hf_nullspace.training.objectives import (
     Objective,
     View,
     check_labels,
+    check_objective,
     forward_views,
     mean_over_images,
     register_objective,
@@ -290,6 +291,19 @@ def test_a_new_objective_needs_no_edit_of_the_trainer(tmp_path, monkeypatch):
     agree(trainer, loss, tmp_path)
     with pytest.raises(ValueError, match="expected a new name"):
         register_objective("brighter", Brighter)
+
+
+def test_an_objective_that_is_not_known_is_refused_with_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"objective='nulspace': expected one of 'plain', .*did you mean 'nullspace'\?"
+    ):
+        check_objective("nulspace")
+    with pytest.raises(ValueError, match=r"or several joined by '\+'$"):
+        check_objective("plain+zzz")
+    assert check_objective("plain+madry") == ["plain", "madry"]
+    for taken in ("plain", "a+b", ""):
+        with pytest.raises(ValueError, match="expected a new name without"):
+            register_objective(taken, Brighter)
 
 
 def test_two_noises_in_one_batch_are_refused(tmp_path):
