@@ -10,7 +10,7 @@ import pytest
 
 from hf_nullspace.hub import recheck
 from hf_nullspace.linear import attention, box, layer_norm, patch
-from hf_nullspace.noise import artifact, bank, boundary, calibration, closure, influence, learning
+from hf_nullspace.noise import artifact, bank, boundary, calibration, closure, influence, learning, provenance
 from hf_nullspace.robustness import checks, scores, suite
 from hf_nullspace.robustness.attacks import auto, base, carlini_wagner, gradient, patch_fool
 from hf_nullspace.study import analysis
@@ -91,6 +91,7 @@ POSITIONAL = [
     (influence.scale_to_influence, "influence_at epsilon"),
     (artifact.NullspaceNoise.save_pretrained, "self folder"),
     (artifact.NullspaceNoise.push_to_hub, "self repo_id"),
+    (provenance.provenance_of, "model"),
     (bank.NoiseBank.save_pretrained, "self folder"),
     (bank.NoiseBank.push_to_hub, "self repo_id"),
     (objectives.forward_views, "model hook inputs views input_name"),

@@ -13,6 +13,7 @@ from hf_nullspace.training.checkpoints import (
     check_complete,
     last_complete_checkpoint,
     load_weights,
+    missing_from,
     restore_noises,
 )
 from hf_nullspace.training.trainer import NullspaceTrainer
@@ -118,6 +119,15 @@ def test_weights_are_readable_for_everyone_the_umask_allows(run):
 def test_a_damaged_state(copy, text):
     (copy / "checkpoint-4" / "trainer_state.json").write_text(text)
     assert last_complete_checkpoint(copy) == copy / "checkpoint-3"
+
+
+@pytest.mark.parametrize(("history", "lacks"), [("{", True), ("[]", False), (None, False), ('[{"round": 0}]', True)])
+def test_a_history_that_cannot_be_read_may_have_had_a_noise(copy, history, lacks):
+    checkpoint = copy / "checkpoint-4"
+    (checkpoint / "nullspace_noise.safetensors").unlink()
+    path = checkpoint / "nullspace_history.json"
+    path.unlink() if history is None else path.write_text(history)
+    assert ("the noise" in missing_from(checkpoint, 1)) == lacks
 
 
 def test_numbers_are_compared_as_numbers(copy):
