@@ -82,6 +82,20 @@ def test_half_precision_counts_what_rounding_has_lifted_and_no_more(dtype, featu
     assert loaded_as_float32.tolerance == stored.tolerance
 
 
+@pytest.mark.parametrize("shape", [(300, 192), (48, 768)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_tolerance_in_closed_form(shape, dtype):
+    """Of half precision the norm of a matrix of rounding errors, of others NumPy's and SciPy's: s_max * max * eps."""
+    spectrum = torch.linspace(5, 1, min(shape), dtype=torch.float64)
+    eps = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-23, torch.float64: 2**-52}[dtype]
+    expected = 5 * max(shape) * eps
+    if eps > 2**-23:
+        rms = np.sqrt(np.sum(spectrum.numpy() ** 2) / (shape[0] * shape[1]))
+        expected = eps / 2 * rms * (np.sqrt(shape[0]) + np.sqrt(shape[1]))
+    assert default_tolerance(spectrum, shape, dtype) == pytest.approx(expected, rel=1e-12)
+    assert default_tolerance(spectrum[:0], shape, dtype) == 0
+
+
 def test_half_precision_hides_real_singular_values_that_are_smaller_than_its_rounding():
     exact = weight_of_rank(48, features=48, size=48, decades=4)
     assert PatchNullspace.from_weight(exact).dimension() == 0

@@ -60,6 +60,7 @@ def test_with_its_model_the_preimage_is_drawn_around_grey(tmp_path, figures, pro
     np.testing.assert_allclose(shown, 0.5 + change.permute(1, 2, 0) / (2 * said["largest"]), atol=1e-6)
     assert f"from -{said['largest']:.3g} to {said['largest']:.3g}" in image.get_title()
     assert norms.images[0].colorbar.ax is scale
+    assert image.get_position().x1 < norms.get_position().x0 < norms.get_position().x1 < scale.get_position().x0
 
 
 def test_a_noise_of_zero_is_grey(tmp_path, figures):
