@@ -72,6 +72,7 @@ def test_only_errors_of_the_disk_are_reworded(tmp_path):
     for error in (
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"),
+        RuntimeError("basic_ios::clear: iostream error"),
     ):
         with pytest.raises(NotWrittenError) as other:
             fail(error)

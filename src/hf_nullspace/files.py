@@ -25,6 +25,7 @@ LOCK_NAME = ".lock"
 _SEAL = "sha256_of_the_rest"
 _OWNER_NAME = ".lock.json"
 _DISK_ERRORS = (NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
+_TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")  # what torch.save says of a disk
 _DISK_ERROR_NUMBERS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
@@ -135,7 +136,7 @@ def one_clear_error(folder: Path | str) -> Iterator[None]:
             # The Hub's errors are OSErrors, too.
             other = not isinstance(error, _DISK_ERRORS) and error.errno not in _DISK_ERROR_NUMBERS
         elif isinstance(error, RuntimeError):
-            other = "inline_container" not in lines[0] and "PytorchStreamWriter" not in lines[0]  # torch.save
+            other = not any(word in lines[0] for word in _TORCH_SAVE)
         else:
             other = False
         if other:
@@ -153,7 +154,7 @@ def _error_number(message: str) -> int | None:
     """The errno in what safetensors says; torch does not say any, a full disk is the usual cause."""
     if found := re.search(r"os error (\d+)", message):
         return int(found[1])
-    return errno.ENOSPC if "unexpected pos" in message else None
+    return errno.ENOSPC if "unexpected pos" in message or "iostream error" in message else None
 
 
 def size_and_hash(path: Path) -> dict[str, Any]:

@@ -26,6 +26,8 @@ LOG = HERE.parents[1] / "outputs" / "faults.jsonl"
 COMMIT = subprocess.run(
     ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
 ).stdout.strip()
+UNREAD = (".lock", "training_args.bin")
+"""Files that nothing reads; so are the prepared images of a study that is finished."""
 HANGS = 240  # seconds after which a process is called stuck: a start takes two on a machine that is not busy
 OTHER_WORDS = ("another --output_dir", "a new --output_dir", "choose another folder", "Choose another folder")
 
@@ -166,7 +168,7 @@ def differences(folder, recipe, undisturbed=None):
 
     def names(place):
         relative = (path.relative_to(place) for path in place.rglob("*") if path.is_file())
-        return {path.as_posix() for path in relative if path.name != ".lock" and not path.match("checkpoint-*/**/*")}
+        return {path.as_posix() for path in relative if path.name not in UNREAD and path.parts[0] != "images"}
 
     ours, theirs = (
         {name for name in names(place) if "checkpoint-" not in name} for place in (Path(folder), Path(there))
@@ -282,9 +284,15 @@ class Campaign:
             return f"lost: the line does not say what to do: {said}", 0.0
         ended = self.server.run(recipe, place, more)
         problem, outcome = self._judged(ended, recipe, place, undisturbed)
+        seconds = ended.seconds
+        if outcome == "said" and mend is not None and "--overwrite true" in ended.errors[0]:
+            # A mended image makes another training set: the run that began with the damaged one is given up.
+            ended = self.server.run(recipe, place, [*more, "--overwrite", "true"])
+            problem, outcome = self._judged(ended, recipe, place, undisturbed)
+            seconds += ended.seconds
         if outcome == "said":
             problem = f"lost: what the line says does not help: {said} ... {ended.errors[0]}"
-        return problem, ended.seconds
+        return problem, seconds
 
     def keep(self, kind, name, recipe, outcome, said, seconds, problem=None):
         """Append a line to :data:`LOG`."""

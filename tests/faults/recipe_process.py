@@ -81,7 +81,7 @@ class Faults:
     def _strike(self):
         self.off = True
         if self.action == "full":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
         else:
             os.kill(os.getpid(), getattr(signal, self.action))
 

@@ -78,20 +78,17 @@ def test_stopped_between_two_files(campaign, finetune, signal):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signal", ["SIGKILL", *STOPPED])
-def test_with_workers_that_load_images(campaign, finetune, signal):
+def test_with_workers_that_load_images(campaign, finetune, undisturbed, signal):
     """The workers end, too."""
-    phases = finetune.points["forward"]
-    places = [(f"{phase}, with two workers", numbers[len(numbers) // 2]) for phase, numbers in stretches(phases)]
+    words = [*finetune.words, "--dataloader_num_workers", "2"]
+    recipe = undisturbed(Recipe("finetune", words, finetune.parts, finetune.plain))
+    phases = stretches(recipe.points["forward"])
+    places = [
+        (f"{phase}, stretch {place}, with two workers", numbers[len(numbers) // 2])
+        for place, (phase, numbers) in enumerate(phases, 1)
+    ]
     chosen = [places[0], places[2], places[-2]]
-    more = ["--dataloader_num_workers", "2"]
-    wrong = []
-    for name, number in chosen:
-        folder = campaign.new_folder()
-        ended = campaign.server.run(finetune, folder, more, point=["forward", number], action=signal)
-        wrong.append(
-            campaign.struck(f"{signal} with DataLoader workers", name, finetune, folder, ended, signal, more=more)
-        )
-    assert [problem for problem in wrong if problem] == []
+    assert strike(campaign, recipe, "with DataLoader workers", chosen, "forward", signal) == []
 
 
 @pytest.mark.slow
