@@ -69,7 +69,11 @@ TESTS = {
     "robustness/scores.py": ["robustness/test_metric.py"],
     "robustness/corruptions.py": ["robustness/test_corruption_functions.py", "test_published_tables.py"],
     "robustness/corruption_functions.py": ["robustness/test_corruptions.py", "test_published_tables.py"],
-    "robustness/attacks/base.py": ["robustness/test_gradient_attacks.py", "robustness/test_carlini_wagner.py"],
+    "robustness/attacks/base.py": [
+        "robustness/test_attack_settings.py",
+        "robustness/test_gradient_attacks.py",
+        "robustness/test_carlini_wagner.py",
+    ],
     "robustness/attacks/auto.py": ["robustness/test_auto_attack.py"],
     "robustness/attacks/gradient.py": ["robustness/test_gradient_attacks.py"],
 }

@@ -4,6 +4,7 @@
 CHANGELOG.md: numbers that were measured before mean something else.
 """
 
+import dataclasses
 import inspect
 
 import pytest
@@ -124,3 +125,12 @@ def test_what_has_to_be_named(function, names):
     kinds = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
     assert {each.kind for each in parameters} <= kinds
     assert [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == names.split()
+
+
+@pytest.mark.parametrize("settings", [f for f, _ in DEFAULTS if dataclasses.is_dataclass(f) and f is not rounds.Round])
+def test_settings_are_values(settings):
+    made = settings()
+    assert settings() == made
+    assert len({settings(), made}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.eps = 1

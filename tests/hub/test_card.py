@@ -18,6 +18,7 @@ from hf_nullspace.hub.run_folder import RunFolder, RunFolderError, portable, sou
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.robustness.checks import Check
 from hf_nullspace.robustness.report import write_report
+from hf_nullspace.robustness.scores import accuracy
 from hf_nullspace.robustness.suite import ConditionResult
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.loading import DataArguments, ModelArguments
@@ -149,6 +150,17 @@ def test_model_index_and_eval_results_are_what_the_hub_reads(tmp_path, three):
     assert write_card(finetuned(folder, three, local)) == [card], "the Hub does not know a local folder"
     assert not results_file.exists()
     assert kept.exists(), "somebody else's file"
+
+
+def test_accuracies_have_six_digits(tmp_path):
+    correct = answers(0, n=399)
+    folder = finetuned(tmp_path / "mine", results(nullspace=correct))
+    card, results_file = write_card(folder, "ORG/mine")
+    (row,) = yaml.safe_load(results_file.read_text())
+    entry = ModelCard.load(card).data.eval_results[0]
+    assert row["value"] == entry.metric_value == float(f"{correct.mean():.6f}") != correct.mean()
+    low, high = entry.metric_args["interval_95"]
+    assert [low, high] == [float(f"{x:.6f}") for x in (accuracy(correct).low, accuracy(correct).high)]
 
 
 def test_every_set_of_an_evaluation_is_named_as_what_it_is(tmp_path):

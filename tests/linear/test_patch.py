@@ -102,6 +102,16 @@ def test_half_precision_hides_real_singular_values_that_are_smaller_than_its_rou
     assert PatchNullspace.from_weight(exact.bfloat16()).dimension() > 0
 
 
+def test_the_summary_counts_at_a_tenth_and_at_ten_times_of_the_tolerance():
+    stored = torch.diag_embed(torch.tensor([5.0, 3.0, 0.5, 0.05], dtype=torch.float64))
+    padded = torch.nn.functional.pad(stored, (0, 8)).reshape(4, 3, 2, 2)
+    found = PatchNullspace.from_weight(padded, tolerance=0.1).summary()
+    assert (found["features"], found["patch"], found["weight_dtype"]) == (4, [3, 2, 2], "float64")
+    dimensions = [found[name] for name in ("dimension_at_a_tenth", "dimension", "dimension_at_ten_times")]
+    assert dimensions == [8, 9, 10]
+    assert found["singular_values"] == pytest.approx([5, 3, 0.5, 0.05])
+
+
 def test_scipy_finds_the_same_nullspace():
     nullspace = PatchNullspace.from_weight(weight(20, 4))
     expected = scipy.linalg.null_space(nullspace.weight.double().numpy())
@@ -211,6 +221,8 @@ def test_patches_come_in_the_order_of_the_embeddings():
     patches = split_patches(images, (3, 4, 4))
     torch.testing.assert_close(patches, torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2))
     torch.testing.assert_close(join_patches(patches, (3, 4, 4), (8, 12)), images)
+    large = torch.randn(1, 3, 64, 80, generator=generator(15))
+    torch.testing.assert_close(join_patches(split_patches(large, (3, 4, 4)), (3, 4, 4), (64, 80)), large)
     with pytest.raises(ValueError, match="6 patches for an image of 2 x 2"):
         join_patches(patches, (3, 4, 4), (8, 8))
     with pytest.raises(ValueError, match=r"expected \(B, 3, >=4, >=4\)"):

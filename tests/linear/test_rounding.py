@@ -1,5 +1,6 @@
 """Rounding that the model sees least, against every way to round a small patch, by NumPy."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -47,6 +48,15 @@ def test_no_flip_helps_and_few_of_all_ways_to_round_are_better():
         neighbours = np.abs(ways - rounded.round()).sum(1) == 1
         assert errors[neighbours].min() >= own - 1e-9
         assert (errors < own - 1e-9).mean() < 0.05
+
+
+def test_the_unit_of_the_weights_does_not_matter():
+    nullspace, source = small_nullspace(), (uniform(4, 3, 2, 2) * 255).round() / 255
+    pixels = invisible(nullspace, source, uniform(4, 3, 2, 2, seed=1))
+    found = round_unseen(nullspace, source, pixels)
+    for unit in (2.0**-20, 2.0**20):
+        other = dataclasses.replace(nullspace, weight=nullspace.weight * unit)
+        assert torch.equal(round_unseen(other, source, pixels), found)
 
 
 def test_an_image_is_seen_less_than_with_the_nearest_levels():

@@ -14,6 +14,7 @@ from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, model_hash, save_noise_bank
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.influence import centred_norm
+from hf_nullspace.noise.provenance import provenance_of
 from hf_nullspace.uploads import UploadError
 from loopback_hub import READ_ONLY
 from tiny_models import tiny_model
@@ -109,6 +110,23 @@ def test_a_bank_is_one_repository(hub_here, tmp_path):
     assert "5" * 64 in card.text
     NoiseBank((make_noise(0), make_noise(1, model_sha256="6" * 64))).save_pretrained(tmp_path)
     assert "Every noise was learned on weights of its own" in (tmp_path / "README.md").read_text()
+
+
+def test_a_bank_that_is_saved_again_leaves_no_older_noise(tmp_path):
+    bank = NoiseBank(tuple(make_noise(round) for round in range(3)))
+    bank.save_pretrained(tmp_path)
+    bank[:2].save_pretrained(tmp_path)
+    names = sorted(path.name for path in (tmp_path / "noises").iterdir())
+    assert names == ["round-000.safetensors", "round-001.safetensors"]
+    assert len(NoiseBank.from_pretrained(tmp_path)) == 2
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(hub_here):
+    commit = tiny_model().push_to_hub("lab/model").oid
+    known = provenance_of(type(tiny_model()).from_pretrained("lab/model"))
+    assert (known.base_model, known.revision) == ("lab/model", commit)
+    assert known.model_sha256 == model_hash(tiny_model())
+    assert provenance_of(tiny_model(), hashed=False) == NoiseProvenance()
 
 
 def test_an_interrupted_push_is_said_and_can_be_repeated(hub_here):

@@ -7,6 +7,7 @@ import torch
 
 from hf_nullspace.robustness.attacks.auto import AutoAttack
 from hf_nullspace.robustness.attacks.gradient import PGD
+from hf_nullspace.robustness.suite import Attacked
 
 SMALL = {"queries": 20, "iterations": 5}
 
@@ -56,6 +57,12 @@ def test_without_the_library_the_extra_is_named(linear, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(ImportError, match=r"hf-nullspace\[attacks\]"):
         AutoAttack()(linear, torch.rand(1, 3, 4, 4), torch.tensor([0]), seeds=[0])
+
+
+def test_its_cost_in_forward_passes():
+    """APGD-CE, and APGD-DLR and FAB on each target: a forward and a backward pass a step; Square: its queries."""
+    assert AutoAttack().cost == 100 * 3 * (1 + 9 + 9) + 5000
+    assert Attacked(AutoAttack(targets=2, iterations=5, queries=20)).cost == 1 + 5 * 3 * 5 + 20
 
 
 def test_the_standard_is_the_default():

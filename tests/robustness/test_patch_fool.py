@@ -11,6 +11,7 @@ from transformers import ViTForImageClassification
 from hf_nullspace.robustness.attacks.base import seeded_like
 from hf_nullspace.robustness.attacks.patch_fool import PatchFool, eager_attention, without_conflict
 from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.suite import Attacked
 
 SEEDS = [1, 2, 3, 4, 5, 6]
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)
@@ -264,6 +265,12 @@ def test_a_configuration_that_knows_no_attention_is_left_alone(tiny_vit, pixels,
     tiny_vit.model.other.config = types.SimpleNamespace(width=3)
     PatchFool(steps=1)(tiny_vit, pixels, labels, seeds=SEEDS)
     assert vars(tiny_vit.model.other.config) == {"width": 3}
+
+
+def test_its_cost_in_forward_passes():
+    """A step is a forward and a backward pass, and as much again for the attentions."""
+    assert Attacked(PatchFool(steps=10)).cost == 1 + 10 * 6
+    assert Attacked(PatchFool(steps=10, attention_weight=0.0)).cost == 1 + 10 * 3
 
 
 def test_an_l_inf_radius_is_at_most_1():

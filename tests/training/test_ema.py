@@ -54,6 +54,14 @@ def test_it_starts_from_other_weights_and_a_resumed_run_does_not_need_them(tmp_p
     assert_same(parameters_of(resumed.model), parameters_of(whole.model))
 
 
+def test_it_starts_from_a_model_of_the_hub(hub_here):
+    start = tiny_model(seed=3)
+    start.push_to_hub("lab/start")
+    average = EmaCallback(tiny_model(), 0.9, "lab/start")
+    average.start(tiny_model())
+    assert_same(parameters_of(average.model), parameters_of(start))
+
+
 def test_weights_that_the_average_cannot_start_from(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     tiny_model("deit").save_pretrained(tmp_path / "deit")
