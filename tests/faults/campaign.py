@@ -26,8 +26,6 @@ LOG = HERE.parents[1] / "outputs" / "faults.jsonl"
 COMMIT = subprocess.run(
     ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
 ).stdout.strip()
-UNREAD = (".lock", "training_args.bin")
-"""Files that nothing reads; so are the prepared images of a study that is finished."""
 HANGS = 240  # seconds after which a process is called stuck: a start takes two on a machine that is not busy
 OTHER_WORDS = ("another --output_dir", "a new --output_dir", "choose another folder", "Choose another folder")
 
@@ -156,9 +154,25 @@ def left_of(session, wait=20):
 def timeless(value):
     """Without what the clock and the place decide."""
     if isinstance(value, dict):
-        without = ("seconds", "output_dir", "commit", "overwrite", "_name_or_path", "sha256", "sha256_of_the_rest")
+        without = (
+            "seconds",
+            "output_dir",
+            "commit",
+            "overwrite",
+            "dataloader_num_workers",
+            "_name_or_path",
+            "sha256",
+            "sha256_of_the_rest",
+        )
         return {key: timeless(entry) for key, entry in value.items() if key not in without}
     return [timeless(entry) for entry in value] if isinstance(value, list) else value
+
+
+def ignored(path, recipe):
+    """Checkpoints, which a finished run needs no more, and what only helped on the way: the images of a study."""
+    if any(part.startswith("checkpoint-") for part in path.parts):
+        return True
+    return recipe.name == "compare" and (path.parts[0] == "images" or path.name == "training_args.bin")
 
 
 def differences(folder, recipe, undisturbed=None):
@@ -168,11 +182,9 @@ def differences(folder, recipe, undisturbed=None):
 
     def names(place):
         relative = (path.relative_to(place) for path in place.rglob("*") if path.is_file())
-        return {path.as_posix() for path in relative if path.name not in UNREAD and path.parts[0] != "images"}
+        return {path.as_posix() for path in relative if path.name != ".lock" and not ignored(path, recipe)}
 
-    ours, theirs = (
-        {name for name in names(place) if "checkpoint-" not in name} for place in (Path(folder), Path(there))
-    )
+    ours, theirs = names(Path(folder)), names(Path(there))
     if ours != theirs:
         found.append(f"files: {sorted(ours - theirs)} too many, {sorted(theirs - ours)} missing")
     for pattern in recipe.parts:
@@ -271,28 +283,26 @@ class Campaign:
 
     def _follow(self, said, recipe, folder, mend, more, undisturbed, named):
         """Do what an error line says; what is wrong with the end, or None, and the seconds that it took."""
-        place = Path(folder)
-        if str(named or folder) not in said:
-            return f"lost: the line does not name {named or folder}: {said}", 0.0
-        if mend is not None:
-            mend()
-        elif "--overwrite true" in said:
-            more = [*more, "--overwrite", "true"]
-        elif any(words in said for words in OTHER_WORDS):
-            place = self.new_folder()
-        else:
-            return f"lost: the line does not say what to do: {said}", 0.0
-        ended = self.server.run(recipe, place, more)
-        problem, outcome = self._judged(ended, recipe, place, undisturbed)
-        seconds = ended.seconds
-        if outcome == "said" and mend is not None and "--overwrite true" in ended.errors[0]:
-            # A mended image makes another training set: the run that began with the damaged one is given up.
-            ended = self.server.run(recipe, place, [*more, "--overwrite", "true"])
+        place, spent = Path(folder), 0.0
+        for _ in range(2):  # a damaged image is brought back, and then the folder has a run of the damaged one
+            if str(named or folder) not in said:
+                return f"lost: the line does not name {named or folder}: {said}", spent
+            if mend is not None:
+                mend()
+                mend = named = None
+            elif "--overwrite true" in said:
+                more = [*more, "--overwrite", "true"]
+            elif any(words in said for words in OTHER_WORDS):
+                place = self.new_folder()
+            else:
+                return f"lost: the line does not say what to do: {said}", spent
+            ended = self.server.run(recipe, place, more)
+            spent += ended.seconds
             problem, outcome = self._judged(ended, recipe, place, undisturbed)
-            seconds += ended.seconds
-        if outcome == "said":
-            problem = f"lost: what the line says does not help: {said} ... {ended.errors[0]}"
-        return problem, seconds
+            if outcome != "said":
+                return problem, spent
+            said = ended.errors[0]
+        return f"lost: what the lines say does not help: {said}", spent
 
     def keep(self, kind, name, recipe, outcome, said, seconds, problem=None):
         """Append a line to :data:`LOG`."""

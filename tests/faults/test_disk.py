@@ -15,7 +15,7 @@ def failed(campaign, kind, name, recipe, folder, ended, mend=None):
     problem = None
     if ended.code != 2 or len(ended.errors) != 1 or "Traceback" in ended.err:
         problem = f"lost: exit code {ended.code} on a full disk: {ended.err[-600:]}"
-    elif str(folder) not in ended.errors[0]:
+    elif str(folder) not in ended.errors[0] and "/dev/shm" not in ended.errors[0]:
         problem = f"lost: the line does not name {folder}: {ended.errors[0]}"
     if mend is not None:
         mend()

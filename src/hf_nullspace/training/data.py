@@ -24,7 +24,14 @@ from hf_nullspace.image_files import (
 )
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.training.augmentation import Augmentation, generator_for, seed_for
-from hf_nullspace.training.columns import DataError, check_labels, class_names, label_problem, labels_of
+from hf_nullspace.training.columns import (
+    DataError,
+    check_labels,
+    class_names,
+    in_shared_memory,
+    label_problem,
+    labels_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +87,8 @@ class ImageClassificationDataset(torch.utils.data.Dataset[dict[str, Any]]):
             _checked_labels(labels_of(rows, label_column), remap, num_labels)
         self._stream: tuple[int | str, ...] | None = None
         # Shared memory: persistent workers see a new epoch, and the main process sees what workers found.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._corrupt = torch.zeros(len(rows), dtype=torch.bool).share_memory_() if on_corrupt == "skip" else None
+        self._epoch = in_shared_memory(torch.zeros((), dtype=torch.int64))
+        self._corrupt = in_shared_memory(torch.zeros(len(rows), dtype=torch.bool)) if on_corrupt == "skip" else None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -225,7 +232,7 @@ class StreamingImageClassificationDataset(torch.utils.data.IterableDataset[dict[
         self._skip_corrupt, self._shuffle_buffer, self._repeat = on_corrupt == "skip", shuffle_buffer, repeat
         self._node: tuple[int, int] | None = None
         self._stream: tuple[int | str, ...] | None = None
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by persistent workers
+        self._epoch = in_shared_memory(torch.zeros((), dtype=torch.int64))  # seen by persistent workers
 
     def set_epoch(self, epoch: int) -> None:
         """A new order and new crops from the next iteration on. A view of ``with_stream`` is not affected."""

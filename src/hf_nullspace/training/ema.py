@@ -63,7 +63,7 @@ class EmaCallback(TrainerCallback):
 
     def save(self, folder: Path | str, processor: Any = None) -> None:
         """Write the averaged model into ``folder``/ema, with its image processor: it is used as any other folder."""
-        (Path(folder) / FOLDER).mkdir(parents=True, exist_ok=True)  # a file there is an OSError here, not upstream
+        (Path(folder) / FOLDER).mkdir(parents=True, exist_ok=True)  # transformers answers with an AssertionError
         self.model.save_pretrained(Path(folder) / FOLDER)
         if processor is not None:
             processor.save_pretrained(Path(folder) / FOLDER)
