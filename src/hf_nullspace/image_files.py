@@ -11,6 +11,7 @@ import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Features
 from PIL import Image
 
@@ -196,3 +197,11 @@ def encoded_bytes(image: Mapping[str, Any]) -> bytes:
     with fsspec.open(path, "rb") as file:
         content: bytes = file.read()
     return content
+
+
+def in_shared_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor where workers see its changes. Raises DataError if there is no room."""
+    try:
+        return tensor.share_memory_()
+    except RuntimeError as error:
+        raise DataError(f"no room in shared memory; make /dev/shm larger ({error})") from error

@@ -10,7 +10,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch
 from datasets import ClassLabel, Features, Image, List, Value
 
 from hf_nullspace.image_files import DataError as DataError
@@ -201,11 +200,3 @@ def label_problem(label: int, num_classes: int | None, row: str, count: int = 1)
     else:
         hint = "Check label_column, and that model and data have the same classes"
     return f"{row} has label {label}, expected {expected}{more}. {hint}."
-
-
-def in_shared_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor where workers see its changes. Raises DataError if there is no room."""
-    try:
-        return tensor.share_memory_()
-    except RuntimeError as error:
-        raise DataError(f"no room in shared memory; make /dev/shm larger ({error})") from error

@@ -18,20 +18,14 @@ from hf_nullspace.image_files import (
     CorruptImageError,
     content_key,
     decoded_image,
+    in_shared_memory,
     rows_fingerprint,
     told_when_broken,
     undecoded,
 )
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.training.augmentation import Augmentation, generator_for, seed_for
-from hf_nullspace.training.columns import (
-    DataError,
-    check_labels,
-    class_names,
-    in_shared_memory,
-    label_problem,
-    labels_of,
-)
+from hf_nullspace.training.columns import DataError, check_labels, class_names, label_problem, labels_of
 
 logger = logging.getLogger(__name__)
 
