@@ -31,9 +31,12 @@ def each_file(campaign, recipe, run, turn, state):
     wrong = []
     for place, name in enumerate(names):
         damage = list(DAMAGES)[(place + turn) % len(DAMAGES)]
+        kind, what = f"damaged file of a {state} run", f"{name}: {damage}"
+        if not campaign.wanted(kind, what, recipe):
+            continue
         folder = campaign.new_folder(copy_of=run)
         DAMAGES[damage](folder / name)
-        wrong.append(campaign.again(f"damaged file of a {state} run", f"{name}: {damage}", recipe, folder))
+        wrong.append(campaign.again(kind, what, recipe, folder))
     return [problem for problem in wrong if problem]
 
 

@@ -44,6 +44,8 @@ def strike(campaign, recipe, kind, places, point, signal, more=()):
     """What is wrong after a signal at each of the places (what, number)."""
     wrong = []
     for name, number in places:
+        if not campaign.wanted(f"{signal} {kind}", name, recipe):
+            continue
         folder = campaign.new_folder()
         ended = campaign.server.run(recipe, folder, more, point=[point, number], action=signal)
         wrong.append(campaign.struck(f"{signal} {kind}", name, recipe, folder, ended, signal))
