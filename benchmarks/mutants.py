@@ -37,6 +37,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
+from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -372,10 +373,15 @@ def read(path):
 def state(mutant, test):
     """What a result depends on: the file that is changed, and the test that noticed it, or all tests of that file."""
     tests = [test.partition("::")[0]] if test and "::" in test else tests_of(mutant["file"])
-    digest = hashlib.sha256((ROOT / PACKAGE / mutant["file"]).read_bytes())
-    for path in tests:
-        digest.update((ROOT / path).read_bytes())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(
+        "".join(content(path) for path in (f"{PACKAGE}/{mutant['file']}", *tests)).encode()
+    ).hexdigest()
+
+
+@cache
+def content(path):
+    """The hash of a file as it was when it was first asked for, which is before the copies are made."""
+    return hashlib.sha256((ROOT / path).read_bytes()).hexdigest()
 
 
 def run_all(mutants, folders, known, session):
@@ -436,6 +442,8 @@ def main():
     mutants = sample(args.seed, args.count, args.only)
     names = sorted({mutant["file"] for mutant in mutants})
     tests = list(dict.fromkeys(test for name in names for test in tests_of(name)))
+    for path in (*tests, *(f"{PACKAGE}/{name}" for name in names)):
+        content(path)
     args.session.mkdir(parents=True, exist_ok=True)
     print(f"{len(mutants)} mutants in {len(names)} files", flush=True)
     import_libraries()
