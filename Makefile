@@ -68,7 +68,7 @@ mutants: $(STAMP)  ## which small changes of meaning do the tests notice? 420 of
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutants]'
 	$(BIN)/python benchmarks/mutants.py
 
-faults: $(STAMP)  ## kills, full disks, damaged files: does a run that is started again end as an undisturbed one? half an hour
+faults: $(STAMP)  ## kills, full disks, damaged files: does a run that is started again end as an undisturbed one? an hour
 	rm -f outputs/faults.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults
 	$(BIN)/python tests/faults/table.py
