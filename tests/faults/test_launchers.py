@@ -14,8 +14,7 @@ from campaign import HANGS, Ended, left_of
 RECIPES = Path(__file__).parents[2] / "recipes"
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-TWO = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-GLOBAL_BATCH = ["--global_batch_size", "16"]
+TWO = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def launched(launcher, recipe, folder, log):
