@@ -21,6 +21,7 @@ def launched(launcher, recipe, folder, log):
     """The launcher's process, in a session of its own."""
     words = [sys.executable, "-m", *launcher, str(RECIPES / "finetune.py"), *recipe.words, "--output_dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and hand that on
     with open(log, "w") as out, open(f"{log}.err", "w") as err:
         return subprocess.Popen(words, stdout=out, stderr=err, env=environment, start_new_session=True)
 
