@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,14 @@ def test_what_is_unreliable_or_missing_is_said_and_in_no_metadata(tmp_path):
     assert card.data.eval_results is None
     assert "model-index" not in str(card)
     assert "no condition could be compared" in str(card)
+
+
+def test_a_value_has_six_digits(tmp_path, three):
+    """One of three images right."""
+    correct = np.array([True, False, False])
+    few = {name: [replace(results[0], correct=correct, correct_all=None)] for name, results in three.items()}
+    _, results_file = write_card(finetuned(tmp_path / "mine", few), "ORG/mine")
+    assert yaml.safe_load(results_file.read_text())[0]["value"] == 0.333333
 
 
 def test_model_index_and_eval_results_are_what_the_hub_reads(tmp_path, three):

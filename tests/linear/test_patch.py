@@ -161,6 +161,7 @@ def test_logits_stay_to_rounding_for_every_family(family, dtype):
     torch.testing.assert_close(changed, clean, rtol=rounding, atol=rounding)
     assert (visible - clean).abs().max() > 100 * rounding
     tiled = nullspace.tile(nullspace.sample(generator())[0], (16, 16)).to(dtype)
+    assert tiled.shape == (1, 3, 16, 16)
     torch.testing.assert_close(model(images + tiled).logits, clean, rtol=rounding, atol=rounding)
 
 
