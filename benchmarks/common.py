@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_nullspace.files import write_json
+from hf_nullspace.core.files import write_json
 
 # Asked when a benchmark starts: the code that is measured, whatever is committed while it runs.
 COMMIT = subprocess.run(

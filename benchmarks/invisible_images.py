@@ -25,8 +25,8 @@ from common import circumstances, settings_of
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from hf_nullspace.core.files import write_json
 from hf_nullspace.explain.agreement import Explanations, explain_change
-from hf_nullspace.files import write_json
 from hf_nullspace.images import (
     Judge,
     closeness,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_nullspace.files import write_whole
+from hf_nullspace.core.files import write_whole
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.patch_embedding import find_patch_embedding, patch_projection
 from hf_nullspace.models.preprocessing import Preprocessing

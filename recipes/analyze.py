@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_nullspace.command_line import UsageError, parse, run
-from hf_nullspace.figures.canvas import canvas, save
+from hf_nullspace.core.canvas import canvas, save_png
+from hf_nullspace.core.files import only_run_in, write_json
+from hf_nullspace.core.settings import check_numbers, check_output_dir
 from hf_nullspace.figures.table_4 import HEADER, line_of, plot_table_4, remark, table_4
-from hf_nullspace.files import only_run_in, write_json
 from hf_nullspace.linear.attention import constructed_noise, head_changes, layer_conditions, null_direction
 from hf_nullspace.linear.layer_norm import NotANullspaceError, check_direction, exact_encoder_nullspace
 from hf_nullspace.linear.patch import PatchNullspace
@@ -33,7 +34,6 @@ from hf_nullspace.models.loading import load_model as load_checkpoint
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.training.sources import load_image_dataset
-from hf_nullspace.validation import check_numbers, check_output_dir
 
 
 @dataclass
@@ -269,7 +269,7 @@ def spread(values: list[float]) -> str:
 
 def plot_patch(report: dict[str, Any], path: Path) -> Path:
     """The singular values, and the dimension of the nullspace as a function of the tolerance."""
-    figure, (spectrum, dimension) = canvas(2)
+    figure, ((spectrum, dimension),) = canvas(9, columns=2)
     values, numbers = report["singular_values"], math.prod(report["patch"])
     floor = values[0] * 1e-10  # what float64 cannot tell from 0 is drawn there
     spectrum.plot(range(1, len(values) + 1), [max(value, floor) for value in values], marker=".", linewidth=1)
@@ -283,12 +283,12 @@ def plot_patch(report: dict[str, Any], path: Path) -> Path:
     dimension.set(xlabel="tolerance", ylabel="dimension", xscale="log", ylim=(-0.02 * numbers, 1.05 * numbers))
     for axes in (spectrum, dimension):
         axes.legend(fontsize="small")
-    return save(figure, path)
+    return save_png(figure, path)
 
 
 def plot_attention(layers: list[dict[str, Any]], path: Path) -> Path:
     """Asymmetry and largest angle per layer and head, and what the constructed noise does to the heads."""
-    figure, (asymmetry, angle, change) = canvas(3)
+    figure, ((asymmetry, angle, change),) = canvas(13.5, columns=3)
     heads = max(len(row["asymmetry"]) for row in layers)
     for axes, name, title, top in (
         (asymmetry, "asymmetry", "condition 1: |M - M'| / |M|", 2.0),
@@ -306,7 +306,7 @@ def plot_attention(layers: list[dict[str, Any]], path: Path) -> Path:
     change.set_ylim(bottom=min(0.01, change.get_ylim()[0]))
     change.xaxis.get_major_locator().set_params(integer=True)
     change.legend(fontsize="small")
-    return save(figure, path)
+    return save_png(figure, path)
 
 
 if __name__ == "__main__":

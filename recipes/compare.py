@@ -24,7 +24,8 @@ import torch
 
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
 from hf_nullspace.command_line import UsageError, option, parse, run
-from hf_nullspace.files import only_run_in
+from hf_nullspace.core.files import only_run_in
+from hf_nullspace.core.settings import check_numbers, check_output_dir
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.study.design import Run, Study, make_study, mapping_of
 from hf_nullspace.study.estimate import overview, seconds_left, work
@@ -43,7 +44,6 @@ from hf_nullspace.training.loading import (
     training_images,
 )
 from hf_nullspace.training.preflight import check_images, lack_of_room
-from hf_nullspace.validation import check_numbers, check_output_dir
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from hf_nullspace.command_line import UsageError, option, parse, run
+from hf_nullspace.core.settings import check_numbers, check_output_dir
 from hf_nullspace.hub.checkpoint_files import read_checkpoint
 from hf_nullspace.hub.convert import (
     NORMALIZATIONS,
@@ -28,7 +29,6 @@ from hf_nullspace.hub.convert import (
     to_transformers,
 )
 from hf_nullspace.hub.timm_vit import read_architecture
-from hf_nullspace.validation import check_numbers, check_output_dir
 
 
 @dataclass

@@ -22,7 +22,8 @@ import torch
 from accelerate import PartialState
 
 from hf_nullspace.command_line import UsageError, option, parse, run
-from hf_nullspace.files import only_run_in
+from hf_nullspace.core.files import only_run_in
+from hf_nullspace.core.settings import check_numbers, check_output_dir
 from hf_nullspace.models.loading import load_image_processor, load_model, load_model_config
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.checks import Check, run_checks
@@ -38,7 +39,6 @@ from hf_nullspace.robustness.suite import ConditionResult, is_stream
 from hf_nullspace.training.columns import class_names
 from hf_nullspace.training.label_maps import align_labels
 from hf_nullspace.training.sources import load_image_dataset
-from hf_nullspace.validation import check_numbers, check_output_dir
 
 
 @dataclass

@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.core.files import only_run_in, write_json
+from hf_nullspace.core.settings import check_output_dir
 from hf_nullspace.explain.grid import BATCH, TITLES, all_maps, correlation_text, correlations_with_first, plot_grid
 from hf_nullspace.explain.maps import check_has_cls
-from hf_nullspace.files import only_run_in, write_json
 from hf_nullspace.models.loading import load_image_processor
 from hf_nullspace.models.loading import load_model as load_checkpoint
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.validation import check_output_dir
 
 
 @dataclass

@@ -20,7 +20,9 @@ from transformers import AutoModelForImageClassification, set_seed
 
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
 from hf_nullspace.command_line import UsageError, parse, run
-from hf_nullspace.files import only_run_in
+from hf_nullspace.core.files import only_run_in
+from hf_nullspace.core.settings import check_numbers
+from hf_nullspace.core.uploads import check_ready
 from hf_nullspace.noise.plots import plot_history
 from hf_nullspace.robustness.attacks.gradient import FGSM
 from hf_nullspace.robustness.pixel_model import PixelModel
@@ -40,8 +42,6 @@ from hf_nullspace.training.loading import (
 )
 from hf_nullspace.training.preflight import check_images, lack_of_room
 from hf_nullspace.training.run_settings import check_folder, claim_folder
-from hf_nullspace.uploads import check_ready
-from hf_nullspace.validation import check_numbers
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
 

@@ -22,7 +22,10 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from hf_nullspace.command_line import UsageError, parse, run
-from hf_nullspace.files import DamagedFileError, only_run_in, read_json, write_json
+from hf_nullspace.core.files import DamagedFileError, only_run_in, read_json, write_json
+from hf_nullspace.core.seeds import derive_seed
+from hf_nullspace.core.settings import check_numbers, check_output_dir
+from hf_nullspace.core.uploads import check_ready
 from hf_nullspace.noise.artifact import (
     WEIGHTS_NAME,
     NullspaceNoise,
@@ -32,14 +35,12 @@ from hf_nullspace.noise.artifact import (
 )
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
-from hf_nullspace.noise.learning import NoiseSettings, derive_seed, learn_noise
+from hf_nullspace.noise.learning import NoiseSettings, learn_noise
 from hf_nullspace.noise.plots import plot_history
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import DataArguments, ModelArguments, load_classifier, load_rows, training_images
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
 from hf_nullspace.training.run_settings import SETTINGS_NAME, check_folder, claim_folder
-from hf_nullspace.uploads import check_ready
-from hf_nullspace.validation import check_numbers, check_output_dir
 
 HISTORY_NAME = "history.json"
 SEAL = "sha256"

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from hf_nullspace.command_line import UsageError, option, parse, run
-from hf_nullspace.files import only_run_in
+from hf_nullspace.core.files import only_run_in
+from hf_nullspace.core.settings import check_numbers
+from hf_nullspace.core.uploads import check_ready
 from hf_nullspace.hub.metric import write_space
 from hf_nullspace.hub.recheck import IMAGES, recheck, what_is_missing
 from hf_nullspace.hub.release import keep_records, listing, push_and_verify, render_cards, stage
-from hf_nullspace.uploads import check_ready
-from hf_nullspace.validation import check_numbers
 
 HERE = Path(__file__).resolve().parent
 PLANNED = "vit-*-imagenet.yaml"  # configurations with a card before they were run

@@ -22,7 +22,7 @@ import transformers
 import yaml
 from transformers import HfArgumentParser
 
-from hf_nullspace.launcher import end_with_launcher
+from hf_nullspace.core.launcher import end_with_launcher
 
 
 class UsageError(ValueError):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from hf_nullspace.files import write_whole
+from hf_nullspace.core.files import write_whole
 from hf_nullspace.linear.box import nearest_invisible_image
 from hf_nullspace.linear.patch import NoNullspaceError, PatchNullspace
 from hf_nullspace.linear.rounding import round_unseen

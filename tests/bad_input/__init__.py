@@ -9,6 +9,8 @@ from PIL import Image
 from torch import nan, tensor, zeros
 
 from hf_nullspace import metric_folder
+from hf_nullspace.core.settings import check_numbers
+from hf_nullspace.core.uploads import push_folder
 from hf_nullspace.explain.lrp import lrp_map
 from hf_nullspace.explain.maps import saliency_maps
 from hf_nullspace.hub.checkpoint_files import read_checkpoint
@@ -61,8 +63,6 @@ from hf_nullspace.training.objectives import register_objective
 from hf_nullspace.training.preflight import check_images
 from hf_nullspace.training.sources import load_image_dataset
 from hf_nullspace.training.trainer import NullspaceTrainer
-from hf_nullspace.uploads import push_folder
-from hf_nullspace.validation import check_numbers
 from tiny_models import tiny_model, tiny_resnet
 from tiny_training import Images
 

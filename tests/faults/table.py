@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from hf_nullspace.files import write_json, write_whole
+from hf_nullspace.core.files import write_json, write_whole
 from hf_nullspace.robustness.records import versions
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import snapshot_download
 
 from hf_nullspace import metric_folder
+from hf_nullspace.core.uploads import push_folder
 from hf_nullspace.hub.metric import write_space
-from hf_nullspace.uploads import push_folder
 
 ROWS = np.random.default_rng(0).integers(0, 3, (2, 60))
 CONDITIONS = np.repeat(["clean", "fog/1", "fog/2"], 20)

@@ -9,12 +9,12 @@ import torch
 from test_learning import forward as logits_of
 from torch.nn.functional import softmax
 
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.calibration import calibrate, find_factor
 from hf_nullspace.noise.influence import centre, centred_norm
-from hf_nullspace.noise.learning import derive_seed
 from hf_nullspace.noise.probe import Probe, frozen
 from tiny_models import FAMILIES, tiny_model
 

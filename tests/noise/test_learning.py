@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import softmax
 
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import EmbeddingShape, NoiseMode, PatchEmbeddingNoise, patch_embedding_noise
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
@@ -16,7 +17,6 @@ from hf_nullspace.noise.influence import noise_influence
 from hf_nullspace.noise.learning import (
     NoiseNotLearnedError,
     NoiseSettings,
-    derive_seed,
     learn_noise,
     start_noise,
 )

@@ -10,12 +10,12 @@ import torch
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 
+from hf_nullspace.core.uploads import UploadError
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, model_hash, save_noise_bank
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.influence import centred_norm
 from hf_nullspace.noise.provenance import provenance_of
-from hf_nullspace.uploads import UploadError
 from loopback_hub import READ_ONLY
 from tiny_models import tiny_model
 

@@ -139,7 +139,7 @@ def test_figure_2_says_what_was_measured_and_how(figure_2):
 
 def test_figure_2_is_equation_6_in_a_loop_of_its_own(figure_2, saved):
     """One point is learned again without the package's learning, hook and measures."""
-    from hf_nullspace.noise.learning import derive_seed
+    from hf_nullspace.core.seeds import derive_seed
     from hf_nullspace.training.data import collate
     from hf_nullspace.training.noise_stream import noise_stream
 

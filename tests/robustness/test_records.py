@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from hf_nullspace.files import read_json
+from hf_nullspace.core.files import read_json
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.attacks.auto import AutoAttack
 from hf_nullspace.robustness.attacks.gradient import FGSM

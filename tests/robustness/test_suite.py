@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.robustness.attacks.base import Attack
 from hf_nullspace.robustness.attacks.carlini_wagner import CW
 from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
@@ -13,7 +14,7 @@ from hf_nullspace.robustness.corruptions import corrupt
 from hf_nullspace.robustness.image_sets import InMemory, Part
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
-from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate, image_seed
+from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate
 
 CONDITIONS = [Clean(), Corrupted("gaussian_noise", 5), Attacked(FGSM(2 / 255)), Attacked(PGD(2 / 255, steps=3))]
 
@@ -28,7 +29,7 @@ def by_hand(model, images, condition, seed):
         pixels = images.pixels_from_image(image)[None]
         if isinstance(condition, Attacked):
             label = torch.tensor([images.label(i)])
-            pixels = condition.attack(model, pixels, label, seeds=[image_seed(seed, i)])
+            pixels = condition.attack(model, pixels, label, seeds=[derive_seed(seed, i)])
         correct.append(bool(model(pixels).argmax() == images.label(i)))
     return correct[::-1]
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_nullspace.files import MANIFEST_NAME, NotWrittenError, write_manifest
+from hf_nullspace.core.files import MANIFEST_NAME, NotWrittenError, write_manifest
 from hf_nullspace.training.checkpoints import (
     NoCheckpointError,
     check_complete,

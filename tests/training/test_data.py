@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
-from hf_nullspace.image_files import CorruptImageError
+from hf_nullspace.models.image_files import CorruptImageError
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.training.augmentation import Augmentation
 from hf_nullspace.training.columns import DataError

@@ -18,7 +18,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_nullspace.image_files import CorruptImageError, DataError, decoded_image, encoded_bytes, undecoded
+from hf_nullspace.models.image_files import CorruptImageError, DataError, decoded_image, encoded_bytes, undecoded
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.robustness.image_sets import ImageSet, ImageStream, modification_stamp
 from hf_nullspace.robustness.label_spaces import wnids

@@ -9,10 +9,10 @@ import torch
 from test_objectives import Pictures, agree, logits_of, trained
 from torch.nn.functional import cross_entropy
 
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import patch_embedding_noise
 from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.noise.influence import noise_influence
-from hf_nullspace.noise.learning import derive_seed
 from hf_nullspace.training.noise_stream import noise_stream
 from tiny_training import assert_same, parameters_of
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.noise.influence import centred_norm
-from hf_nullspace.noise.learning import derive_seed
 from hf_nullspace.training import objectives
 from hf_nullspace.training.noise_stream import noise_stream
 from hf_nullspace.training.objectives import (

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from hf_nullspace.core.settings import check_numbers
 from hf_nullspace.training.preflight import check_images, lack_of_room
-from hf_nullspace.validation import check_numbers
 from tiny_training import config
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_nullspace.files import DamagedFileError
+from hf_nullspace.core.files import DamagedFileError
 from hf_nullspace.training.run_settings import SETTINGS_NAME, OtherRunError, check_folder, claim_folder
 
 TRAINING = {"epsilon": 0.03, "noise_learner": "descent", "noise_mix": "one", "output_dir": "here"}

@@ -8,9 +8,10 @@ from torch.nn.functional import cross_entropy, softmax
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
 
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import NotAViTError
 from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank, model_hash
-from hf_nullspace.noise.learning import derive_seed, start_noise
+from hf_nullspace.noise.learning import start_noise
 from hf_nullspace.training.noise_stream import noise_stream
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model, tiny_resnet

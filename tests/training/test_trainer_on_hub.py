@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nullspace import NoiseBank, NullspaceNoise, NullspaceTrainer
+from hf_nullspace.core.uploads import UploadError
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.training.publishing import push_run
-from hf_nullspace.uploads import UploadError
 from loopback_hub import TOKEN
 from tiny_models import tiny_model
 from tiny_training import Images, config, parameters_of

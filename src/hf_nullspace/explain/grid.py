@@ -9,9 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from hf_nullspace.core.files import write_whole
 from hf_nullspace.explain.lrp import lrp_map
 from hf_nullspace.explain.maps import MAPS, NoClsTokenError, check_has_cls, correlation, saliency_maps
-from hf_nullspace.files import write_whole
 from hf_nullspace.models.attention import NoAttentionWeightsError, pre_norm_layers
 
 TITLES = {"raw": "raw attention", "rollout": "rollout", "grad_cam": "Grad-CAM", "generic": "generic relevance",

@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hf_nullspace.core.processes import over_processes
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.noise.artifact import NullspaceNoise, model_hash, provenance_of
 from hf_nullspace.noise.influence import centred_norm, match_rate, noise_influence
-from hf_nullspace.noise.learning import NoiseHistory, NoiseSettings, derive_seed, learn_noise
-from hf_nullspace.noise.probe import Probe, frozen, over_processes
+from hf_nullspace.noise.learning import NoiseHistory, NoiseSettings, learn_noise
+from hf_nullspace.noise.probe import Probe, frozen
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.records import Records
 from hf_nullspace.training.config import NullspaceConfig

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_nullspace.core.canvas import canvas, save_png
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.figures.bench import Bench
-from hf_nullspace.figures.canvas import canvas, save
 from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name, load_noise_bank
 from hf_nullspace.noise.closure import Combinations, Scaling, combinations, scaling
 from hf_nullspace.noise.influence import permuted, scale_to_influence
-from hf_nullspace.noise.learning import NoiseSettings, derive_seed
+from hf_nullspace.noise.learning import NoiseSettings
 
 QUOTED = (
     "98 noises of epsilon 0.03, influence 0.035 to 0.042 on the validation set: the influence of alpha v is less than "
@@ -175,7 +176,8 @@ def describe(found: dict[str, Any]) -> str:
 
 def plot_closure(found: dict[str, Any], path: Path) -> Path:
     """Left the scaling of every noise and the line alpha * influence; right the mean surface, contour, convex line."""
-    figure, axes = canvas(1 if found["combinations"] is None else 2)
+    columns = 1 if found["combinations"] is None else 2
+    figure, (axes,) = canvas(4.5 * max(columns, 1.5), columns=columns)
     scaled, level = found["scaling"], found["contour"]
     for row in scaled["influence"]:
         axes[0].plot(scaled["factors"], row, color="C0", alpha=0.25, linewidth=0.8)
@@ -200,4 +202,4 @@ def plot_closure(found: dict[str, Any], path: Path) -> Path:
         axes[1].plot([0, 1], [1, 0], "w--", linewidth=1.2, label="alpha 1 + alpha 2 = 1")
         axes[1].set(xlabel="alpha 1", ylabel="alpha 2", title=f"combinations, {pairs['pairs']} pairs", aspect="equal")
         axes[1].legend(fontsize="small", loc="upper right", framealpha=0.6, facecolor="grey")
-    return save(figure, path, dpi=110)
+    return save_png(figure, path, dpi=110)

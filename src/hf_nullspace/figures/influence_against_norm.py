@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from hf_nullspace.core.canvas import canvas, save_png
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.figures.bench import Bench, influence_and_match
-from hf_nullspace.figures.canvas import canvas, save
 from hf_nullspace.noise.influence import centred_norm, permuted
-from hf_nullspace.noise.learning import NoiseSettings, derive_seed
+from hf_nullspace.noise.learning import NoiseSettings
 
 # Section 2.3 says it in words; figure 2 has no numbers to read off.
 QUOTED = "all being fairly benign to the model's predictions; the permuted noise significantly degrades them"
@@ -109,7 +110,7 @@ def plot_sweep(points: Sequence[dict[str, Any]], embeddings: float, path: Path) 
 
     ``embeddings`` is the norm of the images' own patch embeddings, drawn as the scale.
     """
-    figure, (match, influence, norm) = canvas(3)
+    figure, ((match, influence, norm),) = canvas(13.5, columns=3)
     rows = curves(points)
     for kind, style, colour in (("learned", "-", "C0"), ("permuted", "--", "C3")):
         x = [row[kind]["centred_norm"]["mean"] for row in rows]
@@ -134,4 +135,4 @@ def plot_sweep(points: Sequence[dict[str, Any]], embeddings: float, path: Path) 
     norm.set_ylim(bottom=0)
     for axes in (match, influence, norm):
         axes.legend(fontsize="small")
-    return save(figure, path, dpi=110)
+    return save_png(figure, path, dpi=110)

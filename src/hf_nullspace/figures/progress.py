@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.figures.bench import Bench, influence_and_match
-from hf_nullspace.figures.canvas import canvas, save
 from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name
 from hf_nullspace.noise.learning import NoiseSettings
 from hf_nullspace.robustness.records import from_bits, record
@@ -227,7 +227,7 @@ def plot_progress(
 
     ``rounds`` are the histories of the method's runs: the norms of the noises that it trained on, as dots.
     """
-    figure, (groups, norms) = canvas(2)
+    figure, ((groups, norms),) = canvas(9, columns=2)
     figure.set_figheight(4.6)  # the legends stand below
     for arm, rows in arms.items():
         width, alpha = (0.9, 0.8) if arm == CONTROL else (2.2, 1.0)
@@ -254,12 +254,12 @@ def plot_progress(
         axes.set(xlabel="fine-tuning step", ylabel="relative to the start", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
-    return save(figure, path, dpi=110)
+    return save_png(figure, path, dpi=110)
 
 
 def plot_table_5(runs: Sequence[Sequence[Mapping[str, Any]]], epsilon: float | None, path: Path) -> Path:
     """Influence of every round's noise over the fine-tuning steps; the paper's row, quoted, as crosses."""
-    figure, (axes,) = canvas(1)
+    figure, ((axes,),) = canvas(6.75)
     for rows in runs:
         steps = [row["step"] for row in rows]
         for place, (name, label) in enumerate(
@@ -276,4 +276,4 @@ def plot_table_5(runs: Sequence[Sequence[Mapping[str, Any]]], epsilon: float | N
     axes.set_ylim(bottom=0)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys(), fontsize="small")
-    return save(figure, path, dpi=110)
+    return save_png(figure, path, dpi=110)

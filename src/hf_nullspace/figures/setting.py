@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import set_seed
 
 from hf_nullspace.command_line import UsageError, option
+from hf_nullspace.core.files import write_json
+from hf_nullspace.core.settings import check_numbers
 from hf_nullspace.figures.bench import Bench
 from hf_nullspace.figures.report import envelope
-from hf_nullspace.files import write_json
 from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing
@@ -39,7 +40,6 @@ from hf_nullspace.training.loading import (
 )
 from hf_nullspace.training.preflight import BATCHES, check_images
 from hf_nullspace.training.run_settings import OtherRunError, claim_folder
-from hf_nullspace.validation import check_numbers
 
 
 @dataclass

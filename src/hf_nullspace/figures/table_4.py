@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nullspace.figures.canvas import canvas, save
+from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.linear.patch import PatchNullspace
 
 # Table 4 of the paper, quoted: (features D, patch size) and the dimension of the nullspace.
@@ -68,11 +68,11 @@ def remark(rows: Sequence[dict[str, Any]]) -> str | None:
 
 def plot_table_4(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """All spectra, relative to their largest singular value."""
-    figure, (axes,) = canvas(1)
+    figure, ((axes,),) = canvas(6.75)
     for row in rows:
         values = row["singular_values"]
         label = f"{row['features']}, patch {row['patch'][1]}: {row['dimension']} ({Path(row['model']).name})"
         axes.plot(range(1, len(values) + 1), [max(value / values[0], 1e-10) for value in values], label=label)
     axes.set(xlabel="index", ylabel="singular value / largest", yscale="log", title="features, patch: dimension")
     axes.legend(fontsize="x-small")
-    return save(figure, path)
+    return save_png(figure, path)

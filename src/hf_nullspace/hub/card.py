@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from hf_nullspace import __version__
-from hf_nullspace.files import write_whole
+from hf_nullspace.core.files import write_whole
+from hf_nullspace.core.text import block, code, escape, literal
 from hf_nullspace.hub.eval_results import eval_result_entries, model_index
 from hf_nullspace.hub.run_folder import LOCAL, Report, RunFolder
 from hf_nullspace.hub.tables import (
@@ -22,7 +23,6 @@ from hf_nullspace.hub.tables import (
     settings_yaml,
     verdict,
 )
-from hf_nullspace.markdown import block, code, escape, literal
 
 CARD_NAME = "README.md"
 EVAL_RESULTS = ".eval_results"

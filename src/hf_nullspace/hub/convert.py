@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_nullspace.files import make_lasting, one_clear_error, write_json
+from hf_nullspace.core.files import make_lasting, one_clear_error, write_json
 from hf_nullspace.hub.checkpoint_files import Checkpoint, CheckpointError
 from hf_nullspace.hub.timm_vit import Architecture
 from hf_nullspace.models.preprocessing import Preprocessing

@@ -5,7 +5,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from hf_nullspace.files import write_whole
+from hf_nullspace.core.files import write_whole
 
 MODULE = "robustness"
 # What the module takes from the package: NumPy and the standard library are all that these files need.

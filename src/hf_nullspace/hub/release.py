@@ -13,7 +13,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from hf_nullspace.files import write_json
+from hf_nullspace.core.files import write_json
+from hf_nullspace.core.uploads import push_folder
 from hf_nullspace.hub.card import EVAL_RESULTS, model_card, write_card, write_text
 from hf_nullspace.hub.planned import planned_card
 from hf_nullspace.hub.recheck import ReleaseError
@@ -21,7 +22,6 @@ from hf_nullspace.hub.run_folder import COST_NAME, HISTORY_NAME, REPORTS, SETTIN
 from hf_nullspace.hub.staging import published_copy
 from hf_nullspace.noise.artifact import CONFIG_NAME
 from hf_nullspace.training.publishing import REPLACED, published_files
-from hf_nullspace.uploads import push_folder
 
 RECORDS = ("config.json", "preprocessor_config.json", SETTINGS_NAME, HISTORY_NAME, COST_NAME, CONFIG_NAME, *REPORTS)
 RELEASE_NAME = "release.json"

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from hf_nullspace.markdown import code
+from hf_nullspace.core.text import code
 from hf_nullspace.noise.artifact import CONFIG_NAME as NOISE_NAME
 from hf_nullspace.robustness.checks import Check, unreliable
 from hf_nullspace.robustness.records import result_from_record

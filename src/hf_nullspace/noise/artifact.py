@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hf_nullspace.files import DamagedFileError, read_json, write_json, write_whole
+from hf_nullspace.core.files import DamagedFileError, read_json, write_json, write_whole
+from hf_nullspace.core.uploads import push_folder, whole_name
 from hf_nullspace.models.patch_embedding import EmbeddingShape
 from hf_nullspace.noise.card import write_noise_card
 from hf_nullspace.noise.influence import centred_norm
@@ -23,7 +24,6 @@ from hf_nullspace.noise.provenance import NoiseProvenance, warn_of_other_weights
 from hf_nullspace.noise.provenance import hub_commit as hub_commit
 from hf_nullspace.noise.provenance import model_hash as model_hash
 from hf_nullspace.noise.provenance import provenance_of as provenance_of
-from hf_nullspace.uploads import push_folder, whole_name
 
 WEIGHTS_NAME = "nullspace_noise.safetensors"
 CONFIG_NAME = "nullspace_noise.json"

@@ -11,10 +11,10 @@ from typing import Any, Self, overload
 from huggingface_hub import CommitInfo, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from hf_nullspace.files import write_json
+from hf_nullspace.core.files import write_json
+from hf_nullspace.core.uploads import push_folder, whole_name
 from hf_nullspace.noise.artifact import NullspaceNoise, check_own_folder, load_noise_bank, save_noise_bank
 from hf_nullspace.noise.card import write_bank_card
-from hf_nullspace.uploads import push_folder, whole_name
 
 FOLDER = "noises"
 _FORMAT = "hf-nullspace noise bank v1"

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_nullspace import __version__
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, embedding_shape
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, provenance_of
 from hf_nullspace.noise.calibration import NoiseNotCalibratedError, find_factor
 from hf_nullspace.noise.endings import scaled_ending, warn, worst
 from hf_nullspace.noise.influence import centre, centred_norm
-from hf_nullspace.noise.learning import NoiseHistory, derive_seed
+from hf_nullspace.noise.learning import NoiseHistory
 from hf_nullspace.noise.probe import Probe, frozen
 
 _EXPONENT, _SLOWEST, _FASTEST = 0.25, 0.7, 1.3

@@ -8,8 +8,8 @@ from urllib.parse import quote
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 
-from hf_nullspace.files import write_whole
-from hf_nullspace.markdown import PIPE, cell, code, escape, literal
+from hf_nullspace.core.files import write_whole
+from hf_nullspace.core.text import PIPE, cell, code, escape, literal
 from hf_nullspace.noise.endings import ENDINGS, NO_NOISE
 from hf_nullspace.noise.pictures import plot_bank, plot_noise
 

@@ -6,7 +6,7 @@ The last three say that the noise is none: the model hardly reacts to it, or it 
 import logging
 from collections.abc import Sequence
 
-from hf_nullspace.noise.probe import place_among_processes
+from hf_nullspace.core.processes import rank_and_world_size
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,6 @@ def worst(endings: Sequence[str]) -> str:
 
 def warn(ending: str, influence: float, epsilon: float | None, steps: int, round: int | None) -> None:
     """Warn on the main process if a noise that ended so is not what was wished for; ``round`` names it, if known."""
-    if epsilon is not None and ending in _ADVICE and place_among_processes()[0] == 0:
+    if epsilon is not None and ending in _ADVICE and rank_and_world_size()[0] == 0:
         text = _ADVICE[ending].format(influence=influence, epsilon=epsilon, steps=steps)
         logger.warning(text if round is None else f"round {round}: {text}")

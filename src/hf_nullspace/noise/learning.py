@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,11 +105,6 @@ def start_noise(shape: EmbeddingShape, noise_limit: float, seed: int, dtype: tor
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(1, shape.patches, shape.features, generator=generator, dtype=torch.float32)
     return ((2 * uniform - 1) * noise_limit).to(dtype)
-
-
-def derive_seed(*key: int) -> int:
-    """One seed from several numbers, for example (seed, round); near keys give unrelated seeds."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def learn_noise(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_nullspace.files import write_whole
+from hf_nullspace.core.files import write_whole
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.pixels import pixel_preimage

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_nullspace.files import write_whole
+from hf_nullspace.core.files import write_whole
 
 
 def plot_history(rounds: Sequence[dict[str, Any]], epsilon: float | None, path: Path | str) -> Path:

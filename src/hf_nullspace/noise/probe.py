@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hf_nullspace.core.processes import over_processes, rank_and_world_size
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.noise.influence import influences, noise_influence
 
@@ -79,7 +80,7 @@ class Probe:
         One message of M x (N x D + 3) numbers per step: gradient, influence, loss and number of images of each.
         """
         count, first = len(noises), 0
-        rank, processes = place_among_processes()
+        rank, processes = rank_and_world_size()
         sums = noises.new_zeros(count, noises[0].numel() + 3)
         for chunk, counted in self.chunks([batch]):
             images = self.prepare(chunk)
@@ -143,7 +144,7 @@ class Probe:
         elif noise is None:
             culprit = "those of another process are, or the logits of a sharded model"
         else:
-            elsewhere = " (or a tensor of another process)" if place_among_processes()[1] > 1 else ""
+            elsewhere = " (or a tensor of another process)" if rank_and_world_size()[1] > 1 else ""
             culprit = (
                 f"the logits with the noise are{elsewhere}: compute in a wider precision, or lower noise_limit (A)"
             )
@@ -175,21 +176,6 @@ def _finite(*tensors: Tensor) -> bool:
 
 def _shown(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
-
-
-def over_processes(tensor: Tensor, operation: Literal["sum", "max"] = "sum") -> Tensor:
-    """``tensor`` summed, in place, over all processes of the default group, if there is one; or its largest values."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        operations = {"sum": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
-        torch.distributed.all_reduce(tensor, operations[operation])
-    return tensor
-
-
-def place_among_processes() -> tuple[int, int]:
-    """(rank, number of processes) of the default group; (0, 1) without one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 @contextmanager

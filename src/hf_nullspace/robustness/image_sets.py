@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_nullspace.image_files import decoded_image, told_when_broken, undecoded
+from hf_nullspace.models.image_files import decoded_image, told_when_broken, undecoded
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.label_spaces import LabelError
 

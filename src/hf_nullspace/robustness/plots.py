@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_nullspace.files import write_whole
+from hf_nullspace.core.files import write_whole
 from hf_nullspace.robustness.corruptions import SEVERITIES
 from hf_nullspace.robustness.suite import ConditionResult
 

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from hf_nullspace.files import DamagedFileError, read_json, write_json, write_whole
+from hf_nullspace.core.files import DamagedFileError, read_json, write_json, write_whole
+from hf_nullspace.core.processes import rank_and_world_size
 from hf_nullspace.robustness.image_sets import content_digest, modification_stamp
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
-from hf_nullspace.robustness.suite import Attacked, Condition, ConditionResult, Images, evaluate, is_stream, process
+from hf_nullspace.robustness.suite import Attacked, Condition, ConditionResult, Images, evaluate, is_stream
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Records:
         A damaged file is said, and counts as none.
         """
         found: list[Any] = [None]
-        rank, world = process()
+        rank, world = rank_and_world_size()
         path = self.folder / f"{key}.json"
         if rank == 0 and path.is_file():
             try:
@@ -112,12 +113,12 @@ class Records:
         return found[0]
 
     def _say_damaged(self, problem: str) -> None:
-        if process()[0] == 0:
+        if rank_and_world_size()[0] == 0:
             logger.warning("%s; it is measured again", problem)
 
     def write(self, key: str, entry: Any) -> None:
         """Keep what JSON can hold; of a mapping every later change is noticed."""
-        if process()[0] == 0:
+        if rank_and_world_size()[0] == 0:
             write_json(self.folder / f"{key}.json", entry, sealed=isinstance(entry, Mapping))
 
     def others(self, keys: Iterable[str]) -> int:
@@ -194,7 +195,7 @@ def evaluate_resumably(
         title = titles[result.condition]
         protocol = result.protocol | {"fingerprints": fingerprints, "dtype": dtype, "versions": versions()}
         protocol |= batch_settings(conditions[title], batch_size)
-        if samples is not None and process()[0] == 0:
+        if samples is not None and rank_and_world_size()[0] == 0:
             write_samples(result, samples / f"{keys[title]}.parquet", title)
         found[title] = replace(result, condition=title, protocol=protocol, samples=None)
         records.save(keys[title], found[title])
@@ -217,7 +218,7 @@ def evaluate_resumably(
 def batch_settings(condition: Condition, batch_size: int) -> dict[str, Any]:
     """What a result depends on only if its attack is not independent of the batch: batch size and processes."""
     if isinstance(condition, Attacked) and condition.attack.batch_dependent:
-        return {"batch_size": batch_size, "processes": process()[1]}
+        return {"batch_size": batch_size, "processes": rank_and_world_size()[1]}
     return {}
 
 

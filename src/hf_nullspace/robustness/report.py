@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_nullspace.files import write_json, write_whole
-from hf_nullspace.markdown import PIPE, escape
+from hf_nullspace.core.files import write_json, write_whole
+from hf_nullspace.core.text import PIPE, escape
 from hf_nullspace.robustness.checks import Check, unreliable
 from hf_nullspace.robustness.plots import plot_bars, plot_severity, plot_strength
 from hf_nullspace.robustness.published import TABLE_1, TABLE_1_COLUMNS

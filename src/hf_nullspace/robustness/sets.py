@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 
-from hf_nullspace.image_files import check_names, chosen_columns
+from hf_nullspace.models.image_files import check_names, chosen_columns
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, ImageStream

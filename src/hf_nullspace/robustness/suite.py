@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from hf_nullspace.core.processes import rank_and_world_size
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.robustness.attacks.base import Attack, frozen
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES, SMALL, corrupt
 from hf_nullspace.robustness.pixel_model import PixelModel
@@ -138,7 +140,7 @@ def evaluate(
     names = [str(condition) for condition in conditions]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"conditions given twice: {', '.join(repeated)}")
-    rank, world = process()
+    rank, world = rank_and_world_size()
     bar = progress if isinstance(progress, Progress) else Progress(shown=progress and rank == 0)
     keys = {name: (object(), name) for name in names}  # of this call alone
     for name, condition in zip(names, conditions, strict=True):
@@ -175,13 +177,7 @@ def evaluate(
 def work(images: Images, condition: Condition) -> float:
     """Forward passes that this process owes a condition, roughly; of a stream by its published size."""
     size = images.expected if is_stream(images) else len(images)  # type: ignore[attr-defined]
-    return float(size / process()[1] * condition.cost)
-
-
-def process() -> tuple[int, int]:
-    """Rank and number of processes."""
-    running = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+    return float(size / rank_and_world_size()[1] * condition.cost)
 
 
 def is_stream(images: Any) -> bool:
@@ -261,7 +257,7 @@ def judge(
     if isinstance(condition, Attacked):
         attack = condition.attack
         attacked, truth = (model, labels) if subset is None else among(model, labels, subset)
-        adversarial = attack(attacked, pixels, truth, seeds=[image_seed(seed, index) for index in indices])
+        adversarial = attack(attacked, pixels, truth, seeds=[derive_seed(seed, index) for index in indices])
         judged = attack.project(adversarial, pixels)
     with torch.no_grad():
         logits = model(judged)
@@ -300,11 +296,6 @@ def seed_index(images: Images, index: int) -> int:
     """What an image's random numbers depend on: its place in the whole set, also where only a part is measured."""
     places = getattr(images, "places", None)
     return index if places is None else int(places[index])
-
-
-def image_seed(seed: int, index: int) -> int:
-    """A seed for one image: independent of its batch and its process."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def gather(parts: Sequence[dict[str, NDArray[Any]]], rank: int, world: int) -> dict[str, NDArray[Any]]:

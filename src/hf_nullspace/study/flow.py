@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hf_nullspace.files import DamagedFileError, read_json, write_json
+from hf_nullspace.core.files import DamagedFileError, read_json, write_json
 from hf_nullspace.robustness.records import versions
 from hf_nullspace.study.analysis import power, selection_averages
 from hf_nullspace.study.design import Run, Study

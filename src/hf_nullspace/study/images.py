@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hf_nullspace.files import DamagedFileError, read_json, size_and_hash, write_json, write_whole
+from hf_nullspace.core.files import DamagedFileError, read_json, size_and_hash, write_json, write_whole
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.corruptions import SMALL, corrupt
 from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForImageClassification, PrinterCallback, TrainerCallback
 
-from hf_nullspace.files import DamagedFileError, damaged_files, read_json, size_and_hash, write_json
+from hf_nullspace.core.files import DamagedFileError, damaged_files, read_json, size_and_hash, write_json
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.robustness.image_sets import InMemory
 from hf_nullspace.robustness.pixel_model import PixelModel

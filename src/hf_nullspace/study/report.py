@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_nullspace.files import write_json, write_whole
-from hf_nullspace.markdown import cell, escape
+from hf_nullspace.core.files import write_json, write_whole
+from hf_nullspace.core.text import cell, escape
 from hf_nullspace.study.analysis import Results, between_arms, differences, table
 from hf_nullspace.study.design import BEFORE
 

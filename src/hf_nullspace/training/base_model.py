@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from hf_nullspace.files import (
+from hf_nullspace.core.files import (
     MANIFEST_NAME,
     DamagedFileError,
     damaged_files,
@@ -22,7 +22,7 @@ from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import Classifier
 
 BASE_RANGES = {"base_epochs": "(0, inf)", "base_learning_rate": "(0, inf)", "base_batch_size": "int [1, inf)"}
-"""Of the options of the recipes that train one (:mod:`~hf_nullspace.validation`)."""
+"""Of the options of the recipes that train one (:mod:`~hf_nullspace.core.settings`)."""
 SETTINGS_NAME = "base.json"
 
 

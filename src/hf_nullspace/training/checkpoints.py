@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_nullspace.files import (
+from hf_nullspace.core.files import (
     MANIFEST_NAME,
     DamagedFileError,
     damaged_files,

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Features, Image, List, Value
 
-from hf_nullspace.image_files import DataError as DataError
-from hf_nullspace.image_files import Rows, chosen_columns, features_of, on_tables, undecoded
+from hf_nullspace.models.image_files import DataError as DataError
+from hf_nullspace.models.image_files import Rows, chosen_columns, features_of, on_tables, undecoded
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")  # the file endings: webdataset
 MAX_UNNAMED_CLASSES = 100_000

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_nullspace.core.processes import rank_and_world_size
+
 NAME = "cost.json"
 STAGES = ("training", "attack", "noise")
 KINDS = ("forward", "backward_to_input", "backward_to_parameters")
@@ -90,9 +92,8 @@ class Cost:
         now = time.perf_counter()
         self._before["seconds"] += now - self._began
         self._began = now
-        mine = [dict(self._mine)]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            mine *= torch.distributed.get_world_size()
+        mine = [dict(self._mine)] * rank_and_world_size()[1]
+        if len(mine) > 1:
             torch.distributed.all_gather_object(mine, dict(self._mine))
         for key in sorted({key for counts in mine for key in counts}):
             values = [counts.get(key, 0) for counts in mine]

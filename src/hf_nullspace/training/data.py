@@ -13,7 +13,7 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
 
-from hf_nullspace.image_files import (
+from hf_nullspace.models.image_files import (
     FINGERPRINT_ROWS,
     CorruptImageError,
     content_key,

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_nullspace.files import make_lasting
+from hf_nullspace.core.files import make_lasting
 from hf_nullspace.training.checkpoints import load_weights
 
 FOLDER = "ema"

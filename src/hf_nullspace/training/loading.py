@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from hf_nullspace.command_line import option
-from hf_nullspace.image_files import told_when_broken, undecoded
+from hf_nullspace.core.settings import check_numbers
+from hf_nullspace.models.image_files import told_when_broken, undecoded
 from hf_nullspace.models.loading import HEAD_NAMES, NoHeadError, load_image_processor, load_model, load_model_config
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
@@ -19,7 +20,6 @@ from hf_nullspace.training.columns import DataError, class_names, num_classes
 from hf_nullspace.training.data import ImageClassificationDataset, StreamingImageClassificationDataset
 from hf_nullspace.training.label_maps import LabelAlignment, align_labels
 from hf_nullspace.training.sources import load_image_dataset
-from hf_nullspace.validation import check_numbers
 
 
 @dataclass

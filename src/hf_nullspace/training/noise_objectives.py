@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.noise.influence import permuted
-from hf_nullspace.noise.learning import derive_seed
 from hf_nullspace.training.objectives import Batch, Objective, View, register_objective
 from hf_nullspace.training.rounds import Made, Round
 

@@ -17,7 +17,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hf_nullspace.noise.learning import derive_seed
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.training.preflight import held_out_of
 
 _SHUFFLE_BUFFER = 1024

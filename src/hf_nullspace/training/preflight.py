@@ -35,7 +35,7 @@ RANGES = {
     "data_seed": "int [0, 4294967295]",
     "dataloader_num_workers": "int [0, inf)",
 }
-"""Intervals of numbers in NullspaceConfig, those of TrainingArguments included (:mod:`~hf_nullspace.validation`)."""
+"""Intervals of numbers in NullspaceConfig, those of TrainingArguments included (:mod:`~hf_nullspace.core.settings`)."""
 _FINDS_OUT_ITSELF = ("azure_ml", "flyte")  # transformers cannot say whether these are installed
 
 

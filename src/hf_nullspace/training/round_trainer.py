@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer
 
-from hf_nullspace.files import one_clear_error, write_json
+from hf_nullspace.core.files import one_clear_error, write_json
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, bank_file_name, provenance_of
-from hf_nullspace.noise.learning import NoiseHistory, derive_seed
+from hf_nullspace.noise.learning import NoiseHistory
 from hf_nullspace.noise.probe import not_finite_weight
 from hf_nullspace.training.checkpoints import HISTORY_NAME
 from hf_nullspace.training.config import NullspaceConfig

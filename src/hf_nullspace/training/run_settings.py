@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_nullspace.files import DamagedFileError, read_json, write_json
+from hf_nullspace.core.files import DamagedFileError, read_json, write_json
 
 SETTINGS_NAME = "run.json"
 # What does not change the result, or belongs to the machine and not to the run.

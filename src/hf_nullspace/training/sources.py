@@ -10,7 +10,7 @@ import numpy as np
 from datasets import ClassLabel, Features, Image
 from PIL import Image as PILImage
 
-from hf_nullspace.image_files import check_names, features_of
+from hf_nullspace.models.image_files import check_names, features_of
 from hf_nullspace.training.columns import (
     DataError,
     check_labels,

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_nullspace.files import make_lasting, one_clear_error, read_json, write_json
+from hf_nullspace.core.files import make_lasting, one_clear_error, read_json, write_json
+from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, NullspaceNoise, load_noise_bank, save_noise_bank
-from hf_nullspace.noise.learning import derive_seed
 from hf_nullspace.training.checkpoints import (
     HISTORY_NAME,
     checkpoint_to_resume,

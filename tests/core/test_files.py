@@ -10,7 +10,7 @@ import sys
 import pytest
 from safetensors import SafetensorError
 
-from hf_nullspace.files import (
+from hf_nullspace.core.files import (
     DamagedFileError,
     FolderInUseError,
     NotWrittenError,
@@ -127,7 +127,7 @@ def test_a_manifest_says_what_is_damaged(tmp_path):
 
 HOLD = """
 import sys
-from hf_nullspace.files import only_run_in
+from hf_nullspace.core.files import only_run_in
 with only_run_in(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

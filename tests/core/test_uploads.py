@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, snapshot_download
 
-from hf_nullspace.uploads import UploadError, check_ready, files_to_push, left_behind, push_folder
+from hf_nullspace.core.uploads import UploadError, check_ready, files_to_push, left_behind, push_folder
 from loopback_hub import READ_ONLY, TOKEN
 
 FILES = {"README.md": b"---\nlicense: mit\n---\n", "model.safetensors": bytes(9000), "in/notes.json": b"{}"}
@@ -174,7 +174,7 @@ def test_other_errors_stay_what_they_are(hub_here, folder):
 def test_a_process_that_is_killed_in_the_middle_and_its_repetition(hub_here, folder, tmp_path):
     """The command that repeats it is the one that the error names."""
     held = hub_here.hold("PUT /storage/")
-    code = f"from hf_nullspace.uploads import push_folder; push_folder({str(folder)!r}, 'someone/thing')"
+    code = f"from hf_nullspace.core.uploads import push_folder; push_folder({str(folder)!r}, 'someone/thing')"
     environment = os.environ | hub_here.environment(tmp_path / "another cache", TOKEN)
     client = subprocess.Popen([sys.executable, "-c", code], env=environment)
     assert held.came.wait(60)

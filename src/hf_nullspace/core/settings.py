@@ -1,7 +1,9 @@
-"""Settings in their ranges: one check, one message, before anything else is done."""
+"""Settings as a user writes them: numbers in their ranges, fractions like 8/255, names that are nearly right."""
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,27 @@ def check_numbers(settings: Any, ranges: Mapping[str, str]) -> None:
         for number in value if isinstance(value, list | tuple) else [value]:
             if number is not None and not _inside(number, interval):
                 raise ValueError(f"{name}={value!r}: expected {_words(interval)}")
+
+
+def fraction(value: Any) -> float:
+    """The number that ``value`` says: 0.03, "0.03" or "8/255".
+
+    Raises:
+        ValueError: if it is none, with what was expected.
+    """
+    try:
+        return float(Fraction(str(value)))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{value!r}: expected a number like 8/255 or 0.03") from None
+
+
+def nearest(name: Any, valid: Iterable[Any], *, most: int = 1) -> str:
+    """A hint for an unknown ``name``, to put behind an error: the nearest of ``valid``, or else the first of them."""
+    names = [str(each) for each in valid]
+    near = difflib.get_close_matches(str(name), names, n=most)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; expected one of {', '.join(sorted(names)[:12])}"
 
 
 def check_output_dir(folder: str | None) -> None:

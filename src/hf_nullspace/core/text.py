@@ -1,7 +1,8 @@
-"""Text that comes from files, inside Markdown: it is shown as it is, and makes no heading, link, HTML or code."""
+"""Markdown: tables, and text from files that is shown as it is and makes no heading, link, HTML or code."""
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 PIPE = "\\|"
@@ -25,6 +26,18 @@ def escape(value: Any) -> str:
 def cell(value: Any) -> str:
     """The same for a cell of a table."""
     return escape(value).replace("|", PIPE)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> list[str]:
+    """The lines of a table; its cells are Markdown already, but for "|", which is escaped here.
+
+    ``align`` has one letter per column, "l" or "r" (numbers); the last one holds for the columns that follow. Without
+    it the first column is left and the others right.
+    """
+    align = (align or "lr").ljust(len(head), (align or "lr")[-1])
+    rule = ["---" if letter == "l" else "---:" for letter in align[: len(head)]]
+    cells = [[re.sub(r"(?<!\\)\|", r"\|", each) for each in row] for row in (head, *rows)]
+    return [f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:])]
 
 
 def code(value: Any) -> str:

@@ -41,7 +41,7 @@ class FolderInUseError(OSError):
     """Another process writes into the folder."""
 
 
-def write_whole(path: Path | str, write: Callable[[Path], None]) -> Path:
+def write_whole(path: Path | str, write: Callable[[Path], Any]) -> Path:
     """Let ``write(temporary_path)`` write a file, then give it its name; a failure leaves an older file untouched.
 
     The file and its name are on the disk when this returns: neither a kill nor power loss leaves a part of it.
@@ -77,6 +77,11 @@ def write_whole(path: Path | str, write: Callable[[Path], None]) -> Path:
     return path
 
 
+def write_text(path: Path | str, text: str) -> Path:
+    """``text`` as UTF-8, whole or not at all."""
+    return write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path | str, value: Any, *, sealed: bool = False) -> Path:
     """``value`` as indented JSON with a final newline; NaN and infinity are an error, not invalid JSON.
 
@@ -84,8 +89,7 @@ def write_json(path: Path | str, value: Any, *, sealed: bool = False) -> Path:
     """
     if sealed:
         value = {**value, _SEAL: _content_hash(value)}
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    return write_whole(path, lambda temporary: _write_text(temporary, text))
+    return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path | str) -> Any:
@@ -157,10 +161,15 @@ def _error_number(message: str) -> int | None:
     return errno.ENOSPC if "unexpected pos" in message or "iostream error" in message else None
 
 
+def sha256(path: Path | str) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def size_and_hash(path: Path) -> dict[str, Any]:
     """Of one file, in bytes and as SHA-256."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def write_manifest(folder: Path | str) -> None:
@@ -278,7 +287,3 @@ def _ordinary_mode() -> int:
     current = os.umask(0)
     os.umask(current)
     return 0o666 & ~current
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

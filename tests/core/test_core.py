@@ -1,0 +1,32 @@
+"""Small things that several packages share."""
+
+import pytest
+
+from hf_nullspace.core.settings import fraction, nearest
+from hf_nullspace.core.text import table
+
+
+def test_a_table_has_its_rule_and_escapes_what_would_make_a_cell():
+    assert table(["name", "value"], [["a|b", "1"], ["c\\|d", "2"]]) == [
+        "| name | value |",
+        "| --- | ---: |",
+        "| a\\|b | 1 |",
+        "| c\\|d | 2 |",
+    ]
+    assert table(["a", "b", "c"], [], "rl")[1] == "| ---: | --- | --- |"
+
+
+@pytest.mark.parametrize(("text", "number"), [("8/255", 8 / 255), (" 0.03", 0.03), (1, 1.0), ("-1/4", -0.25)])
+def test_a_fraction_is_its_number(text, number):
+    assert fraction(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "8/0", "1/2/3", None, "nan", "inf"])
+def test_what_is_no_fraction_is_said(text):
+    with pytest.raises(ValueError, match="expected a number like 8/255 or 0.03"):
+        fraction(text)
+
+
+def test_a_near_name_is_proposed_and_else_the_valid_ones():
+    assert nearest("contrats", ["contrast", "fog"]) == "; did you mean contrast?"
+    assert nearest("xyz", ["fog", "contrast"]) == "; expected one of contrast, fog"
