@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softmax
 
 from hf_nullspace import NullspaceConfig
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, embedding_shape
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.influence import centred_norm
@@ -34,7 +35,6 @@ from hf_nullspace.noise.learning import NoiseSettings, learn_noise, start_noise
 from hf_nullspace.noise.probe import Probe, frozen
 from hf_nullspace.training.base_model import train_base_model
 from hf_nullspace.training.cost import Cost, equivalents
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import (
     DataArguments,
     ModelArguments,

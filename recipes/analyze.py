@@ -24,6 +24,7 @@ from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.files import only_run_in, write_json
 from hf_nullspace.core.settings import check_numbers, check_output_dir
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.figures.table_4 import HEADER, line_of, plot_table_4, remark, table_4
 from hf_nullspace.linear.attention import constructed_noise, head_changes, layer_conditions, null_direction
 from hf_nullspace.linear.layer_norm import NotANullspaceError, check_direction, exact_encoder_nullspace
@@ -33,7 +34,6 @@ from hf_nullspace.models.loading import load_image_processor
 from hf_nullspace.models.loading import load_model as load_checkpoint
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.training.sources import load_image_dataset
 
 
 @dataclass

@@ -26,6 +26,7 @@ from hf_nullspace import NullspaceConfig, NullspaceTrainer
 from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.files import only_run_in
 from hf_nullspace.core.settings import check_numbers, check_output_dir
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.study.design import Run, Study, make_study, mapping_of
 from hf_nullspace.study.estimate import overview, seconds_left, work
@@ -34,7 +35,6 @@ from hf_nullspace.study.images import ImageStore
 from hf_nullspace.study.pieces import Workshop
 from hf_nullspace.study.report import complete, write_study
 from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import (
     DataArguments,
     ModelArguments,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_nullspace.data.label_maps import IMAGENET_ANCHORS
 from hf_nullspace.figures.progress import TABLE_5
 from hf_nullspace.figures.table_4 import TABLE_4
 from hf_nullspace.hub.convert import NORMALIZATIONS
@@ -16,7 +17,6 @@ from hf_nullspace.robustness.corruptions import CIFAR, CORRUPTIONS, IMAGENET, SE
 from hf_nullspace.robustness.label_spaces import class_names, wnids
 from hf_nullspace.robustness.sets import SETS
 from hf_nullspace.training.config import PRESETS
-from hf_nullspace.training.label_maps import IMAGENET_ANCHORS
 
 # github.com/hendrycks/robustness, ImageNet-C/create_c/make_cifar_c.py: ``c`` of each function, severities 1 to 5.
 CIFAR_C = """

@@ -11,6 +11,9 @@ from torch import nan, tensor, zeros
 from hf_nullspace import metric_folder
 from hf_nullspace.core.settings import check_numbers
 from hf_nullspace.core.uploads import push_folder
+from hf_nullspace.data.augmentation import Augmentation
+from hf_nullspace.data.image_set import ImageSet
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.explain.lrp import lrp_map
 from hf_nullspace.explain.maps import saliency_maps
 from hf_nullspace.hub.checkpoint_files import read_checkpoint
@@ -54,14 +57,11 @@ from hf_nullspace.robustness.scores import (
 from hf_nullspace.robustness.sets import load_cifar10_c, load_set
 from hf_nullspace.robustness.suite import Clean, Corrupted, evaluate
 from hf_nullspace.study.design import make_study
-from hf_nullspace.training.augmentation import Augmentation
 from hf_nullspace.training.config import NullspaceConfig
-from hf_nullspace.training.data import ImageClassificationDataset
 from hf_nullspace.training.loading import DataArguments, ModelArguments
 from hf_nullspace.training.noise_stream import noise_stream
 from hf_nullspace.training.objectives import register_objective
 from hf_nullspace.training.preflight import check_images
-from hf_nullspace.training.sources import load_image_dataset
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model, tiny_resnet
 from tiny_training import Images
@@ -93,7 +93,7 @@ def namespace(places, folder):
         return make_study(arms, **small | {"average": ["clean"], "report": "0:4", "selection": None} | given)
 
     def images_of(rows, **given):
-        return ImageClassificationDataset(rows, preprocessing, **given)
+        return ImageSet(rows, preprocessing, **given)
 
     def with_noise(noise, model=model):
         with patch_embedding_noise(model, noise):

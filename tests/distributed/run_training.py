@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from torch import Tensor
 
+from hf_nullspace.data.image_set import ImageSet
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.training.config import NullspaceConfig
@@ -48,7 +49,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class FixedImages(torch.utils.data.Dataset):
+class FixedImages(ImageSet):
     """The same images in every process; in the noise stream of one round it may end, or poison, one rank or all."""
 
     def __init__(self, dtype: torch.dtype, trouble: dict[str, Any] | None = None) -> None:
@@ -57,7 +58,7 @@ class FixedImages(torch.utils.data.Dataset):
         self.labels = torch.randint(5, (IMAGES,), generator=generator)
         self.trouble, self.reads = trouble, -1
 
-    def with_stream(self, name: str, part: int) -> "FixedImages":
+    def with_key(self, name: str, part: int) -> "FixedImages":
         stream = FixedImages(self.pixel_values.dtype, self.trouble)
         stream.pixel_values = self.pixel_values
         stream.reads = 0 if self.trouble is not None and part == self.trouble["round"] else -1

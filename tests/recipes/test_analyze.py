@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import Swinv2Config, Swinv2ForImageClassification
 
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.models.preprocessing import make_image_processor
-from hf_nullspace.training.sources import load_image_dataset
 from recipe_calls import call_recipe
 from tiny_models import tiny_model, tiny_resnet
 

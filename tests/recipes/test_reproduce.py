@@ -14,10 +14,10 @@ from PIL import Image
 from transformers import ViTForImageClassification
 
 from forked import script, start
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.figures.closure_pictures import pairs_of
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank
-from hf_nullspace.training.sources import load_image_dataset
 from recipe_calls import RECIPES, call_recipe
 from tiny_models import tiny_model
 
@@ -140,7 +140,7 @@ def test_figure_2_says_what_was_measured_and_how(figure_2):
 def test_figure_2_is_equation_6_in_a_loop_of_its_own(figure_2, saved):
     """One point is learned again without the package's learning, hook and measures."""
     from hf_nullspace.core.seeds import derive_seed
-    from hf_nullspace.training.data import collate
+    from hf_nullspace.data.image_set import collate
     from hf_nullspace.training.noise_stream import noise_stream
 
     model = ViTForImageClassification.from_pretrained(saved).eval()

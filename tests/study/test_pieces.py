@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from hf_nullspace.data.image_set import ArrayRows, ImageSet
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.robustness.attacks.gradient import PGD
-from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.plans import Planned
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate
@@ -36,7 +36,7 @@ RUN = Run("nullspace", 1e-3, 3)
 def pictures():
     rng = np.random.default_rng(0)
     rows = ArrayRows(rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), [i % 5 for i in range(40)])
-    return ImageSet("pictures", rows, Preprocessing(*HALF, (16, 16), (16, 16)))
+    return ImageSet(rows, Preprocessing(*HALF, (16, 16), (16, 16)), name="pictures")
 
 
 def workshop(folder, made=None, **changed):
@@ -80,7 +80,7 @@ def test_measurements_are_those_of_the_suite(whole):
     for piece in list(pieces_of(RUN, PLAN, WHERE))[1:]:
         images = pictures()
         rows = ArrayRows(images.rows.images[list(piece.places)], [place % 5 for place in piece.places])
-        images = ImageSet("pictures", rows, images.preprocessing)
+        images = ImageSet(rows, images.preprocessing, name="pictures")
         images.places = piece.places  # what random numbers depend on
         (direct,) = evaluate(model, images, [piece.planned.condition], batch_size=3, seed=0, progress=False)
         assert (whole.correct(piece) == direct.correct).all()

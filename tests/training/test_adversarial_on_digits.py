@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from transformers import set_seed
 
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.suite import Attacked, Clean, evaluate
 from hf_nullspace.training.base_model import train_base_model
 from hf_nullspace.training.config import NullspaceConfig
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import (
     DataArguments,
     ModelArguments,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_nullspace.core.processes import over_processes
 from hf_nullspace.core.seeds import derive_seed
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.noise.artifact import NullspaceNoise, model_hash, provenance_of
 from hf_nullspace.noise.influence import centred_norm, match_rate, noise_influence
@@ -18,7 +19,6 @@ from hf_nullspace.noise.probe import Probe, frozen
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.records import Records
 from hf_nullspace.training.config import NullspaceConfig
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
 
 T = TypeVar("T")

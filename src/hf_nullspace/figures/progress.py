@@ -16,6 +16,7 @@ from torch import nn
 from transformers import set_seed
 
 from hf_nullspace.core.canvas import canvas, save_png
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.figures.bench import Bench, influence_and_match
 from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name
 from hf_nullspace.noise.learning import NoiseSettings
@@ -24,7 +25,6 @@ from hf_nullspace.robustness.scores import paired_mean_difference
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, ConditionResult
 from hf_nullspace.training.checkpoints import HISTORY_NAME, last_complete_checkpoint, missing_from
 from hf_nullspace.training.config import NullspaceConfig
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import Classifier
 from hf_nullspace.training.trainer import NullspaceTrainer
 

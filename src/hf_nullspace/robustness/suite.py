@@ -2,10 +2,11 @@
 
 import contextlib
 import difflib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,30 +17,13 @@ from torch import Tensor
 
 from hf_nullspace.core.processes import rank_and_world_size
 from hf_nullspace.core.seeds import derive_seed
+from hf_nullspace.data.image_set import ImageSet, LabelledImages
+from hf_nullspace.data.image_stream import Images, ImageStream
 from hf_nullspace.robustness.attacks.base import Attack, frozen
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES, SMALL, corrupt
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.scores import Interval, accuracy
-
-
-class Images(Protocol):
-    """What a set of labelled images offers; ``training.data.ImageClassificationDataset`` and ``sets.ImageSet`` do.
-
-    Optional: ``subset``, the classes among which the answer is looked for (ImageNet-A and -R); ``protocol()``, what was
-    done to the images; ``batch(indices)``, 8-bit pixels and labels that are ready (``sets.InMemory``). A stream offers
-    ``__iter__`` over (image, label) and ``expected`` instead of a length.
-    """
-
-    def __len__(self) -> int: ...
-
-    def raw_image(self, index: int) -> Image.Image:
-        """PIL image in RGB at its original size."""
-
-    def label(self, index: int) -> int: ...
-
-    def pixels_from_image(self, image: Image.Image) -> Tensor:
-        """Pixels of shape (C, H, W), float32 in [0, 1], at the size of the model's input."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +119,6 @@ def evaluate(
     images in processes of their own. ``progress`` is a bar of the caller's that spans more than this call, or whether
     to show one with the time left on the main process. ``on_result`` sees each result as soon as it is there.
     """
-    if not is_stream(images) and not len(images):
-        raise ValueError("the set has no images")
     names = [str(condition) for condition in conditions]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"conditions given twice: {', '.join(repeated)}")
@@ -152,7 +134,7 @@ def evaluate(
             start, done = time.perf_counter(), 0
             parts: list[dict[str, NDArray[Any]]] = []
             for indices, pixels, labels in batches(images, condition, batch_size, seed, rank, world, workers):
-                judged = judge(model, pixels, labels, indices, condition, seed, getattr(images, "subset", None))
+                judged = judge(model, pixels, labels, indices, condition, seed, images.subset)
                 parts.append(judged if per_sample else {k: v for k, v in judged.items() if k.startswith("correct")})
                 bar.advance(len(labels) * condition.cost)
                 done += len(labels)
@@ -176,18 +158,14 @@ def evaluate(
 
 def work(images: Images, condition: Condition) -> float:
     """Forward passes that this process owes a condition, roughly; of a stream by its published size."""
-    size = images.expected if is_stream(images) else len(images)  # type: ignore[attr-defined]
+    size = images.expected if isinstance(images, ImageStream) else len(images)
     return float(size / rank_and_world_size()[1] * condition.cost)
-
-
-def is_stream(images: Any) -> bool:
-    return hasattr(images, "expected")
 
 
 class Prepared(torch.utils.data.Dataset[tuple[int, Tensor, int]]):
     """This process's images under a condition's corruption: (index, pixels (C, H, W), label)."""
 
-    def __init__(self, images: Images, condition: Condition, seed: int, mine: Sequence[int]):
+    def __init__(self, images: ImageSet, condition: Condition, seed: int, mine: Sequence[int]):
         self.images, self.condition, self.seed, self.mine = images, condition, seed, mine
 
     def __len__(self) -> int:
@@ -195,13 +173,15 @@ class Prepared(torch.utils.data.Dataset[tuple[int, Tensor, int]]):
 
     def __getitem__(self, place: int) -> tuple[int, Tensor, int]:
         index = self.mine[place]
-        return self.prepare(seed_index(self.images, index), self.images.raw_image(index), self.images.label(index))
+        images, place = self.images, self.images.places[index]
+        return place, prepare(images, images.raw_image(index), self.condition, self.seed, place), images.label(index)
 
-    def prepare(self, index: int, image: Image.Image, label: int) -> tuple[int, Tensor, int]:
-        c = self.condition
-        if isinstance(c, Corrupted):
-            image = corrupt(image, c.corruption, c.severity, seed=self.seed, index=index)
-        return index, self.images.pixels_from_image(image), label
+
+def prepare(images: LabelledImages, image: Image.Image, condition: Condition, seed: int, place: int) -> Tensor:
+    """Pixels (C, H, W) of an image under a condition's corruption; ``place`` is its place in the whole set."""
+    if isinstance(condition, Corrupted):
+        image = corrupt(image, condition.corruption, condition.severity, seed=seed, index=place)
+    return images.pixels_from_image(image)
 
 
 Batch = tuple[list[int], Tensor, Tensor]
@@ -216,28 +196,21 @@ def batches(
     images: Images, condition: Condition, batch_size: int, seed: int, rank: int, world: int, workers: int
 ) -> Iterator[Batch]:
     """This process's images, batch by batch: indices in the set, pixels (B, C, H, W), labels (B,)."""
-    if hasattr(images, "batch") and not isinstance(condition, Corrupted):
+    if isinstance(images, ImageStream):
+        mine = itertools.islice(enumerate(images.pairs()), rank, None, world)
+        rows = ((place, prepare(images, image, condition, seed, place), label) for place, (image, label) in mine)
+        while batch := list(itertools.islice(rows, batch_size)):
+            yield stack(batch)
+        return
+    if images.kept is not None and not isinstance(condition, Corrupted):
+        pixels, labels = images.kept
         for first in range(rank, len(images), batch_size * world):
             indices = list(range(first, min(first + batch_size * world, len(images)), world))
-            yield [seed_index(images, index) for index in indices], *images.batch(indices)
+            yield [images.places[index] for index in indices], pixels[indices], labels[indices]
         return
-    if not is_stream(images):
-        prepared = Prepared(images, condition, seed, range(rank, len(images), world))
-        own = torch.Generator()  # a loader without one draws from the global generator
-        yield from torch.utils.data.DataLoader(
-            prepared, batch_size, num_workers=workers, collate_fn=stack, generator=own
-        )
-        return
-    prepared = Prepared(images, condition, seed, ())
-    rows: list[tuple[int, Tensor, int]] = []
-    for index, (image, label) in enumerate(images):  # type: ignore[arg-type, var-annotated]
-        if index % world == rank:
-            rows.append(prepared.prepare(index, image, label))
-        if len(rows) == batch_size:
-            yield stack(rows)
-            rows = []
-    if rows:
-        yield stack(rows)
+    prepared = Prepared(images, condition, seed, range(rank, len(images), world))
+    own = torch.Generator()  # a loader without one draws from the global generator
+    yield from torch.utils.data.DataLoader(prepared, batch_size, num_workers=workers, collate_fn=stack, generator=own)
 
 
 def judge(
@@ -292,12 +265,6 @@ def among(model: PixelModel, labels: Tensor, subset: Sequence[int]) -> tuple[Pix
     return PixelModel(model.model, model.mean, model.std, columns), found
 
 
-def seed_index(images: Images, index: int) -> int:
-    """What an image's random numbers depend on: its place in the whole set, also where only a part is measured."""
-    places = getattr(images, "places", None)
-    return index if places is None else int(places[index])
-
-
 def gather(parts: Sequence[dict[str, NDArray[Any]]], rank: int, world: int) -> dict[str, NDArray[Any]]:
     """All processes' arrays in the order of the set: rank r holds the images r, r + world, ..."""
     mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
@@ -320,15 +287,15 @@ def gather(parts: Sequence[dict[str, NDArray[Any]]], rank: int, world: int) -> d
 
 def protocol(condition: Condition, images: Images, n: int) -> dict[str, Any]:
     """What a reader needs in order to repeat the number, besides the seed; ``n`` images were measured."""
-    described = dict(images.protocol()) if hasattr(images, "protocol") else {}
-    if is_stream(images) and n != images.expected:  # type: ignore[attr-defined]
-        described.setdefault("note", f"partial: {n} of {images.expected} images")  # type: ignore[attr-defined]
-    if (subset := getattr(images, "subset", None)) is not None:
-        described["answer among"] = f"the set's {len(subset)} classes (score_all_classes: among all)"
+    described = images.protocol()
+    if isinstance(images, ImageStream) and n != images.expected:
+        described.setdefault("note", f"partial: {n} of {images.expected} images")
+    if images.subset is not None:
+        described["answer among"] = f"the set's {len(images.subset)} classes (score_all_classes: among all)"
     if isinstance(condition, Attacked):
         attack = condition.attack
-        if subset is not None:
-            described["attack among"] = f"the set's {len(subset)} classes"
+        if images.subset is not None:
+            described["attack among"] = f"the set's {len(images.subset)} classes"
         described |= {"space": "pixels in [0, 1]", "attack": type(attack).__name__, "settings": attack.settings()}
     if isinstance(condition, Corrupted):
         described |= {"corruption": condition.corruption, "severity": condition.severity}

@@ -18,7 +18,6 @@ from transformers import AutoModelForImageClassification, PrinterCallback, Train
 
 from hf_nullspace.core.files import DamagedFileError, damaged_files, read_json, size_and_hash, write_json
 from hf_nullspace.noise.artifact import model_hash
-from hf_nullspace.robustness.image_sets import InMemory
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.plans import Planned
 from hf_nullspace.robustness.records import FORMAT, from_bits, record
@@ -211,7 +210,7 @@ class Workshop:
         model = self._model(piece.run)
         condition = piece.planned.condition
         begin = time.perf_counter()
-        images = InMemory(self.store.get(piece.places, condition))
+        images = self.store.get(piece.places, condition).in_memory()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
             (result,) = evaluate(
                 model,

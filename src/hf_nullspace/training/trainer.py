@@ -30,7 +30,7 @@ from hf_nullspace.training.cost import NAME as COST_NAME
 from hf_nullspace.training.cost import Cost
 from hf_nullspace.training.ema import FOLDER as EMA_FOLDER
 from hf_nullspace.training.ema import EmaCallback
-from hf_nullspace.training.noise_stream import an_empty_stream_is_said
+from hf_nullspace.training.noise_stream import clear_error_of_an_empty_stream
 from hf_nullspace.training.objectives import (
     Batch,
     check_head,
@@ -130,7 +130,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
     # ---- one batch
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        with an_empty_stream_is_said():
+        with clear_error_of_an_empty_stream():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
