@@ -58,6 +58,9 @@ class FixedImages(ImageSet):
         self.labels = torch.randint(5, (IMAGES,), generator=generator)
         self.trouble, self.reads = trouble, -1
 
+    def set_epoch(self, epoch: int) -> None:
+        """They are not augmented."""
+
     def with_key(self, name: str, part: int) -> "FixedImages":
         stream = FixedImages(self.pixel_values.dtype, self.trouble)
         stream.pixel_values = self.pixel_values
