@@ -20,6 +20,7 @@ ORDER = [
     "core.launcher",
     "core.uploads",
     "command_line",
+    "models.frozen",
     "models.loading",
     "models.frozen",
     "models.patch_embedding",
