@@ -71,7 +71,7 @@ def work(kind: str, args: argparse.Namespace, pipe: Any) -> None:
     probe = Probe(model, hook, [images], None, images[:1])
 
     def training() -> None:
-        with hook.adding(noise, NoiseMode.SECOND_HALF):
+        with hook.adding(noise, NoiseMode.LAST_PART):
             logits = model(pixel_values=torch.cat([images, images])).logits
         cross_entropy(logits, torch.cat([labels, labels])).backward()
         model.zero_grad()
