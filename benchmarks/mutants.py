@@ -56,7 +56,7 @@ FILES = (
 # The tests of a file: those named after it, and these. All of them are run once to learn which lines each one runs.
 TESTS = {
     "": ["test_defaults.py"],
-    "linear/": ["test_images.py"],
+    "linear/": ["invisible/test_images.py"],
     "noise/": ["noise/test_noise_on_hub.py", "noise/test_algorithm1.py", "training/test_rounds.py"],
     "noise/bank.py": ["training/test_noise_bank.py"],
     "noise/plots.py": ["noise/test_pictures.py"],
