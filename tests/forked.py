@@ -18,7 +18,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         f"hf_nullspace.{module}"
-        for module in ("training.trainer", "training.loading", "robustness.report", "study.pieces", "hub.card")
+        for module in ("training.trainer", "training.loading", "robustness.report", "study.pieces", "cards.card")
     ]
 )
 

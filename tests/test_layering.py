@@ -65,11 +65,11 @@ ORDER = [
     "robustness.summaries",
     "robustness.plots",
     "robustness.report",
-    "hub.run_folder",
-    "hub.tables",
-    "hub.eval_results",
-    "hub.card",
-    "hub.staging",
+    "cards.run_folder",
+    "cards.tables",
+    "cards.eval_results",
+    "cards.card",
+    "cards.staging",
     "training.rounds",
     "training.objectives",
     "training.noise_objectives",
@@ -154,6 +154,23 @@ def test_a_module_imports_only_what_stands_before_it(module):
     assert module in ORDER, f"{module} has no place in the house: add it to ORDER in {Path(__file__).name}"
     above = {name for name in imports_of(MODULES[module]) if ORDER.index(name) >= ORDER.index(module)}
     assert not above, f"{module} imports from a room above it: {sorted(above)}"
+
+
+def test_packages_form_no_circle():
+    """A node is a package, or a file beside the packages; what needs no other node is taken away until none is left."""
+    below: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        package = module.partition(".")[0]
+        below.setdefault(package, set()).update(name.partition(".")[0] for name in imports_of(path))
+        below[package].discard(package)
+    while lowest := {package for package, needed in below.items() if not needed & below.keys()}:
+        below = {package: needed for package, needed in below.items() if package not in lowest}
+    assert not below, f"packages that import each other, or need such: {below}"
+
+
+def test_nothing_but_recipes_imports_hub():
+    users = {name for name, path in MODULES.items() if any(part.startswith("hub.") for part in imports_of(path))}
+    assert not {name for name in users if not name.startswith("hub.")}
 
 
 def test_packages_import_nothing_by_themselves():
