@@ -113,7 +113,7 @@ class Bench:
             held_out, batches = noise_stream(
                 self.train_set,
                 collate,
-                batch_size=config.noise_batch_size,  # type: ignore[arg-type]
+                batch_size=config.noise_batch_size,
                 held_out_images=config.held_out_images,
                 seed=config.seed,
                 round=index,

@@ -62,7 +62,7 @@ def fine_tune(
     args = copy.copy(config)
     args.objective, args.output_dir, args.seed, args.data_seed = objective, str(folder), seed, seed
     args.push_to_hub = False
-    args.save_strategy, args.save_steps, args.save_total_limit = "steps", config.steps_per_round, None  # type: ignore
+    args.save_strategy, args.save_steps, args.save_total_limit = "steps", config.steps_per_round, None
     rounds, steps = int(config.rounds or 0), int(config.steps_per_round or 0)
     checkpoints = {step: folder / f"checkpoint-{step}" for step in range(steps, rounds * steps + 1, steps)}
     if any(missing_from(path, args.world_size) for path in checkpoints.values()):
