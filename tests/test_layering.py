@@ -20,6 +20,7 @@ ORDER = [
     "core.launcher",
     "core.uploads",
     "command_line",
+    "models.frozen",
     "models.loading",
     "models.patch_embedding",
     "models.attention",
