@@ -22,7 +22,7 @@ def test_no_setting_takes_what_is_no_value_of_its_kind(kind, field):
     wrong += [1] if isinstance(field.default, bool) else [True]
     wrong += [2.5] if "int" in str(field.type) else []
     for value in wrong:
-        with pytest.raises(ValueError, match=rf"{kind.__name__}: {field.name} is .*; expected") as refused:
+        with pytest.raises(ValueError, match=rf"{kind.__name__}: {field.name}=.*: expected") as refused:
             kind(**{field.name: value})
         assert "\n" not in str(refused.value)
 
@@ -30,17 +30,17 @@ def test_no_setting_takes_what_is_no_value_of_its_kind(kind, field):
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (PGD, {"step": 0}, "step is 0; expected a number above 0"),
-        (PGD, {"steps": 0}, "steps is 0; expected a whole number of at least 1"),
-        (MIM, {"step": 0.0}, "step is 0.0; expected a number above 0"),
-        (MIM, {"decay": -1}, "decay is -1; expected a number of at least 0"),
-        (CW, {"c": 0}, "c is 0; expected a number above 0"),
-        (CW, {"binary_search_steps": 0}, "binary_search_steps is 0; expected a whole number of at least 1"),
-        (PatchFool, {"num_patch": 0}, "num_patch is 0; expected a whole number of at least 1"),
-        (PatchFool, {"lr": 0}, "lr is 0; expected a number above 0"),
-        (FGSM, {"eps": 8}, "eps is 8; expected a radius for pixels in \\[0, 1\\], such as 8 / 255"),
-        (PatchFool, {"mild": "linf", "eps": 8}, "eps is 8; expected a radius"),
-        (PGD, {"norm": "l1"}, "norm is 'l1'; expected 'linf' or 'l2'"),
+        (PGD, {"step": 0}, "step=0: expected a number above 0"),
+        (PGD, {"steps": 0}, "steps=0: expected at least 1"),
+        (MIM, {"step": 0.0}, "step=0.0: expected a number above 0"),
+        (MIM, {"decay": -1}, "decay=-1: expected at least 0"),
+        (CW, {"c": 0}, "c=0: expected a number above 0"),
+        (CW, {"binary_search_steps": 0}, "binary_search_steps=0: expected at least 1"),
+        (PatchFool, {"num_patch": 0}, "num_patch=0: expected at least 1"),
+        (PatchFool, {"lr": 0}, "lr=0: expected a number above 0"),
+        (FGSM, {"eps": 8}, "eps=8: expected a radius for pixels in \\[0, 1\\], such as 8 / 255"),
+        (PatchFool, {"mild": "linf", "eps": 8}, "eps=8: expected a radius"),
+        (PGD, {"norm": "l1"}, "norm='l1': expected 'linf' or 'l2'"),
     ],
 )
 def test_the_message_says_what_came_and_what_was_expected(kind, settings, message):

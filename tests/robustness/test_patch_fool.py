@@ -8,8 +8,9 @@ import torch.nn.functional as F
 import transformers
 from transformers import ViTForImageClassification
 
+from hf_nullspace.models.attention import attention_implementation
 from hf_nullspace.robustness.attacks.base import seeded_like
-from hf_nullspace.robustness.attacks.patch_fool import PatchFool, eager_attention, without_conflict
+from hf_nullspace.robustness.attacks.patch_fool import PatchFool, without_conflict
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.suite import Attacked
 
@@ -152,7 +153,7 @@ def test_an_image_does_not_depend_on_its_batch(tiny_vit, pixels, attack):
 
 
 def test_patches_are_chosen_by_attention_or_saliency(tiny_vit, pixels, labels):
-    with eager_attention(tiny_vit.model):
+    with attention_implementation(tiny_vit.model, "eager"):
         attentions = tiny_vit.outputs(pixels, output_attentions=True).attentions[1].detach()
     by_attention = attentions.numpy().mean((1, 2))[:, 1:].argmax(1)
     leaf = pixels.clone().requires_grad_()
@@ -172,7 +173,7 @@ def test_the_layer_whose_attention_chooses(layers, index, pixels):
         for layer in model.model.vit.layers:
             layer.attention.q_proj.weight.mul_(30)
             layer.attention.k_proj.weight.mul_(30)
-        with eager_attention(model.model):
+        with attention_implementation(model.model, "eager"):
             attentions = model.outputs(pixels, output_attentions=True).attentions
     choices = [a.mean((1, 2))[:, 1:].argmax(1).tolist() for a in attentions]
     assert all(choices[other] != choices[index] for other in range(layers) if other != index)
@@ -276,7 +277,7 @@ def test_its_cost_in_forward_passes():
 def test_an_l_inf_radius_is_at_most_1():
     assert PatchFool(mild="linf", eps=1.0).eps == 1
     assert PatchFool(mild="l2", eps=3.0).eps == 3
-    with pytest.raises(ValueError, match=r"PatchFool: eps is 1\.5; expected a radius for pixels in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"PatchFool: eps=1\.5: expected a radius for pixels in \[0, 1\]"):
         PatchFool(mild="linf", eps=1.5)
 
 
@@ -316,7 +317,7 @@ def test_names_leave_out_what_is_switched_off():
 
 
 def test_bad_settings_are_named(linear, tiny_vit, pixels, labels):
-    with pytest.raises(ValueError, match="expected 'attention', 'saliency' or 'random'"):
+    with pytest.raises(ValueError, match="expected 'attention' or 'saliency' or 'random'"):
         PatchFool(choice="best")
     with pytest.raises(ValueError, match="expected both"):
         PatchFool(mild="linf")
