@@ -5,8 +5,8 @@ each attention map A gets its share R_A, and the map is the CLS row of the produ
 of I + mean over heads of (grad A * R_A)+. LayerNorm, GELU and softmax hand relevance on as it is.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,7 @@ def propagate_relevance(model: nn.Module, pixel_values: Tensor, targets: Tensor 
     """Relevance of all tokens and attention maps for one logit per image; arguments and errors as :func:`lrp_map`."""
     check_has_cls(model)
     layers, classifier = pre_norm_layers(model)
-    with _recorded([*(module for layer in layers for module in layer.modules()), classifier]) as seen:
+    with _recorded([*(module for layer in layers for module in vars(layer).values()), classifier]) as seen:
         found = attention_gradients(model, pixel_values, targets)
     with without_autocast(pixel_values):
         return _propagate(layers, classifier, seen, found)
@@ -156,16 +156,14 @@ def _by_head(features: Tensor, heads: int) -> Tensor:
 
 
 @contextmanager
-def _recorded(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+def _recorded(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
     """Input and output of every module in the forward pass inside the block, detached, float32 at least."""
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen[module] = at_least_float32(args[0].detach()), at_least_float32(output.detach())
 
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(hook))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

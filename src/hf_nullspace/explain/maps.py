@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_nullspace.models.attention import attention_gradients, attention_maps, prefix_tokens
-from hf_nullspace.models.patch_embedding import embedding_shape, unwrap
+from hf_nullspace.models.patch_embedding import embedding_shape, model_type, unwrap
 
 # Families with a CLS token that the classifier reads.
 CLS_FAMILIES = frozenset({"deit", "dinov2", "dinov2_with_registers", "vit", "vit_msn"})
@@ -100,8 +100,7 @@ def saliency_maps(
 
 def check_has_cls(model: nn.Module) -> None:
     """Raise ``NoClsTokenError`` unless the model is of ``CLS_FAMILIES``."""
-    kind = getattr(getattr(unwrap(model), "config", None), "model_type", None)
-    if kind not in CLS_FAMILIES:
+    if (kind := model_type(model)) not in CLS_FAMILIES:
         raise NoClsTokenError(
             f"{type(unwrap(model)).__name__} (model type {kind}) is not known to classify by a CLS token, whose row of "
             f"the attention the maps are; known are {', '.join(sorted(CLS_FAMILIES))}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_nullspace.models.frozen import frozen
 from hf_nullspace.models.patch_embedding import (
     PatchEmbeddingNoise,
     embeddings_inside,
@@ -135,25 +136,22 @@ def check_direction(
     model = unwrap(model)  # a compiled model ignores hooks that come later
     parameter = next(model.parameters())
     images = pixel_values.to(parameter.device, parameter.dtype)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     hook = PatchEmbeddingNoise(model, patch_embedding)
     try:
-        patches, features = _embedding_size(model, images, hook.module)
-        generator = torch.Generator().manual_seed(seed)
-        constants = _constants(patches, features, generator, norm)
-        control = torch.randn(1, patches, features, generator=generator, dtype=torch.float64)
-        control -= control.mean(-1, keepdim=True)
-        control *= norm / torch.linalg.vector_norm(control)
-        clean = _logits(model, images)
-        with hook.adding(constants):
-            shifted = _logits(model, images)
-        with hook.adding(control):
-            controlled = _logits(model, images)
+        with frozen(model):
+            patches, features = _embedding_size(model, images, hook.module)
+            generator = torch.Generator().manual_seed(seed)
+            constants = _constants(patches, features, generator, norm)
+            control = torch.randn(1, patches, features, generator=generator, dtype=torch.float64)
+            control -= control.mean(-1, keepdim=True)
+            control *= norm / torch.linalg.vector_norm(control)
+            clean = _logits(model, images)
+            with hook.adding(constants):
+                shifted = _logits(model, images)
+            with hook.adding(control):
+                controlled = _logits(model, images)
     finally:
         hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return DirectionCheck(
         norm=norm,
         logit_change=float((shifted - clean).abs().max()),

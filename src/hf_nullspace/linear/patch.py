@@ -11,6 +11,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from hf_nullspace.models.patch_embedding import NotAViTError, find_patch_embedding, patch_projection, unwrap
 
@@ -64,10 +66,8 @@ class PatchNullspace:
                 f"{type(module).__name__} of {type(unwrap(model)).__name__} has no convolution whose stride is its "
                 "kernel size; patches that overlap have no nullspace of their own"
             )
-        config: Any = getattr(unwrap(model), "config", None)
-        return cls.from_weight(
-            projection.weight, tolerance=tolerance, stored_dtype=stored_dtype or _coarser(projection.weight, config)
-        )
+        weight = projection.weight
+        return cls.from_weight(weight, tolerance=tolerance, stored_dtype=stored_dtype or _coarser(weight, model))
 
     @classmethod
     def from_weight(
@@ -76,9 +76,8 @@ class PatchNullspace:
         """The nullspace of a convolution's weight (D, C, height, width)."""
         if weight.dim() != 4:
             raise ValueError(f"the weight of a patch projection is (D, C, height, width), got {tuple(weight.shape)}")
-        whole: Any = weight.detach()
-        whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole  # FSDP2
-        flat = whole.flatten(1).cpu()
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # of FSDP2
+        flat = whole.detach().flatten(1).cpu()
         _, singular_values, rows = torch.linalg.svd(flat.double(), full_matrices=False)
         if tolerance is None:
             tolerance = default_tolerance(singular_values, flat.shape, stored_dtype or flat.dtype)
@@ -141,11 +140,6 @@ class PatchNullspace:
             )
         normal = torch.randn(count, self.weight.shape[1], generator=generator, dtype=torch.float64)
         return self.project_patches(std * normal).unflatten(1, self.patch_shape)
-
-    def tile(self, patch: Tensor, size: tuple[int, int]) -> Tensor:
-        """One patch (C, height, width) repeated over an image: (1, C, H, W) for ``size`` (H, W)."""
-        count = (size[0] // self.patch_shape[1]) * (size[1] // self.patch_shape[2])
-        return join_patches(patch.reshape(1, 1, -1).expand(1, count, -1), self.patch_shape, size)
 
     def residual(self, patches: Tensor) -> float:
         """What the model itself sees of ``patches`` (count, C, height, width) that should be invisible.
@@ -226,7 +220,10 @@ def join_patches(patches: Tensor, patch_shape: tuple[int, int, int], size: tuple
     return images
 
 
-def _coarser(weight: Tensor, config: Any) -> torch.dtype:
-    named = getattr(config, "dtype", None)
-    dtypes = [weight.dtype, *([named] if isinstance(named, torch.dtype) and named.is_floating_point else [])]
+def _coarser(weight: Tensor, model: nn.Module) -> torch.dtype:
+    """The coarser of the dtypes of the weight and of the model's config."""
+    inner = unwrap(model)
+    dtypes = [weight.dtype]
+    if isinstance(inner, PreTrainedModel) and isinstance(inner.config.dtype, torch.dtype):
+        dtypes.append(inner.config.dtype)
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
