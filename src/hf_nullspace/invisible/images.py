@@ -13,11 +13,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.files import write_whole
 from hf_nullspace.linear.box import nearest_invisible_image
 from hf_nullspace.linear.patch import NoNullspaceError, PatchNullspace
@@ -287,13 +286,12 @@ def closeness(source: Image.Image, wish: Image.Image, result: Image.Image) -> di
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]], path: Path | str) -> Path:
     """A PNG of several images with a title each, for instance source, mark, result and their difference."""
-    figure = Figure(figsize=(2.6 * len(panels), 2.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, image) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    figure, (row,) = canvas(2.6 * len(panels), 2.9, columns=len(panels))
+    for axes, (title, image) in zip(row, panels, strict=True):
         axes.imshow(np.asarray(rgb_image(image)), interpolation="nearest")
         axes.set_title(title, fontsize="small")
         axes.set_axis_off()
-    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    return save_png(figure, path)
 
 
 def difference(source: Image.Image, result: Image.Image) -> Image.Image:
