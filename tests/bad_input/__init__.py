@@ -53,7 +53,6 @@ from hf_nullspace.robustness.scores import (
 )
 from hf_nullspace.robustness.sets import load_cifar10_c, load_set
 from hf_nullspace.robustness.suite import Clean, Corrupted, evaluate
-from hf_nullspace.study.design import make_study
 from hf_nullspace.training.augmentation import Augmentation
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.data import ImageClassificationDataset
@@ -63,6 +62,7 @@ from hf_nullspace.training.objectives import register_objective
 from hf_nullspace.training.preflight import check_images
 from hf_nullspace.training.sources import load_image_dataset
 from hf_nullspace.training.trainer import NullspaceTrainer
+from study.design import make_study
 from tiny_models import tiny_model, tiny_resnet
 from tiny_training import Images
 

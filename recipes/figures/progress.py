@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+from figures.bench import Bench, influence_and_match
 from hf_nullspace.core.canvas import canvas, save_png
-from hf_nullspace.figures.bench import Bench, influence_and_match
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name
 from hf_nullspace.robustness.records import from_bits, record

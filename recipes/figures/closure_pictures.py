@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from figures.bench import Bench
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.seeds import derive_seed
-from hf_nullspace.figures.bench import Bench
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name, load_noise_bank
 from hf_nullspace.noise.calibration import scale_to_influence
