@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from hf_nullspace.core.canvas import canvas, save_png
@@ -89,9 +89,9 @@ class Judge:
         """
         if model.training:
             raise ValueError(f"{type(model).__name__} is in training mode, its answers are random; call model.eval()")
+        nullspace = PatchNullspace.from_model(model)
         preprocessing = Preprocessing.from_processor(image_processor)
         preprocessing.check_fits(model.config)
-        nullspace = PatchNullspace.from_model(model)
         if nullspace.dimension() == 0:
             raise NoNullspaceError(
                 f"the patch embedding of {type(model).__name__} maps {nullspace.weight.shape[1]} numbers to "
@@ -301,9 +301,24 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float(torch.linalg.vector_norm(got - wanted) / torch.linalg.vector_norm(wanted))
 
 
+def read_image(path: Path | str) -> Image.Image:
+    """An image from a file, in the file's mode.
+
+    Raises:
+        OSError: if there is none, naming the file.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.copy()
+    except UnidentifiedImageError as error:
+        raise OSError(f"{path} is no image that Pillow can read") from error
+    except OSError as error:
+        raise OSError(f"cannot read the image {path}: {error.strerror or error}") from error
+
+
 def opened(image: Image.Image | Path) -> Image.Image:
     """An image as it is, or an 8-bit one from a file, RGB or greyscale."""
     if isinstance(image, Image.Image):
         return image
-    with Image.open(image) as file:
-        return file.copy() if file.mode in ("RGB", "L") else rgb_image(file)
+    found = read_image(image)
+    return found if found.mode in ("RGB", "L") else rgb_image(found)
