@@ -73,8 +73,8 @@ def saliency_maps(
     """Maps (B, h, w) of images ``pixel_values`` (B, C, H, W) by every method of ``methods``, in one pass.
 
     ``targets`` are the classes that are explained, (B,) or one for all; unset: what the model predicts. Raw attention
-    and rollout are the same for every class. The model is left as it was, and no ``.grad`` is written. Maps of an image
-    do not depend on the other images. They are in the model's dtype, float32 where that is half precision.
+    and rollout are the same for every class. The model is left as it was. Maps are in the model's dtype, float32 where
+    that is half precision.
 
     Raises:
         NoClsTokenError: if the model's classifier reads no CLS token (BEiT, Swin, SigLIP).
@@ -91,10 +91,9 @@ def saliency_maps(
     else:
         found = attention_gradients(model, pixel_values, targets)
         attentions, gradients = found.attentions, found.gradients
-    attentions, gradients = [at_least_float32(one) for one in attentions], [at_least_float32(one) for one in gradients]
-    prefix = prefix_tokens(model)
+    layers = [at_least_float32(one) for one in attentions], [at_least_float32(one) for one in gradients]
     with without_autocast(pixel_values):
-        rows = {name: MAPS[name](attentions, gradients, prefix) for name in methods}
+        rows = {name: MAPS[name](*layers, prefix_tokens(model)) for name in methods}
     return {name: on_grid(model, pixel_values, one) for name, one in rows.items()}
 
 

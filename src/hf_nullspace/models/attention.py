@@ -5,7 +5,7 @@ families differ, so a layer is recognised by what it holds, three linear maps un
 never by its path.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -91,12 +91,24 @@ def attention_inputs(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
     Raises:
         NoAttentionWeightsError: as :func:`attention_weights`.
     """
-    seen: list[Tensor] = []
-    with ExitStack() as hooks:
-        for _, _, (query, *_) in _layers(model):
-            hooks.enter_context(query.register_forward_pre_hook(lambda linear, args: seen.append(args[0].detach())))
+    queries = [query for _, _, (query, *_) in _layers(model)]
+    with recorded(queries) as seen:
         unwrap(model)(pixel_values=pixel_values)  # a compiled model ignores hooks that come later
-    return seen
+    return [seen[query][0] for query in queries]
+
+
+@contextmanager
+def recorded(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Input and output of every module in the forward pass inside the block, detached."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[module] = args[0].detach(), output.detach()
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(hook))
+        yield seen
 
 
 @dataclass(frozen=True, eq=False)
