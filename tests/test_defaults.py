@@ -70,7 +70,7 @@ DEFAULTS = [
     (recheck.recheck, {"count": 200}),
     # Exact nullspaces
     (attention.LayerConditions.hold, {"tolerance": 1e-6}),
-    (box.nearest_in_box, {"lower": 0.0, "upper": 1.0, "iterations": 2000, "tolerance": 1e-5}),
+    (box.nearest_in_box, {"iterations": 2000, "tolerance": 1e-5}),
     (box.nearest_invisible_image, {"iterations": 2000, "tolerance": 1e-5}),
     (layer_norm.LayerNormNullspace.sample, {"norm": 1.0}),
     (layer_norm.exact_encoder_nullspace, {"norm": 1000.0, "seed": 0}),
