@@ -8,9 +8,9 @@ from typing import Any
 
 from hf_nullspace.core.files import DamagedFileError, read_json, write_json
 from hf_nullspace.robustness.records import versions
-from hf_nullspace.study.analysis import power, selection_averages
-from hf_nullspace.study.design import Run, Study
-from hf_nullspace.study.pieces import Piece, Workshop, pieces_of
+from study.analysis import power, selection_averages
+from study.design import Run, Study
+from study.pieces import Piece, Workshop, pieces_of
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ def envelope(figure: str, *, settings: Mapping[str, Any], protocol: Mapping[str,
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package lies in; None if it is installed elsewhere."""
-    root = Path(__file__).parents[3]
+    """The commit of the checkout that this file lies in; None outside of one."""
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:

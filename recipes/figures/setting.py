@@ -11,11 +11,11 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import set_seed
 
+from figures.bench import Bench
+from figures.report import envelope
 from hf_nullspace.command_line import UsageError, option
 from hf_nullspace.core.files import write_json
 from hf_nullspace.core.settings import check_numbers
-from hf_nullspace.figures.bench import Bench
-from hf_nullspace.figures.report import envelope
 from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing

@@ -8,8 +8,8 @@ from scipy.stats import norm
 
 from hf_nullspace.robustness.records import bits
 from hf_nullspace.robustness.scores import paired_difference, paired_mean_difference
-from hf_nullspace.study.analysis import Results, between_arms, differences, power, smallest, table
-from hf_nullspace.study.report import complete, difference_scale, markdown, plot_cost, write_study
+from study.analysis import Results, between_arms, differences, power, smallest, table
+from study.report import complete, difference_scale, markdown, plot_cost, write_study
 
 LIMITS = {"clean": 400, "FGSM": 100, "fog": 100}
 WEIGHTS = {"clean": 0.5, "FGSM": 0.25, "fog": 0.25}
@@ -118,9 +118,9 @@ def test_a_difference_far_off_does_not_flatten_the_others(tmp_path, monkeypatch)
     ours["table"] = dict.fromkeys(ours["cost"])
     ours["differences"] = {arm: {"average": [value, value - 1, value + 1]} for arm, value in values.items()}
     chosen = plot_cost(ours, tmp_path / "chosen.png").read_bytes()
-    monkeypatch.setattr("hf_nullspace.study.report.difference_scale", lambda sizes: "symlog")
+    monkeypatch.setattr("study.report.difference_scale", lambda sizes: "symlog")
     assert plot_cost(ours, tmp_path / "symlog.png").read_bytes() == chosen
-    monkeypatch.setattr("hf_nullspace.study.report.difference_scale", lambda sizes: "linear")
+    monkeypatch.setattr("study.report.difference_scale", lambda sizes: "linear")
     assert plot_cost(ours, tmp_path / "linear.png").read_bytes() != chosen
 
 

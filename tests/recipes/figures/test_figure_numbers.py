@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_nullspace.figures import closure_pictures, influence_against_norm, progress
+from figures import closure_pictures, influence_against_norm, progress
 from hf_nullspace.noise.closure import Combinations, Scaling
 from hf_nullspace.robustness.attacks.gradient import FGSM
 from hf_nullspace.robustness.records import bits

@@ -9,7 +9,7 @@ from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, InMemory
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.suite import Clean, Corrupted, evaluate
-from hf_nullspace.study.images import ImageStore, MixedSizesError
+from study.images import ImageStore, MixedSizesError
 
 PLAIN = Preprocessing((0.5,) * 3, (0.5,) * 3, (12, 12), (12, 12))
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hf_nullspace.robustness.records import from_bits
 from hf_nullspace.robustness.scores import percentile
-from hf_nullspace.study.design import Slice
+from study.design import Slice
 
 Array = NDArray[np.float64]
 Z = 1.96

@@ -14,12 +14,12 @@ from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.plans import Planned
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate
-from hf_nullspace.study.design import Run, Slice
-from hf_nullspace.study.estimate import seconds_left, work
-from hf_nullspace.study.images import ImageStore
-from hf_nullspace.study.pieces import Piece, Workshop, pieces_of
 from hf_nullspace.training.run_settings import OtherRunError
 from hf_nullspace.training.trainer import NullspaceTrainer
+from study.design import Run, Slice
+from study.estimate import seconds_left, work
+from study.images import ImageStore
+from study.pieces import Piece, Workshop, pieces_of
 from tiny_models import tiny_model
 from tiny_training import Images, config
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hf_nullspace.study.pieces import Piece, Workshop
+from study.pieces import Piece, Workshop
 
 NOISE_STEPS = 225
 """Gradient steps per round that are assumed of Algorithm 1 (measured from A = 3 on a ViT of 1.2 M parameters)."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_nullspace.study.design import Run, Slice, StudyError, make_study
+from study.design import Run, Slice, StudyError, make_study
 
 GIVEN = {
     "arms": {

@@ -9,8 +9,8 @@ import numpy as np
 
 from hf_nullspace.core.files import write_json, write_whole
 from hf_nullspace.core.text import cell, escape
-from hf_nullspace.study.analysis import Results, between_arms, differences, table
-from hf_nullspace.study.design import BEFORE
+from study.analysis import Results, between_arms, differences, table
+from study.design import BEFORE
 
 
 def complete(content: dict[str, Any], *, resamples: int = 2000) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.plans import Planned
 from hf_nullspace.robustness.records import FORMAT, from_bits, record
 from hf_nullspace.robustness.suite import Clean, Corrupted, evaluate
-from hf_nullspace.study.design import Run, Slice, slug
-from hf_nullspace.study.images import ImageStore
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
 from hf_nullspace.training.run_settings import claim_folder
 from hf_nullspace.training.trainer import NullspaceTrainer
+from study.design import Run, Slice, slug
+from study.images import ImageStore
 
 FINISHED = "finished.json"
 _TRAINED = ("model.safetensors", "config.json", "preprocessor_config.json", "nullspace_noise.*", "noises/*")
