@@ -112,10 +112,9 @@ ORDER = [
 LABORATORY_ORDER = [
     "study.design",
     "study.images",
-    "study.pieces",
-    "study.estimate",
+    "study.tasks",
     "study.analysis",
-    "study.flow",
+    "study.schedule",
     "study.report",
     "figures.table_4",
     "figures.report",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_nullspace.core.files import write_json, write_whole
-from hf_nullspace.core.text import PIPE, escape
+from hf_nullspace.core.text import PIPE, escape, with_interval
 from hf_nullspace.robustness.checks import Check, unreliable
 from hf_nullspace.robustness.plots import plot_bars, plot_severity, plot_strength
 from hf_nullspace.robustness.published import TABLE_1, TABLE_1_COLUMNS
@@ -224,7 +224,7 @@ def average_difference(results: Results, before: str, after: str, weights: Mappi
 
 
 def signed(change: Interval) -> str:
-    return f"{100 * change.value:+.2f} [{100 * change.low:+.2f}, {100 * change.high:+.2f}]"
+    return with_interval(100 * change.value, 100 * change.low, 100 * change.high)
 
 
 def check_same_conditions(results: Results) -> None:
