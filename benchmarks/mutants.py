@@ -49,7 +49,7 @@ PACKAGE = "src/hf_nullspace"
 RECIPES = "recipes"  # the study's analysis is there
 REASONS = Path(__file__).with_name("mutants_reasons.json")
 FILES = (
-    *("noise/*.py", "linear/*.py", "hub/*.py", "study/analysis.py"),
+    *("noise/*.py", "linear/*.py", "cards/*.py", "hub/*.py", "study/analysis.py"),
     *(f"training/{name}.py" for name in ("objectives", "rounds", "checkpoints", "ema")),
     *(f"robustness/{name}.py" for name in ("scores", "corruptions", "corruption_functions", "suite", "checks")),
     "robustness/attacks/*.py",
@@ -57,11 +57,12 @@ FILES = (
 # The tests of a file: those named after it, and these. All of them are run once to learn which lines each one runs.
 TESTS = {
     "": ["test_defaults.py"],
-    "linear/": ["test_images.py"],
-    "noise/": ["noise/test_noise_on_hub.py", "noise/test_learning.py", "training/test_rounds.py"],
+    "linear/": ["invisible/test_images.py"],
+    "noise/": ["noise/test_noise_on_hub.py", "noise/test_algorithm1.py", "training/test_rounds.py"],
     "noise/bank.py": ["training/test_noise_bank.py"],
     "noise/plots.py": ["noise/test_pictures.py"],
-    "hub/": ["hub/test_card.py", "hub/test_release.py", "hub/test_model_cards.py"],
+    "cards/": ["cards/test_card.py", "hub/test_release.py", "cards/test_model_cards.py"],
+    "hub/": ["cards/test_card.py", "hub/test_release.py", "cards/test_model_cards.py"],
     "hub/timm_vit.py": ["hub/test_convert.py", "test_published_tables.py"],
     "hub/convert.py": ["hub/test_checkpoint_files.py", "test_published_tables.py"],
     "hub/metric.py": ["hub/test_metric_space.py"],

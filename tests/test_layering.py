@@ -21,7 +21,9 @@ ORDER = [
     "core.launcher",
     "core.uploads",
     "command_line",
+    "models.frozen",
     "models.loading",
+    "models.frozen",
     "models.patch_embedding",
     "models.attention",
     "models.preprocessing",
@@ -35,13 +37,13 @@ ORDER = [
     "noise.pixels",
     "noise.pictures",
     "noise.probe",
-    "noise.endings",
+    "noise.history",
     "noise.card",
     "noise.provenance",
     "noise.artifact",
     "noise.bank",
-    "noise.learning",
     "noise.calibration",
+    "noise.algorithm1",
     "noise.boundary",
     "noise.plots",
     "noise.closure",
@@ -66,11 +68,11 @@ ORDER = [
     "robustness.summaries",
     "robustness.plots",
     "robustness.report",
-    "hub.run_folder",
-    "hub.tables",
-    "hub.eval_results",
-    "hub.card",
-    "hub.staging",
+    "cards.run_folder",
+    "cards.tables",
+    "cards.eval_results",
+    "cards.card",
+    "cards.staging",
     "training.rounds",
     "training.objectives",
     "training.noise_objectives",
@@ -93,12 +95,12 @@ ORDER = [
     "training.publishing",
     "training.round_trainer",
     "training.trainer",
+    "invisible.images",
+    "invisible.ownership",
     "explain.maps",
     "explain.lrp",
     "explain.grid",
-    "images",
     "explain.agreement",
-    "ownership",
     "hub.planned",
     "hub.metric",
     "hub.recheck",
@@ -164,6 +166,23 @@ def test_the_laboratory_has_an_order_too(module):
     assert module in LABORATORY_ORDER, f"{module}: add it to LABORATORY_ORDER in {Path(__file__).name}"
     above = imports_of(LABORATORY[module]) - {*ORDER, *LABORATORY_ORDER[: LABORATORY_ORDER.index(module)]}
     assert not above, f"{module} imports what stands after it: {sorted(above)}"
+
+
+def test_packages_form_no_circle():
+    """A node is a package, or a file beside the packages; what needs no other node is taken away until none is left."""
+    below: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        package = module.partition(".")[0]
+        below.setdefault(package, set()).update(name.partition(".")[0] for name in imports_of(path))
+        below[package].discard(package)
+    while lowest := {package for package, needed in below.items() if not needed & below.keys()}:
+        below = {package: needed for package, needed in below.items() if package not in lowest}
+    assert not below, f"packages that import each other, or need such: {below}"
+
+
+def test_nothing_but_recipes_imports_hub():
+    users = {name for name, path in MODULES.items() if any(part.startswith("hub.") for part in imports_of(path))}
+    assert not {name for name in users if not name.startswith("hub.")}
 
 
 def test_packages_import_nothing_by_themselves():

@@ -15,6 +15,7 @@ from hf_nullspace.explain.lrp import lrp_map
 from hf_nullspace.explain.maps import saliency_maps
 from hf_nullspace.hub.checkpoint_files import read_checkpoint
 from hf_nullspace.hub.convert import read_labels, timm_image_processor
+from hf_nullspace.invisible.ownership import fingerprint, verify_owner
 from hf_nullspace.linear.box import nearest_in_box
 from hf_nullspace.linear.layer_norm import exact_encoder_nullspace
 from hf_nullspace.linear.patch import PatchNullspace, split_patches
@@ -22,14 +23,13 @@ from hf_nullspace.models.attention import attention_weights
 from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.patch_embedding import find_patch_embedding, patch_embedding_noise
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor, rgb_image
+from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.calibration import calibrate
 from hf_nullspace.noise.closure import combinations, scaling
-from hf_nullspace.noise.learning import NoiseSettings, learn_noise
 from hf_nullspace.noise.pixels import pixel_preimage
-from hf_nullspace.ownership import fingerprint, verify_owner
 from hf_nullspace.robustness.attacks.auto import AutoAttack
 from hf_nullspace.robustness.attacks.carlini_wagner import CW
 from hf_nullspace.robustness.attacks.gradient import FGSM, MIM, PGD

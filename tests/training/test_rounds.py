@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, patch_embedding_noise
+from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise
 from hf_nullspace.noise.boundary import BoundarySettings
 from hf_nullspace.noise.calibration import calibrate
+from hf_nullspace.noise.history import NoiseHistory
 from hf_nullspace.noise.influence import noise_influence
-from hf_nullspace.noise.learning import NoiseHistory, NoiseSettings
 from hf_nullspace.training.rounds import Round
 from tiny_models import tiny_model
 
@@ -55,7 +56,7 @@ def test_an_old_noise_is_at_most_doubled():
     """One that the model has got used to stays inside epsilon; one that is nearer is scaled to epsilon."""
     model = tiny_model().double()
     direction = normal(0)
-    at_epsilon = calibrate(model, direction, EPSILON, HELD_OUT, tolerance=1e-3).noise
+    at_epsilon = calibrate(model, [direction], EPSILON, HELD_OUT, tolerance=1e-3)[0].noise
     far, near = noise_of(at_epsilon / 10), noise_of(at_epsilon / 1.5)
     weak, strong = round_of(previous=(far, near)).kept(2)
     torch.testing.assert_close(weak.tensor, 2 * far.tensor, rtol=1e-12, atol=0)

@@ -27,6 +27,17 @@ def check_numbers(settings: Any, ranges: Mapping[str, str]) -> None:
                 raise ValueError(f"{name}={value!r}: expected {_words(interval)}")
 
 
+def check_choices(settings: Any, choices: Mapping[str, Iterable[str]]) -> None:
+    """Check attributes of ``settings`` that are one of a few words.
+
+    Raises:
+        ValueError: for the first value that is none of its choices, naming it and them.
+    """
+    for name, words in choices.items():
+        if (value := getattr(settings, name)) not in words:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, words))}")
+
+
 def fraction(value: Any) -> float:
     """The number that ``value`` says: 0.03, "0.03" or "8/255".
 
@@ -39,13 +50,15 @@ def fraction(value: Any) -> float:
         raise ValueError(f"{value!r}: expected a number like 8/255 or 0.03") from None
 
 
-def nearest(name: Any, valid: Iterable[Any], *, most: int = 1) -> str:
-    """A hint for an unknown ``name``, to put behind an error: the nearest of ``valid``, or else the first of them."""
+def nearest(name: Any, valid: Iterable[Any], *, most: int = 1, otherwise: str | None = None) -> str:
+    """The end of an error about an unknown ``name``: at most ``most`` near ones of ``valid``, or else ``otherwise``.
+
+    Without ``otherwise``, the first of ``valid`` are listed.
+    """
     names = [str(each) for each in valid]
-    near = difflib.get_close_matches(str(name), names, n=most)
-    if near:
+    if near := difflib.get_close_matches(str(name), names, n=most):
         return f"; did you mean {' or '.join(near)}?"
-    return f"; expected one of {', '.join(sorted(names)[:12])}"
+    return f"; {otherwise or 'expected one of ' + ', '.join(sorted(names)[:12])}"
 
 
 def check_output_dir(folder: str | None) -> None:

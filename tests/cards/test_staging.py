@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hf_nullspace.hub.staging import linked_copy, published_copy
+from hf_nullspace.cards.staging import linked_copy, published_copy
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise
 
 

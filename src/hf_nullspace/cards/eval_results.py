@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, EvalResultEntry
 
-from hf_nullspace.hub.run_folder import Report, RunFolder, Source, source
+from hf_nullspace.cards.run_folder import Report, RunFolder, Source, source
 from hf_nullspace.robustness.suite import ConditionResult
 
 

@@ -9,8 +9,8 @@ import torch
 from made_runs import HISTORY, SETTINGS, answers
 from markdown_it import MarkdownIt
 
+from hf_nullspace.cards.card import model_card
 from hf_nullspace.core.text import block, cell, code, escape, literal
-from hf_nullspace.hub.card import model_card
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.robustness.checks import Check

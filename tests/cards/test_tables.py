@@ -5,8 +5,8 @@ import itertools
 import pytest
 from made_runs import CONDITIONS, SETTINGS, answers, finetuned, results
 
-from hf_nullspace.hub import tables
-from hf_nullspace.hub.run_folder import RunFolder
+from hf_nullspace.cards import tables
+from hf_nullspace.cards.run_folder import RunFolder
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES
 from hf_nullspace.robustness.suite import ConditionResult
 

@@ -22,7 +22,7 @@ from hf_nullspace.core.files import write_whole
 from hf_nullspace.linear.box import nearest_invisible_image
 from hf_nullspace.linear.patch import NoNullspaceError, PatchNullspace
 from hf_nullspace.linear.rounding import round_unseen
-from hf_nullspace.models.patch_embedding import find_patch_embedding
+from hf_nullspace.models.patch_embedding import embeddings_inside, find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing, rgb_image
 
 GEOMETRY_TOLERANCE = 1e-3  # of [0, 1]; a step of 8 bits is 4 times as much
@@ -154,16 +154,10 @@ class Judge:
 
     @torch.no_grad()
     def _answer(self, pixel_values: Tensor) -> Seen:
-        caught: list[Tensor] = []
-        handle = find_patch_embedding(self.model).register_forward_hook(
-            lambda module, args, output: caught.append(output[0] if isinstance(output, tuple) else output)
-        )
         like = next(self.model.parameters())
-        try:
+        with embeddings_inside(find_patch_embedding(self.model)) as seen:
             logits = self.model(pixel_values=pixel_values.to(like)).logits
-        finally:
-            handle.remove()
-        return Seen(logits[0].double().softmax(-1).cpu(), caught[0].double().cpu())
+        return Seen(logits[0].double().softmax(-1).cpu(), seen[0].double().cpu())
 
     def compare(self, source: Image.Image | Path, result: Image.Image | Path) -> Verdict:
         """What the model thinks of two images or files of the written size."""

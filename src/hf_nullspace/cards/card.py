@@ -9,11 +9,9 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from hf_nullspace import __version__
-from hf_nullspace.core.files import write_whole
-from hf_nullspace.core.text import block, code, escape, literal
-from hf_nullspace.hub.eval_results import eval_result_entries, model_index
-from hf_nullspace.hub.run_folder import LOCAL, Report, RunFolder
-from hf_nullspace.hub.tables import (
+from hf_nullspace.cards.eval_results import eval_result_entries, model_index
+from hf_nullspace.cards.run_folder import LOCAL, Report, RunFolder
+from hf_nullspace.cards.tables import (
     attacks_not_measured,
     cost_table,
     doubts,
@@ -23,6 +21,8 @@ from hf_nullspace.hub.tables import (
     settings_yaml,
     verdict,
 )
+from hf_nullspace.core.files import write_whole
+from hf_nullspace.core.text import block, code, escape, literal
 
 CARD_NAME = "README.md"
 EVAL_RESULTS = ".eval_results"
@@ -112,8 +112,8 @@ def write_card(
 
 
 def from_template(name: str, data: ModelCardData, **values: Any) -> ModelCard:
-    """A card from ``hub/templates/NAME``."""
-    with as_file(files("hf_nullspace.hub").joinpath(f"templates/{name}")) as path:
+    """A card from ``cards/templates/NAME``."""
+    with as_file(files("hf_nullspace.cards").joinpath(f"templates/{name}")) as path:
         return ModelCard.from_template(data, template_path=str(path), **values)
 
 

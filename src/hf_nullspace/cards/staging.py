@@ -5,8 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+from hf_nullspace.cards.run_folder import portable, portable_text
 from hf_nullspace.core.files import write_json, write_whole
-from hf_nullspace.hub.run_folder import portable, portable_text
 from hf_nullspace.noise.artifact import CONFIG_NAME, WEIGHTS_NAME, NullspaceNoise
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from hf_nullspace.invisible.ownership import fingerprint, invariance_score, verify_owner
 from hf_nullspace.linear.patch import NoNullspaceError, PatchNullspace
-from hf_nullspace.ownership import fingerprint, invariance_score, verify_owner
 from hf_nullspace.robustness.pixel_model import PixelModel
 from tiny_models import tiny_model
 

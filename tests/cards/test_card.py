@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from made_runs import CONDITIONS, SETTINGS, answers, finetuned, results
 from PIL import Image
 
+from hf_nullspace.cards.card import model_card, write_card
+from hf_nullspace.cards.run_folder import RunFolder, RunFolderError, portable, source
 from hf_nullspace.command_line import parse
-from hf_nullspace.hub.card import model_card, write_card
-from hf_nullspace.hub.run_folder import RunFolder, RunFolderError, portable, source
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.robustness.checks import Check
 from hf_nullspace.robustness.report import write_report

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from hf_nullspace.images import (
+from hf_nullspace.invisible.images import (
     Judge,
     closeness,
     difference,
