@@ -118,13 +118,13 @@ LABORATORY_ORDER = [
     "study.analysis",
     "study.schedule",
     "study.report",
-    "figures.table_4",
-    "figures.report",
-    "figures.bench",
-    "figures.influence_against_norm",
-    "figures.closure_pictures",
-    "figures.progress",
     "figures.setting",
+    "figures.table_4",
+    "figures.experiment",
+    "figures.figure_2",
+    "figures.figure_3",
+    "figures.figure_4",
+    "figures.table_5",
 ]
 
 
