@@ -115,18 +115,17 @@ ORDER = [
 LABORATORY_ORDER = [
     "study.design",
     "study.images",
-    "study.pieces",
-    "study.estimate",
+    "study.tasks",
     "study.analysis",
-    "study.flow",
+    "study.schedule",
     "study.report",
-    "figures.table_4",
-    "figures.report",
-    "figures.bench",
-    "figures.influence_against_norm",
-    "figures.closure_pictures",
-    "figures.progress",
     "figures.setting",
+    "figures.table_4",
+    "figures.experiment",
+    "figures.figure_2",
+    "figures.figure_3",
+    "figures.figure_4",
+    "figures.table_5",
 ]
 
 
