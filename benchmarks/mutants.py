@@ -57,7 +57,7 @@ FILES = (
 TESTS = {
     "": ["test_defaults.py"],
     "linear/": ["test_images.py"],
-    "noise/": ["noise/test_noise_on_hub.py", "noise/test_learning.py", "training/test_rounds.py"],
+    "noise/": ["noise/test_noise_on_hub.py", "noise/test_algorithm1.py", "training/test_rounds.py"],
     "noise/bank.py": ["training/test_noise_bank.py"],
     "noise/plots.py": ["noise/test_pictures.py"],
     "hub/": ["hub/test_card.py", "hub/test_release.py", "hub/test_model_cards.py"],

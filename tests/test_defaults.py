@@ -11,7 +11,17 @@ import pytest
 
 from hf_nullspace.hub import recheck
 from hf_nullspace.linear import attention, box, layer_norm, patch
-from hf_nullspace.noise import artifact, bank, boundary, calibration, closure, influence, learning, provenance
+from hf_nullspace.noise import (
+    algorithm1,
+    artifact,
+    bank,
+    boundary,
+    calibration,
+    closure,
+    history,
+    influence,
+    provenance,
+)
 from hf_nullspace.robustness import checks, scores, suite
 from hf_nullspace.robustness.attacks import auto, base, carlini_wagner, gradient, patch_fool
 from hf_nullspace.study import analysis
@@ -20,17 +30,16 @@ from hf_nullspace.training import objectives, rounds
 TENTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # A.5
 DEFAULTS = [
     # Algorithm 1 and A.3; weight decay and the stopping test are ours
-    (learning.NoiseSettings, {"epsilon": 0.03, "noise_limit": 3.0, "learning_rate": 0.1, "max_steps": 3000,
+    (algorithm1.NoiseSettings, {"epsilon": 0.03, "noise_limit": 3.0, "learning_rate": 0.1, "max_steps": 3000,
                               "weight_decay": 0.0, "loss": "l2", "stop_on": "held_out", "on_limit": "use",
                               "norm_weight": 0.0, "norm": "centred"}),
     (boundary.BoundarySettings, {"epsilon": 0.03, "steps": 60, "learning_rate": 0.2, "noise_limit": 3.0,
                                  "pool_images": 1024, "count": 1, "loss": "l2", "tolerance": 0.04}),
-    (calibration.find_factor, {"start": 1.0, "tolerance": 0.02, "steps": 40, "largest": float("inf")}),
-    (calibration.calibrate, {"tolerance": 0.02}),
-    (calibration.calibrate_each, {"tolerance": 0.02, "largest": None, "must_reach": True}),
-    (influence.scale_to_influence, {"upper": 1.0, "steps": 20}),
+    (calibration.scale_to_influence, {"start": 1.0, "tolerance": 0.02, "largest": float("inf")}),
+    (calibration.scale_into, {"start": 1.0, "tolerance": 1 - 0.96, "largest": float("inf")}),
+    (calibration.calibrate, {"tolerance": 0.02, "largest": float("inf")}),
     (influence.permuted, {"raw": False}),
-    (learning.NoiseHistory.summary, {"points": 200}),
+    (history.NoiseHistory.summary, {"points": 200}),
     (closure.scaling, {"factors": TENTHS}),
     (closure.combinations, {"alphas_1": TENTHS, "alphas_2": TENTHS}),
     (rounds.Round, {"warm_start": False, "bank_size": 1, "previous": (), "chunk_size": None}),
@@ -81,15 +90,14 @@ def test_defaults(function, defaults):
 
 # What may be given without its name, and by its name as well; the rest is given by its name.
 POSITIONAL = [
-    (learning.learn_noise, "model batches settings"),
+    (algorithm1.learn_noise, "model batches settings"),
     (boundary.follow_boundary, "model batches settings"),
-    (calibration.find_factor, "influence_at epsilon"),
-    (calibration.calibrate, "model direction epsilon held_out"),
-    (calibration.calibrate_each, "model directions epsilon held_out"),
+    (calibration.scale_to_influence, "influence_at epsilon"),
+    (calibration.scale_into, "influence_at epsilon"),
+    (calibration.calibrate, "model directions epsilon held_out"),
     (closure.scaling, "model batches noises factors"),
     (closure.combinations, "model batches pairs alphas_1 alphas_2"),
     (influence.permuted, "noise generator"),
-    (influence.scale_to_influence, "influence_at epsilon"),
     (artifact.NullspaceNoise.save_pretrained, "self folder"),
     (artifact.NullspaceNoise.push_to_hub, "self repo_id"),
     (provenance.provenance_of, "model"),

@@ -218,13 +218,13 @@ def test_nothing_belongs_to_a_machine():
 
 def test_the_checker_finds_what_is_wrong():
     bad = """
-    `noise/learnin.py`, `noise.learning.learn_noises`, `NoiseSettings.epsilonn`,
+    `noise/learnin.py`, `noise.algorithm1.learn_noises`, `NoiseSettings.epsilonn`,
     `tests/core/test_files.py::test_nothing`, `tests/test_nothing.py::test_x`,
     `recipes/configs/no_such_*.yaml`, `make tset`, `learn_noize`
     """
     assert [problem.partition(":")[0] for problem in exact_problems(bad)] == [
         "noise/learnin.py",
-        "noise.learning.learn_noises",
+        "noise.algorithm1.learn_noises",
         "NoiseSettings.epsilonn",
         "tests/core/test_files.py",
         "tests/test_nothing.py",
@@ -236,7 +236,7 @@ def test_the_checker_finds_what_is_wrong():
 
 def test_the_checker_lets_pass_what_is_right():
     good = """
-    `noise/learning.py`, `src/hf_nullspace/core/files.py`, `noise.learning.learn_noise`, `noise.learning._descend`,
+    `noise/algorithm1.py`, `src/hf_nullspace/core/files.py`, `noise.algorithm1.learn_noise`, `noise.algorithm1.descend`,
     `noise`, `NoiseSettings.epsilon`, `tests/core/test_files.py::test_a_full_disk_names_the_file`,
     `recipes/configs/NAME.yaml`, `slow`, `make test`, `make PYTHON=python3.11`, `learn_noise`,
     `CE(z, y)`, `outputs/digits`

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softmax
 
-from hf_nullspace.noise.learning import NoiseSettings, start_noise
+from hf_nullspace.noise.algorithm1 import NoiseSettings, start_noise
 from tiny_models import tiny_model
 
 

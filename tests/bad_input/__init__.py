@@ -22,12 +22,12 @@ from hf_nullspace.models.attention import attention_weights
 from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.patch_embedding import find_patch_embedding, patch_embedding_noise
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor, rgb_image
+from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.calibration import calibrate
 from hf_nullspace.noise.closure import combinations, scaling
-from hf_nullspace.noise.learning import NoiseSettings, learn_noise
 from hf_nullspace.noise.pixels import pixel_preimage
 from hf_nullspace.ownership import fingerprint, verify_owner
 from hf_nullspace.robustness.attacks.auto import AutoAttack

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
+from hf_nullspace.models.frozen import frozen
 from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise
-from hf_nullspace.noise.probe import frozen
 from hf_nullspace.training.config import NullspaceConfig
 
 SIZES = {  # width, layers, heads, image

@@ -1,7 +1,5 @@
 """The measures against NumPy and closed forms."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,6 @@ from hf_nullspace.noise.influence import (
     match_rate,
     noise_influence,
     permuted,
-    scale_to_influence,
 )
 from tiny_models import cosine, normal
 
@@ -57,11 +54,3 @@ def test_raw_permutation_keeps_the_elements():
     control = permuted(noise, torch.Generator().manual_seed(0), raw=True)
     assert not torch.equal(control, noise)
     assert torch.equal(control.flatten().sort().values, noise.flatten().sort().values)
-
-
-def test_scaling_finds_the_boundary():
-    assert scale_to_influence(lambda factor: factor**2, 0.04) == pytest.approx(0.2, abs=1e-5)
-    assert scale_to_influence(lambda factor: 0.01 * factor, 0.04) == 1.0
-    assert scale_to_influence(lambda factor: factor**2, 0.04) ** 2 <= 0.04
-    with pytest.raises(FloatingPointError, match="noise times 1 is NaN"):
-        scale_to_influence(lambda factor: math.nan, 0.04)

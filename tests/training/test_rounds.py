@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
+from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise
 from hf_nullspace.noise.boundary import BoundarySettings
 from hf_nullspace.noise.calibration import calibrate
-from hf_nullspace.noise.learning import NoiseHistory, NoiseSettings
+from hf_nullspace.noise.history import NoiseHistory
 from hf_nullspace.training.rounds import Round
 from tiny_models import cosine, normal, tiny_model
 from written_out import influence_of
@@ -49,7 +50,7 @@ def held_out_influence(model, tensor):
 def test_an_old_noise_is_at_most_doubled():
     """One that the model has got used to stays inside epsilon; one that is nearer is scaled to epsilon."""
     model = tiny_model().double()
-    at_epsilon = calibrate(model, direction(0), EPSILON, HELD_OUT, tolerance=1e-3).noise
+    at_epsilon = calibrate(model, [direction(0)], EPSILON, HELD_OUT, tolerance=1e-3)[0].noise
     far, near = noise_of(at_epsilon / 10), noise_of(at_epsilon / 1.5)
     weak, strong = round_of(previous=(far, near)).kept(2)
     torch.testing.assert_close(weak.tensor, 2 * far.tensor, rtol=1e-12, atol=0)

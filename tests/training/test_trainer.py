@@ -10,8 +10,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import NotAViTError
+from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank, model_hash
-from hf_nullspace.noise.learning import NoiseSettings
 from hf_nullspace.training.noise_stream import noise_stream
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model, tiny_resnet

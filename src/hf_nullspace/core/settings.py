@@ -27,6 +27,17 @@ def check_numbers(settings: Any, ranges: Mapping[str, str]) -> None:
                 raise ValueError(f"{name}={value!r}: expected {_words(interval)}")
 
 
+def check_choices(settings: Any, choices: Mapping[str, Iterable[str]]) -> None:
+    """Check attributes of ``settings`` that are one of a few words.
+
+    Raises:
+        ValueError: for the first value that is none of its choices, naming it and them.
+    """
+    for name, words in choices.items():
+        if (value := getattr(settings, name)) not in words:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, words))}")
+
+
 def fraction(value: Any) -> float:
     """The number that ``value`` says: 0.03, "0.03" or "8/255".
 

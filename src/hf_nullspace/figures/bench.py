@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from hf_nullspace.core.processes import over_processes
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
+from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
 from hf_nullspace.noise.artifact import NullspaceNoise, model_hash, provenance_of
+from hf_nullspace.noise.history import NoiseHistory
 from hf_nullspace.noise.influence import centred_norm, match_rate, noise_influence
-from hf_nullspace.noise.learning import NoiseHistory, NoiseSettings, learn_noise
-from hf_nullspace.noise.probe import Probe, frozen
+from hf_nullspace.noise.probe import Probe, probing
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.records import Records
 from hf_nullspace.training.config import NullspaceConfig
@@ -52,8 +53,8 @@ class Bench:
     @contextmanager
     def probe(self) -> Iterator[Probe]:
         """The frozen model with its clean answers to the images."""
-        with frozen(self.model):
-            yield Probe(self.model, self.hook, self.batches, None, spare=self.batches[0][:1])
+        with probing(self.model, self.batches, hook=self.hook) as probe:
+            yield probe
 
     def kept(self, make: Callable[[], Any], **depends_on: Any) -> Any:
         """What ``make()`` returned in this or an earlier run, as JSON gives it back, for the same model and data."""

@@ -13,10 +13,11 @@ from torch import Tensor
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.figures.bench import Bench
+from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name, load_noise_bank
+from hf_nullspace.noise.calibration import scale_to_influence
 from hf_nullspace.noise.closure import Combinations, Scaling, combinations, scaling
-from hf_nullspace.noise.influence import permuted, scale_to_influence
-from hf_nullspace.noise.learning import NoiseSettings
+from hf_nullspace.noise.influence import permuted
 
 QUOTED = (
     "98 noises of epsilon 0.03, influence 0.035 to 0.042 on the validation set: the influence of alpha v is less than "
@@ -97,7 +98,9 @@ def permuted_controls(bench: Bench, noises: Sequence[NullspaceNoise]) -> list[Nu
             def make(noise: Tensor = noise.tensor, other: Tensor = other) -> float:
                 bench.bar.begin("permuted noises")
                 own = probe.held_out_influence(noise.to(probe.device))
-                return scale_to_influence(lambda share: probe.held_out_influence(share * other.to(probe.device)), own)
+                return scale_to_influence(
+                    lambda share: probe.held_out_influence(share * other.to(probe.device)), own, tolerance=1e-3
+                ).factor
 
             factor = bench.kept(make, figure=4, permuted=digest(noise), index=index)
             controls.append(NullspaceNoise(factor * other, noise.grid))

@@ -14,8 +14,8 @@ import torch
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.figures.bench import Bench, influence_and_match
+from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.influence import centred_norm, permuted
-from hf_nullspace.noise.learning import NoiseSettings
 
 # Section 2.3 says it in words; figure 2 has no numbers to read off.
 QUOTED = "all being fairly benign to the model's predictions; the permuted noise significantly degrades them"

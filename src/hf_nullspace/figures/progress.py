@@ -17,8 +17,8 @@ from transformers import set_seed
 
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.figures.bench import Bench, influence_and_match
+from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name
-from hf_nullspace.noise.learning import NoiseSettings
 from hf_nullspace.robustness.records import from_bits, record
 from hf_nullspace.robustness.scores import paired_mean_difference
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, ConditionResult
@@ -99,7 +99,7 @@ def noise_sizes(bench: Bench, settings: NoiseSettings, count: int) -> list[dict[
 
         def make(index: int = index) -> dict[str, Any]:
             noise, history = bench.learn(settings, index, f"noise {index - FIRST_INDEX + 1} of {count}")
-            entry = history.summary(noise)
+            entry = history.summary(noise.tensor)
             names = ("norm", "centred_norm", "influence", "minibatch_influence", "noise_steps", "stopped")
             return {name: entry[name] for name in names}
 

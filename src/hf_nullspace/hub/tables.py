@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from hf_nullspace.core.text import code, escape
 from hf_nullspace.hub.run_folder import Report, RunFolder
-from hf_nullspace.noise.endings import ENDINGS
+from hf_nullspace.noise.history import ENDINGS
 from hf_nullspace.robustness.attacks.base import readable
 from hf_nullspace.robustness.plans import ATTACKS
 from hf_nullspace.robustness.plots import cell

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_nullspace.core.files import write_whole
 from hf_nullspace.core.text import PIPE, cell, code, escape, literal
-from hf_nullspace.noise.endings import ENDINGS, NO_NOISE
+from hf_nullspace.noise.history import ENDINGS, NO_NOISE
 from hf_nullspace.noise.pictures import plot_bank, plot_noise
 
 CARD_NAME, PICTURE, BANK_PICTURE = "README.md", "noise.png", "noises.png"

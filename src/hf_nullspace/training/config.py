@@ -11,8 +11,8 @@ import torch
 from transformers import TrainingArguments
 
 from hf_nullspace.core.settings import check_numbers, check_output_dir
+from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
-from hf_nullspace.noise.learning import NoiseSettings
 from hf_nullspace.training import adversarial_objectives as _adversarial  # noqa: F401  (they register themselves)
 from hf_nullspace.training.noise_objectives import DISTRIBUTIONS, MIXES
 from hf_nullspace.training.objectives import check_objective

@@ -18,7 +18,7 @@ from hf_nullspace.core.files import one_clear_error, write_json
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, bank_file_name, provenance_of
-from hf_nullspace.noise.learning import NoiseHistory
+from hf_nullspace.noise.history import NoiseHistory
 from hf_nullspace.noise.probe import not_finite_weight
 from hf_nullspace.training.checkpoints import HISTORY_NAME
 from hf_nullspace.training.config import NullspaceConfig
@@ -192,7 +192,7 @@ class RoundTrainer(Trainer):
         before = self.cost.passes("noise")
         self.cost.sync()
         passes = {kind: count - before[kind] for kind, count in self.cost.passes("noise").items()}
-        entry = {"round": round_, "step": self.state.global_step} | history.summary(noise) | {"cost": passes}
+        entry = {"round": round_, "step": self.state.global_step} | history.summary(noise.tensor) | {"cost": passes}
         if len(noises) > 1:
             entry["bank"] = [
                 {

@@ -1,5 +1,6 @@
 """What an objective has at hand when a round begins: the present model, images of its own, and ways to make a noise."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from hf_nullspace import __version__
 from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise, embedding_shape
+from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
-from hf_nullspace.noise.calibration import Calibrated, calibrate_each
-from hf_nullspace.noise.endings import warn, worst
-from hf_nullspace.noise.learning import NoiseHistory, NoiseSettings, learn_noise
+from hf_nullspace.noise.calibration import Calibrated, calibrate
+from hf_nullspace.noise.history import NoiseHistory, warn, worst
 
 _LARGEST = 2.0
 """By how much an earlier noise is scaled up at most, if the model has got used to it."""
@@ -92,8 +93,7 @@ class Round:
                 raise ValueError("held_out_images=0: noises are scaled to epsilon on held-out images; keep some")
             learned, history = follow_boundary(self.model, self._images[1], settings, start=start, **options)
         else:
-            needs_held_out = settings.stop_on == "held_out" or settings.on_limit == "rescale"
-            if needs_held_out and not self.held_out:
+            if settings.needs_held_out and not self.held_out:
                 raise ValueError("held_out_images=0: this preset tests epsilon on held-out images; keep some")
             start = None if start is None else start[:1]
             noise, history = learn_noise(self.model, self._images[1], settings, start=start, **options)
@@ -117,14 +117,14 @@ class Round:
             for noise, scaled in zip(kept, found, strict=True)
         )
 
-    def _calibrated(self, directions: Sequence[Tensor], largest: float | None = None) -> list[Calibrated]:
+    def _calibrated(self, directions: Sequence[Tensor], largest: float = math.inf) -> list[Calibrated]:
         epsilon = self.settings.epsilon
         if epsilon is None:
             raise ValueError("epsilon is not set; a noise is scaled to an influence: set epsilon")
         if not self.held_out:
             raise ValueError("held_out_images=0: a noise is scaled on held-out images; keep some")
         options: dict[str, Any] = {"hook": self.hook, "chunk_size": self.chunk_size, "largest": largest}
-        return calibrate_each(self.model, directions, epsilon, self.held_out, must_reach=False, **options)
+        return calibrate(self.model, directions, epsilon, self.held_out, **options)
 
     def scaled(self, directions: Sequence[Tensor], made: str, history: NoiseHistory | None = None) -> Made:
         """Each of ``directions`` (1, N, D) scaled to the influence epsilon on the held-out images.

@@ -9,10 +9,10 @@ import torch
 
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import EmbeddingShape, NoiseMode, PatchEmbeddingNoise
+from hf_nullspace.noise.algorithm1 import NoiseNotLearnedError, NoiseSettings, learn_noise, start_noise
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.calibration import calibrate
-from hf_nullspace.noise.learning import NoiseNotLearnedError, NoiseSettings, learn_noise, start_noise
 from tiny_models import cosine, tiny_model
 from written_out import algorithm_1, influence_of
 
@@ -223,7 +223,7 @@ def learn_with(learner, vit, images):
         return learn_noise(vit, batches, NoiseSettings(on_limit="rescale"), seed=0, held_out=images)
     if learner == "boundary":
         return follow_boundary(vit, batches, BoundarySettings(steps=1), seed=0, held_out=images)
-    return calibrate(vit, direction, 0.03, images)
+    return calibrate(vit, [direction], 0.03, images)
 
 
 def test_chunks_change_only_the_rounding():
@@ -267,12 +267,12 @@ def test_bf16_model_keeps_a_float32_noise():
         ({"epsilon": 0}, r"epsilon=0: expected a number in \(0, 2\]"),
         ({"epsilon": -1.0}, "epsilon"),
         ({"epsilon": 2.5}, "epsilon"),
-        ({"max_steps": 0}, "at least 1 noise step"),
+        ({"max_steps": 0}, "at least 1"),
         ({"noise_limit": 0}, "noise_limit"),
-        ({"noise_limit": math.inf}, "noise_limit=inf: expected a positive start range"),
-        ({"learning_rate": math.inf}, "learning_rate=inf: expected a positive number"),
-        ({"weight_decay": math.nan}, "weight_decay=nan: expected a number >= 0"),
-        ({"norm_weight": -1.0}, r"norm_weight=-1\.0: expected a number >= 0"),
+        ({"noise_limit": math.inf}, "noise_limit=inf: expected a number above 0"),
+        ({"learning_rate": math.inf}, "learning_rate=inf: expected a number above 0"),
+        ({"weight_decay": math.nan}, "weight_decay=nan: expected at least 0"),
+        ({"norm_weight": -1.0}, r"norm_weight=-1\.0: expected at least 0"),
         ({"loss": "l1"}, "loss='l1'"),
         ({"stop_on": "never"}, "stop_on"),
         ({"on_limit": "shrug"}, "on_limit"),
