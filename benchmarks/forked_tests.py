@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = "src/hf_nullspace"
+PACKAGE, RECIPES = "src/hf_nullspace", "recipes"  # the study's analysis is in recipes/
 WHOLE = "whole"  # a context: what a fixture of a whole file ran, on behalf of every test of that file
 
 
@@ -33,7 +33,8 @@ def copied(folder):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    compileall.compile_dir(str(folder / "src"), quiet=1)
+    for code in ("src", RECIPES):
+        compileall.compile_dir(str(folder / code), quiet=1)
     return folder
 
 
@@ -46,7 +47,7 @@ def import_libraries():
                 wanted |= {(alias.name, "") for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 wanted |= {(node.module, alias.name) for alias in node.names}
-    own = {"hf_nullspace", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    own = {"hf_nullspace", "figures", "study", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for module, name in sorted(wanted):
@@ -110,7 +111,8 @@ def child(folder, tests, answer, lines):
     if lines is not None:
         import coverage
 
-        measured = coverage.Coverage(source=[str(folder / PACKAGE)], data_file=str(lines), config_file=False)
+        sources = [str(folder / PACKAGE), str(folder / RECIPES)]
+        measured = coverage.Coverage(source=sources, data_file=str(lines), config_file=False)
         measured.start()
     watcher = Watcher(measured)
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]

@@ -35,11 +35,11 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from forked_tests import PACKAGE, ROOT, WHOLE, Run, copied, import_libraries, without_a_mutant
+from forked_tests import PACKAGE, RECIPES, ROOT, WHOLE, Run, copied, import_libraries, without_a_mutant
 
 REASONS = Path(__file__).with_name("mutants_reasons.json")
 FILES = (
-    *("noise/*.py", "linear/*.py", "hub/*.py", "study/analysis.py"),
+    *("noise/*.py", "linear/*.py", "cards/*.py", "hub/*.py", "study/analysis.py"),
     *(f"training/{name}.py" for name in ("objectives", "rounds", "checkpoints", "ema")),
     *(f"robustness/{name}.py" for name in ("scores", "corruptions", "corruption_functions", "suite", "checks")),
     "robustness/attacks/*.py",
@@ -47,11 +47,12 @@ FILES = (
 # The tests of a file: those named after it, and these. All of them are run once to learn which lines each one runs.
 TESTS = {
     "": ["test_defaults.py"],
-    "linear/": ["test_images.py"],
+    "linear/": ["invisible/test_images.py"],
     "noise/": ["noise/test_noise_on_hub.py", "noise/test_algorithm1.py", "training/test_rounds.py"],
     "noise/bank.py": ["training/test_noise_bank.py"],
     "noise/plots.py": ["noise/test_pictures.py"],
-    "hub/": ["hub/test_card.py", "hub/test_release.py", "hub/test_model_cards.py"],
+    "cards/": ["cards/test_card.py", "hub/test_release.py", "cards/test_model_cards.py"],
+    "hub/": ["cards/test_card.py", "hub/test_release.py", "cards/test_model_cards.py"],
     "hub/timm_vit.py": ["hub/test_convert.py", "test_published_tables.py"],
     "hub/convert.py": ["hub/test_checkpoint_files.py", "test_published_tables.py"],
     "hub/metric.py": ["hub/test_metric_space.py"],
@@ -70,9 +71,6 @@ TESTS = {
     "robustness/attacks/gradient.py": ["robustness/test_gradient_attacks.py"],
 }
 MOST_OTHERS = 40  # tests of other files that run a line; of some lines it is every second test
-
-
-# ---- the sample
 
 
 def annotations(tree):
@@ -104,8 +102,9 @@ def rank(seed, *words):
 def sample(seed, count, only):
     """The mutants, as dictionaries: each file's share by its number of places, and one mutant for each place."""
     everything = {}
-    for path in sorted({path for pattern in FILES for path in (ROOT / PACKAGE).glob(pattern)}):
-        name = path.relative_to(ROOT / PACKAGE).as_posix()
+    found = [(root, path) for root in (PACKAGE, RECIPES) for pattern in FILES for path in (ROOT / root).glob(pattern)]
+    for root, path in sorted(set(found)):
+        name = path.relative_to(ROOT / root).as_posix()
         if not only or any(part in name for part in only):
             everything[name] = (path, places(path))
     total = sum(len(found) for _, found in everything.values())
@@ -154,10 +153,15 @@ def described(name, path, spec, start):
     return mutant | {"source": changed}
 
 
+def file_of(name):
+    """The path of a module, from the repository's root."""
+    return f"{PACKAGE if (ROOT / PACKAGE / name).is_file() else RECIPES}/{name}"
+
+
 def tests_of(name):
     """The test files of a module, those with its name first."""
-    stem = Path(name).stem
-    own = sorted((ROOT / "tests" / Path(name).parts[0]).rglob(f"test_{stem}.py"))
+    folder = "." if file_of(name).startswith(PACKAGE) else RECIPES
+    own = sorted((ROOT / "tests" / folder / Path(name).parts[0]).rglob(f"test_{Path(name).name}"))
     more = [ROOT / "tests" / test for prefix, tests in TESTS.items() if name.startswith(prefix) for test in tests]
     return list(dict.fromkeys(path.relative_to(ROOT).as_posix() for path in [*own, *more]))
 
@@ -175,7 +179,7 @@ def learn(folder, tests, lines):
     data.read()
     ran = defaultdict(dict)
     for path in data.measured_files():
-        name = Path(path).relative_to(folder / PACKAGE).as_posix()
+        name = Path(path).relative_to(folder).as_posix().removeprefix(f"{PACKAGE}/").removeprefix(f"{RECIPES}/")
         for line, contexts in data.contexts_by_lineno(path).items():
             ran[name][line] = sorted(contexts)
     return {"seconds": found["seconds"], "ran": ran}
@@ -216,9 +220,7 @@ def read(path):
 def state(mutant, test):
     """What a result depends on: the file that is changed, and the test that noticed it, or all tests of that file."""
     tests = [test.partition("::")[0]] if test and "::" in test else tests_of(mutant["file"])
-    return hashlib.sha256(
-        "".join(content(path) for path in (f"{PACKAGE}/{mutant['file']}", *tests)).encode()
-    ).hexdigest()
+    return hashlib.sha256("".join(content(path) for path in (file_of(mutant["file"]), *tests)).encode()).hexdigest()
 
 
 @cache
@@ -244,7 +246,7 @@ def run_all(mutants, folders, known, session):
     while waiting or busy:
         while waiting and free:
             mutant, folder = waiting.pop(), free.pop()
-            path = folder / PACKAGE / mutant["file"]
+            path = folder / file_of(mutant["file"])
             path.write_text(mutant["source"], encoding="utf-8")
             os.utime(path, (stamp, stamp))  # so that no compiled file is taken for it
             stamp += 1
@@ -256,7 +258,7 @@ def run_all(mutants, folders, known, session):
                 continue
             del busy[folder]
             free.append(folder)
-            shutil.copy2(ROOT / PACKAGE / mutant["file"], folder / PACKAGE / mutant["file"])
+            shutil.copy2(ROOT / file_of(mutant["file"]), folder / file_of(mutant["file"]))
             outcome, test = found
             took = round(time.monotonic() - run.begun, 1)
             done[mutant["id"]] = {"id": mutant["id"], "outcome": outcome, "by": test, "seconds": took,
@@ -281,11 +283,13 @@ def main():
     parser.add_argument("--name", default="mutants", help='of the JSON in benchmarks/results; "" writes none')
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    commit = subprocess.run(["git", "log", "-1", "--format=%h", "--", "src"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "log", "-1", "--format=%h", "--", "src", RECIPES], cwd=ROOT, capture_output=True, text=True
+    )
     mutants = sample(args.seed, args.count, args.only)
     names = sorted({mutant["file"] for mutant in mutants})
     tests = list(dict.fromkeys(test for name in names for test in tests_of(name)))
-    for path in (*tests, *(f"{PACKAGE}/{name}" for name in names)):
+    for path in (*tests, *map(file_of, names)):
         content(path)
     args.session.mkdir(parents=True, exist_ok=True)
     print(f"{len(mutants)} mutants in {len(names)} files", flush=True)

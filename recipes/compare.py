@@ -27,12 +27,6 @@ from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.files import only_run_in
 from hf_nullspace.core.settings import check_numbers, check_output_dir
 from hf_nullspace.noise.artifact import model_hash
-from hf_nullspace.study.design import Run, Study, make_study, mapping_of
-from hf_nullspace.study.estimate import overview, seconds_left, work
-from hf_nullspace.study.flow import content_of, standing, work_through
-from hf_nullspace.study.images import ImageStore
-from hf_nullspace.study.pieces import Workshop
-from hf_nullspace.study.report import complete, write_study
 from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import (
@@ -44,6 +38,12 @@ from hf_nullspace.training.loading import (
     training_images,
 )
 from hf_nullspace.training.preflight import check_images, lack_of_room
+from study.design import Run, Study, make_study, mapping_of
+from study.estimate import overview, seconds_left, work
+from study.flow import content_of, standing, work_through
+from study.images import ImageStore
+from study.pieces import Workshop
+from study.report import complete, write_study
 
 
 @dataclass

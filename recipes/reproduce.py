@@ -26,11 +26,11 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 
+from figures import closure_pictures, influence_against_norm, progress, table_4
+from figures.bench import embedding_norm
+from figures.setting import FigureArguments, FigureConfig, Setting, claim, load_as_it_is
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.core.files import only_run_in
-from hf_nullspace.figures import closure_pictures, influence_against_norm, progress, table_4
-from hf_nullspace.figures.bench import embedding_norm
-from hf_nullspace.figures.setting import FigureArguments, FigureConfig, Setting, claim, load_as_it_is
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.robustness.pixel_model import PixelModel

@@ -24,7 +24,15 @@ from hf_nullspace.core.files import only_run_in, write_json
 from hf_nullspace.core.settings import check_numbers, check_output_dir
 from hf_nullspace.explain.agreement import METHODS, Explanations, explain_change
 from hf_nullspace.explain.grid import TITLES, correlation_text
-from hf_nullspace.images import Judge, closeness, difference, marked, side_by_side, strongest_invisible, write_png
+from hf_nullspace.invisible.images import (
+    Judge,
+    closeness,
+    difference,
+    marked,
+    side_by_side,
+    strongest_invisible,
+    write_png,
+)
 from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import rgb_image

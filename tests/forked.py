@@ -16,10 +16,7 @@ from recipe_calls import RECIPES
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [
-        f"hf_nullspace.{module}"
-        for module in ("training.trainer", "training.loading", "robustness.report", "study.pieces", "hub.card")
-    ]
+    [f"hf_nullspace.{module}" for module in ("training.trainer", "training.loading", "robustness.report", "cards.card")]
 )
 
 

@@ -24,8 +24,8 @@ from hf_nullspace.noise import (
 )
 from hf_nullspace.robustness import checks, scores, suite
 from hf_nullspace.robustness.attacks import auto, base, carlini_wagner, gradient, patch_fool
-from hf_nullspace.study import analysis
 from hf_nullspace.training import objectives, rounds
+from study import analysis
 
 TENTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # A.5
 DEFAULTS = [

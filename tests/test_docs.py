@@ -1,8 +1,9 @@
 """What the documents name exists: files, functions, tests, make targets, configurations; nothing belongs to a machine.
 
 Two strictnesses. In ``EXACT`` documents every name in backticks has to be something: a path from the repository's root
-or below ``src/hf_nullspace``, a test as pytest takes it, a dotted name below ``hf_nullspace``, a name that some file
-defines, a make target, a mark. In all documents and recipe headers the paths and make targets have to exist.
+or below ``src/hf_nullspace``, a test as pytest takes it, a dotted name below ``hf_nullspace`` or ``recipes``, a name
+that some file defines, a make target, a mark. In all documents and recipe headers the paths and make targets have to
+exist.
 """
 
 import ast
@@ -17,6 +18,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "hf_nullspace"
+RECIPES = ROOT / "recipes"
 EXACT = ("CONTRIBUTING.md", "docs/paper_map.md", "docs/deviations.md")
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml"))
@@ -59,8 +61,9 @@ def names_in(path: Path) -> frozenset[str]:
 
 @cache
 def modules() -> dict[str, Path]:
-    """Dotted names below ``hf_nullspace``; a folder's is that of its ``__init__.py``."""
-    paths = {path.relative_to(PACKAGE).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
+    """Dotted names below ``hf_nullspace`` and ``recipes``; a folder's is that of its ``__init__.py``."""
+    folders = (PACKAGE, RECIPES)
+    paths = {path.relative_to(folder).with_suffix(""): path for folder in folders for path in folder.rglob("*.py")}
     return {".".join(name.parts).removesuffix(".__init__"): path for name, path in paths.items()}
 
 
@@ -68,7 +71,8 @@ def modules() -> dict[str, Path]:
 def all_names() -> frozenset[str]:
     """Names that any file of the tree defines, arguments and values that the package takes, marks, extras, targets."""
     files = [path for folder in ("src", "tests", "recipes", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    package = [node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    code = (path for folder in (PACKAGE, RECIPES) for path in folder.rglob("*.py"))
+    package = [node for path in code for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     arguments = {node.arg for node in package if isinstance(node, ast.arg)}
     values = {node.value for node in package if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

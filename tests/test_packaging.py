@@ -88,6 +88,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(installed):
     assert changed == []
     others = {path.name for path in installed.iterdir()} - {"hf_nullspace"}
     assert others == {f"hf_nullspace-{hf_nullspace.__version__}.dist-info"}
+    assert {"hf_nullspace/figures/__init__.py", "hf_nullspace/study/__init__.py"}.isdisjoint(expected)
 
 
 def test_its_data_files_are_in_git():

@@ -18,10 +18,10 @@ from hf_nullspace.models.preprocessing import Preprocessing, make_image_processo
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.robustness import scores
 from hf_nullspace.robustness.pixel_model import PixelModel
-from hf_nullspace.study.design import make_study
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.data import ImageClassificationDataset
 from hf_nullspace.training.trainer import NullspaceTrainer
+from study.design import make_study
 from tiny_models import tiny_model, tiny_resnet
 from tiny_training import Images
 

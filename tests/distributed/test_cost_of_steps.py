@@ -60,7 +60,7 @@ def test_operations_of_a_noise_step_and_a_training_step() -> None:
             noisy = model(images).logits
         torch.autograd.grad(torch.linalg.vector_norm(noisy - clean, dim=-1).sum(), [noise])
     with FlopCounterMode(display=False) as training_step:
-        with hook.adding(noise.detach(), NoiseMode.SECOND_HALF):
+        with hook.adding(noise.detach(), NoiseMode.LAST_PART):
             logits = model(torch.cat([images, images])).logits
         logits.sum().backward()
     once = forward.get_total_flops()

@@ -9,7 +9,7 @@ from hf_nullspace.explain.agreement import explain_change, noise_as_large, noise
 from hf_nullspace.explain.grid import correlations_with_first, methods_for, plot_grid
 from hf_nullspace.explain.lrp import lrp_map
 from hf_nullspace.explain.maps import saliency_maps
-from hf_nullspace.images import Judge, make_invisible, write_png
+from hf_nullspace.invisible.images import Judge, make_invisible, write_png
 from hf_nullspace.models.preprocessing import make_image_processor
 from tiny_models import tiny_model
 

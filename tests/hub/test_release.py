@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 from hf_nullspace import NullspaceNoise
-from hf_nullspace.hub.card import model_card
+from hf_nullspace.cards.card import model_card
 from hf_nullspace.hub.planned import header, planned_card
 from hf_nullspace.hub.recheck import First, Recheck, ReleaseError, recheck, what_is_missing
 from hf_nullspace.hub.release import differing_files, keep_records

@@ -71,33 +71,19 @@ def test_zero_noise_changes_nothing_bit_for_bit(family):
 
 
 @torch.no_grad()
-def test_second_half_gets_the_noise_and_the_first_does_not(family):
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_last_part_gets_the_noise_and_the_others_do_not(family, parts):
     model = tiny_model(family).to(FLOAT64)
     noise, pixel_values = random_noise(model), images()
     clean = model(pixel_values).logits
     with patch_embedding_noise(model, noise):
         noisy = model(pixel_values).logits
     hook = PatchEmbeddingNoise(model)
-    with hook.adding(noise, NoiseMode.SECOND_HALF):
-        both = model(torch.cat([pixel_values, pixel_values])).logits
-    torch.testing.assert_close(both, torch.cat([clean, noisy]), rtol=1e-12, atol=1e-12)
-    with hook.adding(noise, NoiseMode.SECOND_HALF), pytest.raises(ValueError, match="no second half"):
-        model(pixel_values)
-
-
-def test_the_last_part_gets_the_noise_and_the_others_do_not():
-    model = tiny_model()
-    hook = PatchEmbeddingNoise(model)
-    images, noise = torch.randn(2, 3, 16, 16), torch.randn(1, 16, 24)
-    with torch.no_grad():
-        clean = hook.module(images)
-        with hook.adding(noise, NoiseMode.LAST_PART, 3):
-            parts = hook.module(torch.cat([images] * 3)).chunk(3)
-        with hook.adding(noise, NoiseMode.LAST_PART, 3), pytest.raises(ValueError, match="is not 3 views"):
-            hook.module(torch.cat([images] * 2))
-    torch.testing.assert_close(parts[0], clean)
-    torch.testing.assert_close(parts[1], clean)
-    torch.testing.assert_close(parts[2], clean + noise)
+    with hook.adding(noise, NoiseMode.LAST_PART, parts):
+        together = model(torch.cat([pixel_values] * parts)).logits
+        with pytest.raises(ValueError, match=f"a batch of {4 * parts - 1} is not {parts} views"):
+            model(images(4 * parts - 1))
+    torch.testing.assert_close(together, torch.cat([clean] * (parts - 1) + [noisy]), rtol=1e-12, atol=1e-12)
 
 
 def test_gradient_reaches_the_noise_and_no_parameter(family):
@@ -117,6 +103,11 @@ def test_embedding_shape_is_the_grid_of_patches(family):
     assert (shape.patches, shape.features) == ((64, 12) if family == "swin" else (16, 24))
 
 
+def test_swin_pads_the_image_to_whole_patches():
+    shape = embedding_shape(tiny_model("swin"), torch.zeros(1, 3, 15, 12))
+    assert (shape.grid, shape.patches) == ((8, 6), 48)
+
+
 def test_context_manager_leaves_no_trace_after_an_exception():
     model = tiny_model()
     module = find_patch_embedding(model)
@@ -131,7 +122,6 @@ def test_a_persistent_hook_is_off_until_asked():
     model = tiny_model()
     before = model(images(dtype=torch.float32)).logits
     hook = PatchEmbeddingNoise(model)
-    hook.noise = torch.ones(1, 16, 24)
     assert torch.equal(model(images(dtype=torch.float32)).logits, before)
     hook.remove()
     assert not find_patch_embedding(model)._forward_hooks

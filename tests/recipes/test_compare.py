@@ -12,8 +12,8 @@ import yaml
 
 from forked import script, start
 from hf_nullspace.robustness.records import from_bits
-from hf_nullspace.study.report import complete
 from recipe_calls import RECIPES, call_recipe
+from study.report import complete
 
 TINY = """
 dataset_name: digits

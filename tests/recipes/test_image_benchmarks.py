@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_nullspace.images import Judge
+from hf_nullspace.invisible.images import Judge
 from hf_nullspace.models.preprocessing import make_image_processor
 from tiny_models import IMAGE, SIZES, tiny_model
 

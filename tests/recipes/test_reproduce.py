@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import ViTForImageClassification
 
+from figures.closure_pictures import pairs_of
 from forked import script, start
-from hf_nullspace.figures.closure_pictures import pairs_of
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank
 from hf_nullspace.training.sources import load_image_dataset

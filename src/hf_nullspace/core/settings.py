@@ -50,13 +50,15 @@ def fraction(value: Any) -> float:
         raise ValueError(f"{value!r}: expected a number like 8/255 or 0.03") from None
 
 
-def nearest(name: Any, valid: Iterable[Any], *, most: int = 1) -> str:
-    """A hint for an unknown ``name``, to put behind an error: the nearest of ``valid``, or else the first of them."""
+def nearest(name: Any, valid: Iterable[Any], *, most: int = 1, otherwise: str | None = None) -> str:
+    """The end of an error about an unknown ``name``: at most ``most`` near ones of ``valid``, or else ``otherwise``.
+
+    Without ``otherwise``, the first of ``valid`` are listed.
+    """
     names = [str(each) for each in valid]
-    near = difflib.get_close_matches(str(name), names, n=most)
-    if near:
+    if near := difflib.get_close_matches(str(name), names, n=most):
         return f"; did you mean {' or '.join(near)}?"
-    return f"; expected one of {', '.join(sorted(names)[:12])}"
+    return f"; {otherwise or 'expected one of ' + ', '.join(sorted(names)[:12])}"
 
 
 def check_output_dir(folder: str | None) -> None:

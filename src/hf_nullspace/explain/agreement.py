@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_nullspace.explain.grid import all_maps, correlations_with_first, methods_for, plot_grid
-from hf_nullspace.images import Judge, image_of, opened, pixels_of, relative_error
+from hf_nullspace.invisible.images import Judge, image_of, opened, pixels_of, relative_error
 
 METHODS = ("rollout", "generic", "lrp")
 SOURCE, RESULT, WISH, SEEN_NOISE, LARGE_NOISE = "source", "result", "wish", "noise_as_visible", "noise_as_large"

@@ -6,8 +6,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_nullspace.hub.card import TAGS, from_template
-from hf_nullspace.hub.run_folder import source
+from hf_nullspace.cards.card import TAGS, from_template
+from hf_nullspace.cards.run_folder import source
 
 
 def planned_card(config: Path) -> ModelCard:

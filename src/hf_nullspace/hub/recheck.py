@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_nullspace.hub.run_folder import HISTORY_NAME, REPORTS, SETTINGS_NAME, Report, RunFolder
+from hf_nullspace.cards.run_folder import HISTORY_NAME, REPORTS, SETTINGS_NAME, Report, RunFolder
 from hf_nullspace.models.loading import load_image_processor, load_model, load_model_config
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, bank_file_name

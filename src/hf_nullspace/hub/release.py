@@ -13,13 +13,13 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from hf_nullspace.cards.card import EVAL_RESULTS, model_card, write_card, write_text
+from hf_nullspace.cards.run_folder import COST_NAME, HISTORY_NAME, REPORTS, SETTINGS_NAME, portable
+from hf_nullspace.cards.staging import published_copy
 from hf_nullspace.core.files import write_json
 from hf_nullspace.core.uploads import push_folder
-from hf_nullspace.hub.card import EVAL_RESULTS, model_card, write_card, write_text
 from hf_nullspace.hub.planned import planned_card
 from hf_nullspace.hub.recheck import ReleaseError
-from hf_nullspace.hub.run_folder import COST_NAME, HISTORY_NAME, REPORTS, SETTINGS_NAME, portable
-from hf_nullspace.hub.staging import published_copy
 from hf_nullspace.noise.artifact import CONFIG_NAME
 from hf_nullspace.training.publishing import REPLACED, published_files
 

@@ -8,12 +8,17 @@ docs/layer_norm_direction.md. A model is asked, not assumed, to be of that kind:
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, find_patch_embedding, unwrap
+from hf_nullspace.models.patch_embedding import (
+    PatchEmbeddingNoise,
+    embeddings_inside,
+    find_patch_embedding,
+    patches_and_features,
+    unwrap,
+)
 
 # Share of the control's effect up to which a change counts as rounding. In float64 the direction gives about 1e-13;
 # attention that computes its softmax in float32 whatever the model's dtype (transformers' "eager") gives up to 1e-7.
@@ -170,13 +175,6 @@ def _logits(model: nn.Module, pixel_values: Tensor) -> Tensor:
 @torch.no_grad()
 def _embedding_size(model: nn.Module, pixel_values: Tensor, module: nn.Module) -> tuple[int, int]:
     """N and D, seen from inside the model, so that patches that overlap have them too."""
-    outputs: list[Any] = []
-    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
+    with embeddings_inside(module) as seen:
         model(pixel_values=pixel_values[:1])
-    finally:
-        handle.remove()
-    embeddings = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
-    if embeddings.dim() == 4:  # (B, D, h, w)
-        return embeddings.shape[2] * embeddings.shape[3], embeddings.shape[1]
-    return embeddings.shape[1], embeddings.shape[2]
+    return patches_and_features(seen[0])

@@ -11,7 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from hf_nullspace.robustness.attacks.base import frozen, loss_gradient, seeded_like
+from hf_nullspace.models.frozen import frozen
+from hf_nullspace.robustness.attacks.base import loss_gradient, seeded_like
 from hf_nullspace.robustness.attacks.gradient import PGD
 from hf_nullspace.robustness.pixel_model import PixelModel
 
@@ -56,7 +57,7 @@ def run_checks(
         ("gradients beat noise", "attacks", lambda: beats_noise(model, pixels, labels, seeds, eps, survivors)),
     ]
     results = [eval_mode(model)]
-    with frozen(model):
+    with frozen(model), torch.inference_mode(False), torch.enable_grad():
         for name, concerns, check in checks:
             try:
                 passed, detail = check()

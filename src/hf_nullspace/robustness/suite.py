@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hf_nullspace.core.processes import rank_and_world_size
 from hf_nullspace.core.seeds import derive_seed
-from hf_nullspace.robustness.attacks.base import Attack, frozen
+from hf_nullspace.models.frozen import frozen
+from hf_nullspace.robustness.attacks.base import Attack
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES, SMALL, corrupt
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress

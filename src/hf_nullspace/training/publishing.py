@@ -19,11 +19,11 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
+from hf_nullspace.cards.card import CARD_NAME, EVAL_RESULTS, NOISE_PLOT, PLOTS, write_card
+from hf_nullspace.cards.run_folder import COST_NAME
+from hf_nullspace.cards.staging import linked_copy, published_copy
 from hf_nullspace.core.files import MANIFEST_NAME
 from hf_nullspace.core.uploads import files_to_push, left_behind, open_repository, push_folder, whole_name
-from hf_nullspace.hub.card import CARD_NAME, EVAL_RESULTS, NOISE_PLOT, PLOTS, write_card
-from hf_nullspace.hub.run_folder import COST_NAME
-from hf_nullspace.hub.staging import linked_copy, published_copy
 from hf_nullspace.noise.artifact import CONFIG_NAME, WEIGHTS_NAME
 from hf_nullspace.training.checkpoints import HISTORY_NAME, NOISES
 from hf_nullspace.training.ema import FOLDER as EMA

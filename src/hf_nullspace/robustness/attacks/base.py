@@ -2,8 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import Field, fields
 from numbers import Integral, Real
 from typing import Any, get_args
@@ -11,6 +10,8 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hf_nullspace.models.frozen import frozen
 
 # What the settings of all attacks may be, by name; numbers are finite.
 AT_LEAST = {
@@ -56,7 +57,7 @@ class Attack(ABC):
         if self.seeded and (seeds is None or len(seeds) != len(pixels)):
             got = "none" if seeds is None else len(seeds)
             raise ValueError(f"{self} draws random numbers: pass one seed per image ({len(pixels)}), got {got}")
-        with frozen(model):
+        with frozen(model), torch.inference_mode(False), torch.enable_grad():
             pixels, labels = pixels.detach().clone(), labels.detach().clone()  # inference tensors cannot take part
             if not len(pixels):
                 return pixels
@@ -121,24 +122,6 @@ def readable(value: Any) -> str:
             return f"{round(levels, 3):g}/255"
         return f"{value:g}"
     return repr(value)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode and parameters without gradients inside, everything as before outside; gradients are on inside."""
-    modes = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def loss_gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,262 @@
+"""The sections of a card that are made of numbers: results with intervals, the verdict in words, settings, cost."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from hf_nullspace.cards.run_folder import Report, RunFolder
+from hf_nullspace.core.text import code, escape
+from hf_nullspace.noise.history import ENDINGS
+from hf_nullspace.robustness.attacks.base import readable
+from hf_nullspace.robustness.plans import ATTACKS
+from hf_nullspace.robustness.plots import cell
+from hf_nullspace.robustness.report import UNRELIABLE, grouped, markdown_table, signed
+from hf_nullspace.robustness.suite import ConditionResult
+
+MOST_ROWS = 40  # longer tables fold their corruption cells away
+_NOT_PROTOCOL = {"fingerprints", "versions", "corruption", "severity", "attack", "settings"}
+# Of TrainingArguments, what decides the result; the rest belongs to the machine or to logging.
+_TRAINING = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "seed",
+    "data_seed",
+)  # fmt: skip
+_ANYONES = {item.name for item in fields(TrainingArguments)}
+_PASSES = {
+    "forward": "passes of one image: forward",
+    "backward_to_input": "passes of one image: backward to the input",
+    "backward_to_parameters": "passes of one image: backward to the parameters",
+    "forward_equivalents": "all passes as forward passes",
+    "seconds": "seconds of the fine-tuning (wall clock)",
+}
+
+
+def compared(report: Report) -> list[str]:
+    """The checkpoints that the subject is compared with: the first, and its control (or the last) of several others."""
+    others = [name for name in report.results if name != report.subject]
+    return others if len(others) <= 2 else [others[0], report.control if report.control in others[1:] else others[-1]]
+
+
+def result_tables(report: Report) -> tuple[str, str]:
+    """Markdown tables in %: all rows, or, of a long table, the corruption cells in the second one."""
+    names, against = list(report.results), compared(report)
+    header = ["condition", "images", *names, *(f"{report.subject} - {other}" for other in against)]
+    header = [escape(title) for title in header]
+    first = report.results[names[0]]
+    rows = [condition_row(report, index, against) for index in range(len(first))]
+    folds = len(rows) > MOST_ROWS
+    cells = [row for row, result in zip(rows, first, strict=True) if folds and cell(result)]
+    rest = [row for row, result in zip(rows, first, strict=True) if not (folds and cell(result))]
+    blank = [""] * len(against)
+    for title in dict.fromkeys(title for found in report.averages.values() for title in found):
+        values = [report.averages.get(name, {}).get(title) for name in names]
+        doubtful = [any(report.doubts(name, result) for result in report.results[name]) for name in names]
+        shown = ["" if v is None else f"{v:.2f}{_sign(d)}" for v, d in zip(values, doubtful, strict=True)]
+        rest.append([escape(title), "", *shown, *blank])
+    rest += [[escape(title), "", *["missing"] * len(names), *blank] for title in grouped(report.missing)]
+    return markdown_table([header, *rest]), markdown_table([header, *cells]) if cells else ""
+
+
+def condition_row(report: Report, index: int, against: list[str]) -> list[str]:
+    """Every checkpoint's accuracy with its Wilson interval, then the paired differences with theirs."""
+    row = {name: results[index] for name, results in report.results.items()}
+    first = next(iter(row.values()))
+    scores = [f"{result.score}{_sign(report.doubts(name, result))}" for name, result in row.items()]
+    changes = [signed(report.change(other, index)) for other in against]
+    doubt = any(report.doubts(name, row[name]) for name in (*against, report.subject))
+    return [escape(first.condition), str(first.n), *scores, *(change + _sign(doubt) for change in changes)]
+
+
+def _sign(doubt: Any) -> str:
+    return f" {UNRELIABLE}" if doubt else ""
+
+
+def verdict(report: Report) -> list[str]:
+    """What the table says about the subject, in sentences: against the control first, then against the others."""
+    if len(report.results) == 1:
+        only = code(report.subject)
+        return [f"Only {only} was measured: these numbers say nothing about what the fine-tuning changed."]
+    sentences = []
+    against = compared(report)
+    for other in sorted(against, key=lambda name: name != report.control):
+        what = code(other)
+        if other == report.control:
+            what += ", the control (the same fine-tuning without noise)"
+        sentences.append(comparison(report, other, what))
+    if report.control is None:
+        sentences.append(
+            "There is no control (the same fine-tuning without noise), so nobody knows what the noise did."
+        )
+    return sentences
+
+
+def comparison(report: Report, other: str, what: str) -> str:
+    """The subject against one checkpoint, counting intervals that lie on one side of zero."""
+    better, worse, same = [], [], 0
+    for index, result in enumerate(report.results[report.subject]):
+        if report.doubts(report.subject, result) or report.doubts(other, report.results[other][index]):
+            continue
+        change = report.change(other, index)
+        named = f"{escape(result.condition)} ({100 * change.value:+.2f})"
+        if change.low > 0:
+            better.append(named)
+        elif change.high < 0:
+            worse.append(named)
+        else:
+            same += 1
+    count = same + len(better) + len(worse)
+    if not count:
+        return f"Against {what}: no condition could be compared; the checks of the evaluation failed."
+    if same == count:
+        every = "the interval contains zero" if count == 1 else f"all {count} intervals contain zero"
+        return f"Against {what}: **no difference was measured**; {every}."
+    parts = [f"{word} in {len(found)} ({_few(found, 12)})" for word, found in (("better", better), ("worse", worse))
+             if found]  # fmt: skip
+    text = f"Against {what}, of {count} conditions (points): {', '.join(parts)}"
+    text += f"; in the other {same} no difference was measured (the interval contains zero)." if same else "."
+    return text + " About one interval of 95% in twenty excludes zero by chance."
+
+
+def protocols(report: Report) -> list[str]:
+    """One line for every way in which images were measured, with what a reader needs in order to repeat it."""
+    lines = []
+    if images := report.context.get("images"):
+        lines.append(f"Images: {escape(images)}.")
+    ways: dict[str, list[str]] = {}
+    for result in report.results[report.subject]:
+        ways.setdefault(describe(result), []).append(result.condition)
+    for way, conditions in ways.items():
+        lines.append(f"{escape(_few(conditions, 3))}: {escape(way)}.")
+    return lines
+
+
+def describe(result: ConditionResult) -> str:
+    """The protocol of one result as words: how it was perturbed, how the images were prepared, the seed."""
+    known = result.protocol
+    if "attack" in known:
+        settings = ", ".join(f"{key} {readable(value)}" for key, value in known.get("settings", {}).items())
+        words = [f"attack {known['attack']}" + (f" ({settings})" if settings else "")]
+    else:
+        words = [] if "generated" in known else ["the images as they are"]
+    words += [f"{key} {_short(value)}" for key, value in known.items() if key not in _NOT_PROTOCOL]
+    return "; ".join([*words, f"seed {result.seed}"])
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _few(names: list[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def doubts(report: Report) -> list[str]:
+    """The failed checks, what is missing and why, and what is only a part."""
+    lines = [
+        f"{UNRELIABLE} {escape(name)}: unreliable, the check *{escape(check.name)}* failed: {escape(check.detail)}"
+        for name, answers in report.checks.items()
+        for check in answers
+        if not check.passed
+    ]
+    lines += [f"Missing: {escape(title)}: {escape(why)}" for title, why in grouped(report.missing).items()]
+    noted = {str(r.protocol["note"]) for results in report.results.values() for r in results if "note" in r.protocol}
+    return lines + [f"Note: {escape(note)}" for note in sorted(noted)]
+
+
+def attacks_not_measured(reports: Iterable[Report]) -> list[str]:
+    """The attacks that this package has and no report used."""
+    used = {
+        str(result.protocol.get("attack", "")).partition("(")[0]
+        for report in reports
+        for results in report.results.values()
+        for result in results
+    }
+    return [name for name in ATTACKS if name not in used]
+
+
+def settings_table(run: RunFolder) -> str:
+    """The settings that decide what was trained; "" where nothing recorded them."""
+    training, data = run.settings.get("training", {}), run.settings.get("data", {})
+    noise = run.noise.get("provenance", {}).get("settings", {})
+
+    def said(text: str, values: Mapping[str, Any]) -> str:
+        return text.format(**{key: escape(_short(value)) for key, value in values.items()})
+
+    rows = []
+    if training:
+        rows += [
+            ["objective", said("{objective}", training)],
+            ["length", said("{rounds} rounds x {steps_per_round} steps of {global_batch_size} images", training)],
+            ["optimizer", said("{optim}, learning rate {learning_rate} ({lr_scheduler_type}), weight decay "
+                               "{weight_decay}, gradient norm clipped at {max_grad_norm} (0: not)", training)],
+            ["precision", "bf16" if training.get("bf16") else "fp16" if training.get("fp16") else "float32"],
+            ["seed", said("{seed}", training)],
+        ]  # fmt: skip
+        if training.get("ema_decay"):
+            start = ", started from {ema_from}" if training.get("ema_from") else ""
+            rows.append(["averaged weights (EMA), in `ema/`", said("decay {ema_decay} per step" + start, training)])
+    if data:
+        crop, flip = data.get("crop_scale", 1), data.get("horizontal_flip")
+        augmentation = [f"random crop of at least {crop:g} of the area"] if crop < 1 else []
+        rows.append(["augmentation", " and ".join([*augmentation, *(["flip"] if flip else [])]) or "none"])
+    if "made" in noise:
+        rows.append(["noise", said("{made}, scaled to the influence epsilon on held-out images", noise)])
+    elif noise.get("learner") == "boundary":
+        rows.append(["noise", said("follows the boundary of epsilon {epsilon} for {steps} steps, learning rate "
+                                   "{learning_rate}, loss {loss}, {count} at once, clean logits of {pool_images} "
+                                   "images kept", noise)])  # fmt: skip
+    elif noise:
+        rows.append(["noise", said("epsilon {epsilon}, start U(-A, A) with A = {noise_limit}, learning rate "
+                                   "{learning_rate}, at most {max_steps} steps, loss {loss}, weight decay "
+                                   "{weight_decay}", noise)])  # fmt: skip
+        rows.append(["stopping test", said("on {stop_on} images; past the last step: {on_limit}", noise)])
+    if noise and training.get("noise_mix", "one") != "one":
+        rows.append(["noises of a round", said("{noise_bank_size}, mixed by {noise_mix}", training)])
+    return markdown_table([["setting", "value"], *rows]) if rows else ""
+
+
+def settings_yaml(run: RunFolder) -> str:
+    """What ``recipes/finetune.py --config`` takes in order to run it again; "" for a run of another script."""
+    if not {"recipe", "data", "training"} <= set(run.settings):
+        return ""
+    own_model = run.settings.get("model", {}).get("model_name_or_path") is None
+    base = {k: v for k, v in run.settings["recipe"].items() if own_model or not k.startswith("base_")}
+    model = {k: v for k, v in run.settings.get("model", {}).items() if own_model or k.startswith("model_")}
+    training = {k: v for k, v in run.settings["training"].items() if k in _TRAINING or k not in _ANYONES}
+    chosen = {
+        k: v for part in (model, run.settings["data"], base, training) for k, v in part.items() if k != "overwrite"
+    }
+    return yaml.safe_dump({k: v for k, v in chosen.items() if v is not None}, sort_keys=False, width=110)
+
+
+def cost_table(run: RunFolder) -> str:
+    """What it took: steps, images, noise steps, seconds as recorded, passes where they were counted (training.cost)."""
+    training, rows = run.settings.get("training", {}), []
+    if training:
+        steps, batch = training["max_steps"], training["global_batch_size"]
+        rows.append(["optimizer steps", f"{steps:,}"])
+        rows.append(["training images", f"at most {steps * batch:,}, each in two views"])
+    if run.history:
+        taken = [entry["noise_steps"] for entry in run.history]
+        ends = [entry["stopped"] for entry in run.history]
+        counted = {end: ends.count(end) for end in [*ENDINGS, *ends] if end in ends}
+        outcome = ", ".join(f"{count} {ENDINGS.get(end) or escape(end)}" for end, count in counted.items())
+        rows.append(["noises", f"{len(taken)}: {outcome}"])
+        each = f"{min(taken)}" if min(taken) == max(taken) else f"{min(taken)} to {max(taken)}"
+        rows.append(["noise steps", f"{sum(taken):,} ({each} per noise)"])
+        if training.get("noise_batch_size"):
+            rows.append(["images through noise steps", f"{sum(taken) * training['noise_batch_size']:,}"])
+        influences = [entry["influence"] for entry in run.history if entry.get("influence") is not None]
+        if influences:
+            rows.append(["influence on held-out images", f"{min(influences):.4f} to {max(influences):.4f}"])
+        norms = [entry["centred_norm"] for entry in run.history]
+        rows.append(["centred norm of the noises", f"{min(norms):.2f} to {max(norms):.2f}"])
+        rows.append(["seconds for the noises", f"{sum(entry['seconds'] for entry in run.history):.0f} (wall clock)"])
+    rows += [[name, f"{run.cost[key]:,.0f}"] for key, name in _PASSES.items() if key in run.cost]
+    for report in run.reports:
+        seconds = sum(result.seconds for result in report.results[report.subject])
+        rows.append([f"seconds for measuring {code(report.subject)} ({report.file})", f"{seconds:.0f} (wall clock)"])
+    return markdown_table([["cost", ""], *rows]) if rows else ""
