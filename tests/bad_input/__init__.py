@@ -62,6 +62,7 @@ from hf_nullspace.training.objectives import register_objective
 from hf_nullspace.training.preflight import check_images
 from hf_nullspace.training.sources import load_image_dataset
 from hf_nullspace.training.trainer import NullspaceTrainer
+from study.arguments import CompareArguments
 from study.design import make_study
 from tiny_models import tiny_model, tiny_resnet
 from tiny_training import Images
@@ -90,7 +91,7 @@ def namespace(places, folder):
 
     def study(arms='{"plain": {"objective": "plain"}}', **given):
         small = {"control": "plain", "seeds": [0], "learning_rates": [0.1], "conditions": ["clean"]}
-        return make_study(arms, **small | {"average": ["clean"], "report": "0:4", "selection": None} | given)
+        return make_study(CompareArguments(arms=arms, **small | {"average": ["clean"], "report": "0:4"} | given))
 
     def images_of(rows, **given):
         return ImageClassificationDataset(rows, preprocessing, **given)
