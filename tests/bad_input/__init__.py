@@ -21,6 +21,7 @@ from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.data import ImageClassificationDataset
 from hf_nullspace.training.trainer import NullspaceTrainer
+from study.arguments import CompareArguments
 from study.design import make_study
 from tiny_models import tiny_model, tiny_resnet
 from tiny_training import Images
@@ -61,7 +62,7 @@ def namespace(places, folder):
 
     def study(arms='{"plain": {"objective": "plain"}}', **given):
         small = {"control": "plain", "seeds": [0], "learning_rates": [0.1], "conditions": ["clean"]}
-        return make_study(arms, **small | {"average": ["clean"], "report": "0:4", "selection": None} | given)
+        return make_study(CompareArguments(arms=arms, **small | {"average": ["clean"], "report": "0:4"} | given))
 
     def images_of(rows, **given):
         return ImageClassificationDataset(rows, preprocessing, **given)
