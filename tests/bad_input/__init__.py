@@ -42,8 +42,6 @@ from hf_nullspace.robustness.scores import (
     accuracy,
     corruption_error,
     expected_calibration_error,
-    influence,
-    match_rate,
     mean_corruption_error,
     nine_column_average,
     paired_difference,

@@ -1,9 +1,9 @@
 """Settings as a user writes them: numbers in their ranges, fractions like 8/255, names that are nearly right."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
-from fractions import Fraction
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,19 @@ def check_choices(settings: Any, choices: Mapping[str, Iterable[str]]) -> None:
 
 
 def fraction(value: Any) -> float:
-    """The number that ``value`` says: 0.03, "0.03" or "8/255".
+    """The number that ``value`` says: 0.03, "0.03", "8/255" or "0.5/255".
 
     Raises:
         ValueError: if it is none, with what was expected.
     """
+    top, slash, bottom = str(value).partition("/")
     try:
-        return float(Fraction(str(value)))
+        number = float(top) / float(bottom if slash else 1)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{value!r}: expected a number like 8/255 or 0.03") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r}: expected a number like 8/255 or 0.03")
+    return number
 
 
 def nearest(name: Any, valid: Iterable[Any], *, most: int = 1, otherwise: str | None = None) -> str:
@@ -81,7 +85,7 @@ def check_output_dir(folder: str | None) -> None:
 
 
 def _inside(number: Any, whole: str | None, left: str, least: str, most: str, right: str) -> bool:
-    if not isinstance(number, Integral if whole else Real):
+    if isinstance(number, bool) or not isinstance(number, Integral if whole else Real):
         return False
     value = float(number)
     above = value >= float(least) if left == "[" else value > float(least)

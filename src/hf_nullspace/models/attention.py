@@ -173,23 +173,33 @@ def _targets(logits: Tensor, targets: Tensor | int | None) -> Tensor:
 
 
 @contextmanager
+def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Every module of ``model`` computes its attention as ``name`` says ("eager" gives weights); as before afterwards.
+
+    The property of the configuration would also reach sub-configurations that no module has.
+    """
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation_internal")}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+@contextmanager
 def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the attention maps of the forward pass inside the block, in eval mode; leaves no trace."""
-    layers = _layers(model)
-    configs = {id(module.config): module.config for _, module, _ in layers}.values()
-    before = [(config, config._attn_implementation) for config in configs]
+    inner, layers = unwrap(model), _layers(model)
     seen: list[Tensor] = []
     AttentionInterface.register(_VISIBLE, _visible_attention)
-    with frozen(unwrap(model)), ExitStack() as hooks:
+    with frozen(inner), attention_implementation(inner, _VISIBLE), ExitStack() as hooks:
         for _, module, _ in layers:
             hooks.enter_context(module.register_forward_hook(lambda module, args, output: seen.append(output[1])))
-        try:
-            for config in configs:
-                config._attn_implementation = _VISIBLE
-            yield seen
-        finally:
-            for config, implementation in before:
-                config._attn_implementation = implementation
+        yield seen
 
 
 def _visible_attention(
