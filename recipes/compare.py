@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,11 +40,10 @@ from hf_nullspace.training.loading import (
 )
 from hf_nullspace.training.preflight import check_images, lack_of_room
 from study.design import Run, Study, make_study, mapping_of
-from study.estimate import overview, seconds_left, work
-from study.flow import content_of, standing, work_through
 from study.images import ImageStore
-from study.pieces import Workshop
 from study.report import complete, write_study
+from study.schedule import content_of, overview, schedule_of, seconds_left, work, work_through
+from study.tasks import Runner
 
 
 @dataclass
@@ -128,7 +128,7 @@ def work_on(
     data_args: DataArguments,
     deadline: float | None,
 ) -> None:
-    """Load, do the pieces that are left, report."""
+    """Load, do the tasks that are left, report."""
     training = {"logging_steps": 40, "save_total_limit": 2} | mapping_of("training", args.training)
     output = Path(args.output_dir)
 
@@ -139,18 +139,20 @@ def work_on(
     test_set = evaluation_images(
         load_rows(data_args, data_args.eval_split), classifier, None, skip_corrupt=data_args.skip_corrupt_images
     )
-
     for part in (study.report, study.selection):
         if part is not None and part.stop > len(test_set):
             raise UsageError(f"{part.name} {part.first}:{part.stop}, but the test split has {len(test_set)} images")
 
     def config_of(one: Run, folder: Path) -> NullspaceConfig:
-        rate = {"learning_rate": one.learning_rate, "seed": one.seed, "output_dir": str(folder)}
+        own = {"learning_rate": one.learning_rate, "seed": one.seed, "output_dir": str(folder)}
         machine = {"bf16": args.bf16, "use_cpu": args.use_cpu, "report_to": "none", "disable_tqdm": True}
         try:
-            return NullspaceConfig(**machine, **(training | dict(study.arms[one.arm].settings) | rate))
+            return NullspaceConfig(**machine, **(training | dict(study.arms[one.arm].settings) | own))
         except (TypeError, ValueError) as error:
             raise UsageError(f"arm {one.arm!r}: {error}") from error
+
+    def images_of(seed: int) -> Any:
+        return training_images(data_args, train_rows, classifier, seed)
 
     def trainer_of(one: Run, folder: Path) -> NullspaceTrainer:
         config = config_of(one, folder)
@@ -158,53 +160,47 @@ def work_on(
         return NullspaceTrainer(
             copy.deepcopy(classifier.model),
             config,
-            train_dataset=training_images(data_args, train_rows, classifier, config.seed),
+            train_dataset=images_of(config.seed),
             data_collator=collate,
             processing_class=classifier.image_processor,
         )
 
-    first, *others = [
-        config_of(one, output / "base")
-        for one in study.report_runs(dict.fromkeys(study.arms, args.learning_rates[0]))[1:]
-    ]
-    images = training_images(data_args, train_rows, classifier, args.seeds[0])
-    for config in (first, *others):
+    runs = study.report_runs(dict.fromkeys(study.arms, args.learning_rates[0]))[1:]
+    configs = [config_of(one, output / "base") for one in runs]
+    images = images_of(args.seeds[0])
+    for config in configs:
         check_images(config, len(images))
-    if warning := lack_of_room(classifier.model, first, trainings=1 + len(others)):
+    if warning := lack_of_room(classifier.model, configs[0], trainings=len(configs)):
         say(warning)
     if model_args.model_name_or_path is None:
         train_base_model(
-            classifier, images, output / "base", first, epochs=args.base_epochs,
+            classifier, images, output / "base", configs[0], epochs=args.base_epochs,
             learning_rate=args.base_learning_rate, batch_size=args.base_batch_size, say=say,
         )  # fmt: skip
-    shop = Workshop(
+    base = model_hash(classifier.model)
+    runner = Runner(
         output,
         ImageStore(output / "images", test_set, args.eval_seed),
         trainer_of,
         lambda: copy.deepcopy(classifier.model),
-        (classifier.preprocessing.mean, classifier.preprocessing.std),
-        shared_settings={"base": model_hash(classifier.model), "data": asdict(data_args)},
-        device=first.device,
+        shared_settings={"base": base, "data": asdict(data_args)},
+        device=configs[0].device,
         dtype="bf16" if args.eval_bf16 else "float32",
         batch_size=args.eval_batch_size,
-        seed=args.eval_seed,
         overwrite=args.overwrite,
         attn_implementation=model_args.attn_implementation,
     )
 
     # Work
     if args.dry_run:
-        show_what_is_left(study, shop, lambda one: None if one.seed is None else config_of(one, output / one.folder))
+        show_what_is_left(study, runner, lambda one: None if one.seed is None else config_of(one, output / one.folder))
         return
-    if not work_through(study, shop, only=args.only, deadline=deadline, say=say):
+    if not work_through(study, runner, only=args.only, deadline=deadline, say=say):
         return
 
     # Report
-    described = {
-        "settings": without_paths(asdict(args) | asdict(model_args) | asdict(data_args)),
-        "base": model_hash(classifier.model),
-    }
-    content = content_of(study, shop, described | where_it_ran(first))
+    described = {"settings": without_paths(asdict(args) | asdict(model_args) | asdict(data_args)), "base": base}
+    content = content_of(study, runner, described | where_it_ran(configs[0]))
     show(write_study(complete(content, resamples=args.resamples), output))
 
 
@@ -212,10 +208,10 @@ def render(results: Path, output: Path, resamples: int) -> None:
     """Tables and pictures again from the outcomes of every image, which ``results`` holds."""
     try:
         content = json.loads(results.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "study" not in content:
+            raise ValueError("it has no 'study'")
     except (OSError, ValueError) as error:
         raise UsageError(f"render={str(results)!r}: no results.json of a study ({error})") from error
-    if not isinstance(content, dict) or "study" not in content:
-        raise UsageError(f"render={str(results)!r}: no results.json of a study (it has no 'study')")
     show(write_study(complete(content, resamples=resamples), output))
 
 
@@ -232,19 +228,19 @@ def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def show_what_is_left(study: Any, shop: Workshop, config_of: Any) -> None:
-    """The pieces in their order, and the time that those take which are not finished."""
-    progress = standing(study, shop)
-    if progress.chosen is None:
+def show_what_is_left(study: Study, runner: Runner, config_of: Callable[[Run], NullspaceConfig | None]) -> None:
+    """The tasks in their order, and the time that those take which are not finished."""
+    schedule = schedule_of(study, runner)
+    if schedule.chosen is None:
         say("The learning rates are not chosen yet; the report's are shown with the middle one")
-    pieces = list(dict.fromkeys(progress.selection + progress.report))
-    loads = [(piece, work(piece, config_of(piece.run))) for piece in pieces]
-    for line in overview(loads, shop):
+    tasks = list(dict.fromkeys(schedule.selection + schedule.report))
+    loads = [(task, work(task, config_of(task.run))) for task in tasks]
+    for line in overview(loads, runner):
         say(line)
-    seconds, timed = seconds_left(loads, shop)
-    left = sum(shop.finished(piece) is None for piece in pieces)
-    basis = "by the speed of the finished pieces" if timed else "nothing was timed yet"
-    say(f"{left} of {len(pieces)} pieces left, about {seconds / 60:.0f} minutes ({basis})")
+    seconds, timed = seconds_left(loads, runner)
+    left = sum(runner.finished(task) is None for task in tasks)
+    basis = "by the speed of the finished tasks" if timed else "nothing was timed yet"
+    say(f"{left} of {len(tasks)} tasks left, about {seconds / 60:.0f} minutes ({basis})")
 
 
 def where_it_ran(config: NullspaceConfig) -> dict[str, Any]:

@@ -1,20 +1,40 @@
 """Table 4: the dimension of the patch embedding's nullspace, of models or of configurations with random weights."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from figures.setting import Setting, load_as_it_is
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.linear.patch import PatchNullspace
+from hf_nullspace.training.loading import ModelArguments
 
 # Table 4 of the paper, quoted: (features D, patch size) and the dimension of the nullspace.
 TABLE_4 = {(192, 16): 576, (384, 32): 2688, (384, 16): 384, (768, 32): 2304, (768, 16): 2, (768, 8): 0,
            (1024, 32): 2048, (1024, 16): 0}  # fmt: skip
 RANDOM = "random weights"
 HEADER = "features  patch  dimension  paper  at tol/10  at 10 tol   s_min/s_max  model"
+
+
+def make(setting: Setting) -> None:
+    """The dimension of the nullspace of models and configurations."""
+    model = setting.model_args.model_name_or_path
+    setting.say(HEADER)
+    rows = []
+    for row in table_4([*setting.args.table4, *([model] if model else [])], _load, seed=setting.config.seed):
+        rows.append(row)
+        setting.say(line_of(row))
+    setting.say(f"'paper' is quoted; {remark(rows) or 'all as in the paper'}")
+    quoted = {f"{features}:{patch}": dimension for (features, patch), dimension in TABLE_4.items()}
+    setting.keep("table4", {"rows": rows}, quoted, partial(plot_table_4, rows))
+
+
+def _load(name: str) -> nn.Module:
+    return load_as_it_is(ModelArguments(model_name_or_path=name)).model
 
 
 def table_4(

@@ -163,7 +163,7 @@ def test_rounds_steps_and_max_steps_agree(tmp_path, given, length):
         ({"ema_decay": 1.0}, r"ema_decay=1.0: expected a number in \(0, 1\)"),
         ({"noise_on_limit": "give up"}, "noise_on_limit='give up': expected one of 'use', 'rescale', 'error'"),
         ({"preset": "papers"}, "preset='papers': expected one of 'boundary', 'descent', 'paper'"),
-        ({"objective": "madly"}, "objective='madly': expected one of .*; did you mean 'madry'"),
+        ({"objective": "madly"}, "objective='madly': expected an objective.*; did you mean madry"),
         ({"global_batch_size": 128, "gradient_accumulation_steps": 3}, "global_batch_size=128 is no multiple of"),
         ({"global_batch_size": 128, "per_device_train_batch_size": 32}, "x 1 gradient_accumulation_steps is 32"),
     ],

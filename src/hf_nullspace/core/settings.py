@@ -21,10 +21,13 @@ def check_numbers(settings: Any, ranges: Mapping[str, str]) -> None:
         ValueError: for the first value that is outside, naming it.
     """
     for name, interval in ranges.items():
+        match = _INTERVAL.fullmatch(interval)
+        if match is None:
+            raise TypeError(f"{interval!r} is no interval; expected one like '[0, inf)' or 'int [1, inf)'")
         value = getattr(settings, name)
         for number in value if isinstance(value, list | tuple) else [value]:
-            if number is not None and not _inside(number, interval):
-                raise ValueError(f"{name}={value!r}: expected {_words(interval)}")
+            if number is not None and not _inside(number, *match.groups()):
+                raise ValueError(f"{name}={value!r}: expected {_words(*match.groups())}")
 
 
 def check_choices(settings: Any, choices: Mapping[str, Iterable[str]]) -> None:
@@ -81,8 +84,7 @@ def check_output_dir(folder: str | None) -> None:
             raise NotADirectoryError(f"output_dir={folder!r}: {path} is a file; choose a folder")
 
 
-def _inside(number: Any, interval: str) -> bool:
-    whole, left, least, most, right = _parts(interval)
+def _inside(number: Any, whole: str | None, left: str, least: str, most: str, right: str) -> bool:
     if isinstance(number, bool) or not isinstance(number, Integral if whole else Real):
         return False
     value = float(number)
@@ -91,18 +93,8 @@ def _inside(number: Any, interval: str) -> bool:
     return above and below
 
 
-def _words(interval: str) -> str:
-    whole, left, least, most, right = _parts(interval)
+def _words(whole: str | None, left: str, least: str, most: str, right: str) -> str:
     kind = "a whole number" if whole else "a number"
     if most != "inf":
         return f"{kind} in {left}{least}, {most}{right}"
     return f"at least {least} ({kind})" if left == "[" else f"{kind} above {least}"
-
-
-def _parts(interval: str) -> tuple[bool, str, str, str, str]:
-    match = _INTERVAL.fullmatch(interval)
-    if match is None:
-        raise TypeError(f"{interval!r} is no interval; expected one like '[0, inf)' or 'int [1, inf)'")
-    whole, *others = match.groups()
-    left, least, most, right = others
-    return whole is not None, left, least, most, right

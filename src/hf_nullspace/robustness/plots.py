@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hf_nullspace.core.canvas import canvas, save_png
+from hf_nullspace.core.text import short
 from hf_nullspace.robustness.corruptions import SEVERITIES
 from hf_nullspace.robustness.suite import ConditionResult
 
@@ -29,7 +30,8 @@ def plot_bars(results: Results, path: str | Path) -> Path:
             heights, spread = percentages([conditions[i] for i in row])
             where = np.arange(len(row)) + (place - (len(results) - 1) / 2) * width
             axes.bar(where, heights, width, yerr=spread, capsize=2, label=name, error_kw={"linewidth": 0.8})
-        axes.set_xticks(range(len(row)), [short(first[i].condition) for i in row], rotation=30, ha="right", fontsize=8)
+        names = [short(first[i].condition.removeprefix("generated ")).replace("_", " ") for i in row]
+        axes.set_xticks(range(len(row)), names, rotation=30, ha="right", fontsize=8)
         axes.set_xlim(-0.6, len(rows[0]) - 0.4)
     if len(shown) < len(first):
         every_axes[0].set_title(f"{len(shown)} of {len(first)} conditions; the table has all", fontsize=9)
@@ -124,10 +126,3 @@ def save(figure: Any, axes: Any, path: str | Path, entries: int) -> Path:
     handles = axes.get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=min(entries, 3), frameon=False, fontsize=9)
     return save_png(figure, path, dpi=100)
-
-
-def short(condition: str) -> str:
-    """A condition's name for an axis: its full settings stand in the table."""
-    name, _, settings = condition.removeprefix("generated ").partition("(")
-    first = settings.rstrip(")").split(", ")[0]
-    return f"{name} {first}".strip().replace("_", " ")

@@ -13,10 +13,9 @@ from types import MappingProxyType
 from typing import Any
 
 from hf_nullspace.core.files import write_json, write_text
-from hf_nullspace.core.text import cell, escape, table
+from hf_nullspace.core.text import cell, escape, table, with_interval
 from hf_nullspace.robustness.checks import Check, unreliable
 from hf_nullspace.robustness.plots import plot_bars, plot_severity, plot_strength
-from hf_nullspace.robustness.plots import short as short
 from hf_nullspace.robustness.published import TABLE_1, TABLE_1_COLUMNS
 from hf_nullspace.robustness.records import record, versions
 from hf_nullspace.robustness.scores import Interval, paired_difference, paired_mean_difference, worst_condition
@@ -217,7 +216,7 @@ def average_difference(results: Results, before: str, after: str, weights: Mappi
 
 
 def signed(change: Interval) -> str:
-    return f"{100 * change.value:+.2f} [{100 * change.low:+.2f}, {100 * change.high:+.2f}]"
+    return with_interval(100 * change.value, 100 * change.low, 100 * change.high)
 
 
 def check_same_conditions(results: Results) -> None:

@@ -53,13 +53,13 @@ def test_an_image_is_the_same_whatever_the_limit(tmp_path):
 
 
 def test_they_are_made_once(tmp_path, monkeypatch):
-    made, make = [], ImageStore._made
+    made, make = [], ImageStore._array
 
-    def noted(self, places, corrupted):
-        made.append(corrupted)
-        return make(self, places, corrupted)
+    def noted(self, places, condition):
+        made.append(condition)
+        return make(self, places, condition)
 
-    monkeypatch.setattr(ImageStore, "_made", noted)
+    monkeypatch.setattr(ImageStore, "_array", noted)
     for _ in range(2):
         ImageStore(tmp_path, pictures(), seed=0).get((0, 1), Corrupted("contrast", 1))
     assert len(made) == 1
