@@ -8,8 +8,8 @@
 For a model M (Hub id or folder): the spectrum of its patch embedding and the dimension of the nullspace over the
 tolerance (section 2.2), the LayerNorm direction (docs/layer_norm_direction.md), and how far every attention layer and
 head is from the conditions of proposition 1, with what the construction does to the heads. Without --dataset_name the
-images are random pixels. For table 4, models or configurations D:patch, whose weights are random ('paper': those of
-the paper). Prints all of it and writes analysis.json, patch_embedding.png, proposition_1.png, or table4.json and .png.
+images are random pixels. For table 4, models or configurations D:patch with random weights ('paper': those of the
+paper). Prints all of it and writes analysis.json, patch_embedding.png, proposition_1.png, or table4.json and .png.
 """
 
 import math
@@ -212,8 +212,8 @@ def table_4_report(args: AnalyzeArguments) -> list[dict[str, Any]]:
     for row in table_4(args.table4 or [], load_model, stored_dtype=args.dtype(), seed=args.seed):
         rows.append(row)
         print(line_of(row))
-    if said := remark(rows):
-        print(said)
+    if text := remark(rows):
+        print(text)
     return rows
 
 

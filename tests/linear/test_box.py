@@ -170,7 +170,7 @@ def test_without_a_nullspace_the_source_comes_back():
     torch.testing.assert_close(found.patches, source, rtol=0, atol=1e-5)
 
 
-def test_bad_input_says_what_is_wrong():
+def test_bad_input_is_an_error():
     rows = row_basis()
     with pytest.raises(ValueError, match=r"source in \[-1, 0\], expected \[0, 1\]"):
         nearest_in_box(rows, torch.tensor([[-1.0] + 11 * [0.0]]), torch.zeros(1, 12))

@@ -187,7 +187,7 @@ def test_constants_and_control_are_opposite_and_equally_large():
         assert torch.equal(noise[:, 0], torch.zeros_like(noise[:, 0])), "CLS is no patch"
 
 
-def test_what_cannot_be_checked_says_so():
+def test_what_cannot_be_checked_is_an_error():
     model = tiny_model("vit")
     with pytest.raises(ValueError, match="Linear is no part of ViTForImageClassification"):
         exact_encoder_nullspace(model, images(16), patch_embedding=nn.Linear(2, 2))

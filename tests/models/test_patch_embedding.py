@@ -171,7 +171,7 @@ def test_as_many_noises_as_images_go_to_one_image_each():
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 24), (1, 16, 12), (16, 24)])
-def test_noise_of_another_shape_says_what_differs(shape):
+def test_noise_of_another_shape_is_an_error(shape):
     model = tiny_model()
     with (
         patch_embedding_noise(model, torch.zeros(shape)),
@@ -205,7 +205,7 @@ def test_a_compiled_model_is_refused(in_place):
     torch.compiler.reset()
 
 
-def test_a_noise_that_no_forward_pass_had_is_said():
+def test_a_noise_that_no_forward_pass_had_is_a_warning():
     model, inputs = tiny_model(), images(dtype=torch.float32)
     compiled = torch.compile(model, backend="eager")
     clean = compiled(pixel_values=inputs).logits

@@ -3,7 +3,7 @@
 A map has one number per patch, (B, h, w), at least 0 and on a scale of its own: compare maps by :func:`correlation`.
 The functions of ``MAPS`` are the definitions, on attention maps A (B, heads, tokens, tokens) of every layer and their
 gradients; :func:`saliency_maps` reads those from a model. Tokens that are no patches (CLS, DeiT's distillation token,
-registers) stand first and are dropped from the map.
+registers) come first and are dropped from the map.
 """
 
 from collections.abc import Callable, Sequence
@@ -101,8 +101,8 @@ def check_has_cls(model: nn.Module) -> None:
     """Raise ``NoClsTokenError`` unless the model is of ``CLS_FAMILIES``."""
     if (kind := model_type(model)) not in CLS_FAMILIES:
         raise NoClsTokenError(
-            f"{type(unwrap(model)).__name__} (model type {kind}) is not known to classify by a CLS token, whose row of "
-            f"the attention the maps are; known are {', '.join(sorted(CLS_FAMILIES))}"
+            f"{type(unwrap(model)).__name__} (model type {kind}) is not known to classify by a CLS token, and the "
+            f"maps are its row of the attention; known are {', '.join(sorted(CLS_FAMILIES))}"
         )
 
 

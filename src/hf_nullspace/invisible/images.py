@@ -168,7 +168,7 @@ class Judge:
         )
 
 
-# ---- what is wished for
+# ---- the wish
 
 
 def marked(image: Image.Image, mark: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 _HEADS = ("num_attention_heads", "num_heads")
 _PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
-# Families whose heads are softmax(q k^T / sqrt(d_k) + constant) v with q, k, v affine in the layer's input. Not so:
+# Families with heads softmax(q k^T / sqrt(d_k) + constant) v and q, k, v affine in the layer's input. Others have not:
 # Swinv2 (cosine), DINOv3 (rotary), SegFormer and PVT (keys of a shrunken image), Hiera (pooled queries).
 PLAIN_ATTENTION = frozenset(
     {"beit", "clip", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "ijepa", "siglip", "swin", "vit",
@@ -129,7 +129,7 @@ class AttentionGradients:
     logits: Tensor
     """(B, K)."""
     targets: Tensor
-    """(B,), the class whose logit is differentiated."""
+    """(B,), the classes; their logits are differentiated."""
     attentions: list[Tensor]
     """A of every layer, (B, heads, tokens, tokens); a row sums to 1."""
     gradients: list[Tensor]
@@ -262,13 +262,13 @@ def pre_norm_layers(model: nn.Module) -> tuple[list[PreNormLayer], nn.Linear]:
     except AttributeError as error:
         raise NoAttentionWeightsError(
             f"{type(inner).__name__}: {error}; expected ViTForImageClassification, DeiTForImageClassification or "
-            "ViTMSNForImageClassification of transformers 5.18 to 5.x, whose classifier reads the CLS token"
+            "ViTMSNForImageClassification of transformers 5.18 to 5.x, with a classifier that reads the CLS token"
         ) from error
     return layers, inner.classifier
 
 
 def prefix_tokens(model: nn.Module) -> int:
-    """How many tokens stand before the patches: CLS, DeiT's distillation token, registers; 0 for SigLIP and Swin."""
+    """How many tokens come before the patches: CLS, DeiT's distillation token, registers; 0 for SigLIP and Swin."""
     count = 0
     for name, parameter in unwrap(model).named_parameters():
         if name.rpartition(".")[2] in _PREFIX_TOKENS:
