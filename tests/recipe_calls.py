@@ -1,5 +1,6 @@
 """Recipes in this process, as their command line runs them: an import of torch less for each call."""
 
+import functools
 import runpy
 import sys
 from pathlib import Path
@@ -12,9 +13,14 @@ from hf_nullspace.models.preprocessing import make_image_processor
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
+@functools.cache
+def main_of(name):
+    return runpy.run_path(str(RECIPES / f"{name}.py"))["main"]
+
+
 def call_recipe(name, *words):
     """Run ``recipes/name.py`` with the arguments ``words``; raises SystemExit where its command line would exit."""
-    main = runpy.run_path(str(RECIPES / f"{name}.py"))["main"]
+    main = main_of(name)
     arguments, sys.argv = sys.argv, [name, *map(str, words)]
     try:
         run(main)

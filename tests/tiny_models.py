@@ -60,6 +60,16 @@ def tiny_model(family: str = "vit", seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Normal numbers, drawn from a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The cosine of the angle between two tensors of one shape."""
+    return torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0).item()
+
+
 def tiny_resnet() -> torch.nn.Module:
     """A classifier that is not a ViT."""
     return ResNetForImageClassification(
