@@ -17,13 +17,9 @@ from hf_nullspace.linear.attention import (
     principal_angles,
 )
 from hf_nullspace.models.attention import AttentionWeights, attention_inputs, attention_weights
-from tiny_models import tiny_model
+from tiny_models import normal, tiny_model
 
 HEADS, FEATURES, TOKENS = 3, 24, 7
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def proposition_weights(*, symmetric=True, contained=True, collinear=True):

@@ -9,13 +9,9 @@ from hf_nullspace.linear.box import nearest_in_box, nearest_invisible_image
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing
-from tiny_models import tiny_model
+from tiny_models import tiny_model, uniform
 
 STD = (0.27, 0.26, 0.1)
-
-
-def uniform(*shape, seed=0):
-    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def row_basis(std=(1.0, 1.0, 1.0)):
