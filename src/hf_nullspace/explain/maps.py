@@ -30,9 +30,9 @@ def raw_attention(attentions: Layers, gradients: Layers, prefix: int) -> Tensor:
 
 
 def rollout(attentions: Layers, gradients: Layers, prefix: int) -> Tensor:
-    """Abnar & Zuidema, ACL 2020: the product over layers of mean_h A + I, rows made to sum to 1, the later on the left.
+    """The CLS row (B, N) of the product over layers, the later on the left, of mean_h A + I with rows of sum 1.
 
-    Its CLS row, (B, N).
+    Abnar & Zuidema, ACL 2020.
     """
     joint = _identity(attentions)
     for attention in attentions:
@@ -78,7 +78,6 @@ def saliency_maps(
 
     Raises:
         NoClsTokenError: if the model's classifier reads no CLS token (BEiT, Swin, SigLIP).
-        NoAttentionWeightsError: if the model's attention is not known.
         ValueError: for an unknown method, or targets that are no classes.
     """
     unknown = [name for name in methods if name not in MAPS]

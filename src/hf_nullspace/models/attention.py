@@ -95,12 +95,9 @@ def attention_weights(model: nn.Module) -> list[AttentionWeights]:
 
 @torch.no_grad()
 def attention_inputs(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
-    """X of every layer, (B, tokens, D), for images ``pixel_values`` (B, C, H, W): what Q, K and V are applied to.
+    """X of every layer, (B, tokens, D), for images ``pixel_values`` (B, C, H, W): the input of Q, K and V.
 
-    In a pre-LayerNorm model that is after the LayerNorm. Swin's are windows: (B * windows, tokens in a window, D).
-
-    Raises:
-        NoAttentionWeightsError: as :func:`attention_weights`.
+    Swin's are windows: (B * windows, tokens in a window, D). Raises what :func:`attention_weights` raises.
     """
     queries = [query for _, _, (query, *_) in _layers(model)]
     with recorded(queries) as seen:
@@ -141,10 +138,7 @@ def attention_maps(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
     """A of every layer, (B, heads, tokens, tokens), for images ``pixel_values`` (B, C, H, W), in eval mode.
 
     The softmax is taken in the model's own dtype; transformers' eager attention always takes it in float32. Swin's
-    maps are those of windows. The model is left as it was: mode, attention implementation, gradients.
-
-    Raises:
-        NoAttentionWeightsError: as :func:`attention_weights`.
+    maps are those of windows. Raises what :func:`attention_weights` raises.
     """
     with _watched(model) as seen:
         unwrap(model)(pixel_values=pixel_values)
@@ -160,7 +154,6 @@ def attention_gradients(
     inside ``torch.no_grad()``; no ``.grad`` is written.
 
     Raises:
-        NoAttentionWeightsError: as :func:`attention_weights`.
         ValueError: if a target is no class of the model, or their number is not that of the images.
     """
     with torch.inference_mode(False), torch.enable_grad(), _watched(model) as seen:

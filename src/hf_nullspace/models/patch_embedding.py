@@ -165,7 +165,7 @@ def patch_embedding_noise(
 
     Raises:
         NotAViTError: if the model has no patch embedding.
-        RuntimeError: if the model is compiled: once it ran, it ignores hooks that are added later.
+        RuntimeError: if the model is compiled.
         ValueError: in the forward pass, if the noise has another shape than the embeddings.
     """
     if not isinstance(noise, Tensor):
@@ -220,8 +220,7 @@ def embedding_shape(model: nn.Module, pixel_values: Tensor, patch_embedding: nn.
     """Shape of the patch embeddings for images like ``pixel_values`` (B, C, H, W); only the first image is used.
 
     Raises:
-        NotAViTError: if the model has no patch embedding.
-        ValueError: if the images do not fit the model (the message of the model itself).
+        NotAViTError: if the model has no patch embedding, or its patches overlap.
     """
     module = patch_embedding if patch_embedding is not None else find_patch_embedding(model)
     projection = patch_projection(module)
