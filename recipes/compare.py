@@ -16,19 +16,17 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
-from hf_nullspace.command_line import UsageError, option, parse, run
+from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.core.files import only_run_in
-from hf_nullspace.core.settings import check_numbers, check_output_dir
 from hf_nullspace.noise.artifact import model_hash
-from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
+from hf_nullspace.training.base_model import train_base_model
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import (
     DataArguments,
@@ -39,61 +37,12 @@ from hf_nullspace.training.loading import (
     training_images,
 )
 from hf_nullspace.training.preflight import check_images, lack_of_room
+from study.arguments import CompareArguments
 from study.design import Run, Study, make_study, mapping_of
 from study.images import ImageStore
 from study.report import complete, write_study
-from study.schedule import content_of, overview, schedule_of, seconds_left, work, work_through
+from study.schedule import content_of, what_is_left, work_through
 from study.tasks import Runner
-
-
-@dataclass
-class CompareArguments:
-    """The design of the study, and how much of it to do now."""
-
-    _group_title: ClassVar[str] = "Study"
-
-    output_dir: str = option("outputs/study", "Folder of the study; started again it goes on there.")
-    arms: str = option("{}", "Name -> fields of NullspaceConfig, and 'seeds' or 'learning_rate_of' (mapping, or JSON).")
-    control: str = option("plain", "The arm that the others are compared with.")
-    training: str = option("{}", "Fields of NullspaceConfig for all arms (mapping, or JSON).")
-    seeds: list[int] = option([0, 1, 2], "Seeds of every arm; the first also chooses the learning rate.")
-    learning_rates: list[float] = option([1e-4], "The grid that the learning rate of each arm is chosen from.")
-    conditions: list[str] = option(["clean"], "What is measured: entries as in a suite's YAML.")
-    average: list[str] = option(
-        ["clean", "FGSM(eps=1/255", "PGD(eps=1/255", "cells"],
-        "Conditions (or how they begin) in the average, and 'cells': the mean of the generated corruptions.",
-    )
-    report: str = option("0:8000", "Test images that are reported, FIRST:STOP.")
-    selection: str | None = option(None, "Test images that learning rates are chosen on, FIRST:STOP.")
-    selection_limit: int | None = option(None, "At most so many images of the selection per condition.")
-    limit: int | None = option(None, "At most so many report images of a condition that has no limit of its own.")
-    eval_seed: int = option(0, "Seed of corruptions and random starts.")
-    eval_batch_size: int = option(256, "Images per forward pass of a measurement.")
-    bf16: bool = option(False, "Train in bfloat16 (autocast).")
-    eval_bf16: bool = option(False, "Measure in bfloat16 (autocast).")
-    use_cpu: bool = option(False, "Do not use a GPU.")
-    base_epochs: float = option(30, "Small ViT, where no model is named: epochs of its training.")
-    base_learning_rate: float = option(2e-3, "Small ViT: learning rate of its training.")
-    base_batch_size: int = option(64, "Small ViT: images per step of its training.")
-    resamples: int = option(2000, "Bootstrap samples of the intervals.")
-    only: list[str] = option([], "Do only these arms now ('before' is the checkpoint itself).")
-    max_minutes: float | None = option(None, "Begin nothing after so many minutes; a training ends at a checkpoint.")
-    dry_run: bool = option(False, "Print what is finished, what is left and an estimate of the time; do nothing.")
-    overwrite: bool = option(False, "Train runs anew whose settings have changed.")
-    render: str | None = option(
-        None, "A results.json: write its tables and pictures into output_dir, and do nothing else."
-    )
-
-    def __post_init__(self) -> None:
-        at_least_1 = dict.fromkeys(("selection_limit", "limit", "eval_batch_size", "resamples"), "int [1, inf)")
-        seeds = dict.fromkeys(("seeds", "eval_seed"), "int [0, 4294967295]")
-        check_numbers(
-            self, BASE_RANGES | at_least_1 | seeds | {"learning_rates": "(0, inf)", "max_minutes": "[0, inf)"}
-        )
-        check_output_dir(self.output_dir)
-        for name in ("seeds", "learning_rates", "only"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise UsageError(f"{name}={getattr(self, name)}: expected each once")
 
 
 def main() -> None:
@@ -102,19 +51,7 @@ def main() -> None:
         render(Path(args.render), Path(args.output_dir), args.resamples)
         return
     deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
-    study = make_study(
-        args.arms,
-        control=args.control,
-        seeds=args.seeds,
-        learning_rates=args.learning_rates,
-        conditions=args.conditions,
-        average=args.average,
-        report=args.report,
-        selection=args.selection,
-        selection_limit=args.selection_limit,
-        limit=args.limit,
-        seed=args.eval_seed,
-    )
+    study = make_study(args)
     if unknown := set(args.only) - {*study.arms, "before"}:
         raise UsageError(f"--only {', '.join(sorted(unknown))}: no such arm; arms: before, {', '.join(study.arms)}")
     with only_run_in(args.output_dir):
@@ -193,7 +130,8 @@ def work_on(
 
     # Work
     if args.dry_run:
-        show_what_is_left(study, runner, lambda one: None if one.seed is None else config_of(one, output / one.folder))
+        for line in what_is_left(study, runner, lambda one: config_of(one, output / one.folder)):
+            say(line)
         return
     if not work_through(study, runner, only=args.only, deadline=deadline, say=say):
         return
@@ -226,21 +164,6 @@ def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
         name: Path(value).name if isinstance(value, str) and ("/" in value) and os.path.exists(value) else value
         for name, value in settings.items()  # os.path: text that is too long for a path is none
     }
-
-
-def show_what_is_left(study: Study, runner: Runner, config_of: Callable[[Run], NullspaceConfig | None]) -> None:
-    """The tasks in their order, and the time that those take which are not finished."""
-    schedule = schedule_of(study, runner)
-    if schedule.chosen is None:
-        say("The learning rates are not chosen yet; the report's are shown with the middle one")
-    tasks = list(dict.fromkeys(schedule.selection + schedule.report))
-    loads = [(task, work(task, config_of(task.run))) for task in tasks]
-    for line in overview(loads, runner):
-        say(line)
-    seconds, timed = seconds_left(loads, runner)
-    left = sum(runner.finished(task) is None for task in tasks)
-    basis = "by the speed of the finished tasks" if timed else "nothing was timed yet"
-    say(f"{left} of {len(tasks)} tasks left, about {seconds / 60:.0f} minutes ({basis})")
 
 
 def where_it_ran(config: NullspaceConfig) -> dict[str, Any]:

@@ -113,6 +113,7 @@ ORDER = [
 
 # The laboratory beside the recipes that run it, in the same way. It imports the library, and nothing of the library it.
 LABORATORY_ORDER = [
+    "study.arguments",
     "study.design",
     "study.images",
     "study.tasks",

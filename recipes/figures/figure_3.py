@@ -99,9 +99,7 @@ def models_along(setting: Setting, checkpoints: Mapping[int, Path]) -> Iterator[
 
 def group_of(condition: Condition) -> str:
     """One of ``GROUPS``. The paper's adversarial group also has DAmageNet, its OOD group shifted sets of ImageNet."""
-    return (
-        "clean" if isinstance(condition, Clean) else "adversarial" if isinstance(condition, Attacked) else "corruption"
-    )
+    return {Clean: "clean", Attacked: "adversarial"}.get(type(condition), "corruption")
 
 
 def point(experiment: Experiment, step: int) -> dict[str, Any]:
@@ -141,18 +139,14 @@ def summary(
     step: int, results: Sequence[ConditionResult], conditions: Sequence[Condition], noises: Any
 ) -> dict[str, Any]:
     """What is kept of one checkpoint: every condition with its bits, and the groups' means in [0, 1]."""
-    scores: dict[str, list[float]] = {group: [] for group in GROUPS}
-    for condition, result in zip(conditions, results, strict=True):
-        scores[group_of(condition)].append(result.score.value)
-    groups = {group: float(np.mean(values)) for group, values in scores.items() if values}
     kept = ("condition", "n", "correct", "score", "correct_bits")
-    return {
-        "step": step,
-        "groups": groups | {"average": float(np.mean(list(groups.values())))},
-        "noises": noises,
-        "conditions": [{"group": group_of(c)} | {name: record(r)[name] for name in kept}
-                       for c, r in zip(conditions, results, strict=True)],
-    }  # fmt: skip
+    entries = [
+        {"group": group_of(condition)} | {name: record(result)[name] for name in kept}
+        for condition, result in zip(conditions, results, strict=True)
+    ]
+    groups = {name: float(np.mean([e["score"] for e in entries if e["group"] == name])) for name in GROUPS}
+    groups["average"] = float(np.mean(list(groups.values())))
+    return {"step": step, "groups": groups, "noises": noises, "conditions": entries}
 
 
 def line_of(arm: str, seed: int, found: Mapping[str, Any]) -> str:
@@ -186,15 +180,13 @@ def differences(
     Both are runs of points, in the same order of seeds; images are resampled jointly for all conditions and seeds.
     """
     found = {}
-    groups: dict[str, tuple[list[Any], list[Any]]] = {}
-    for one, two in zip(before, after, strict=True):
-        for a, b in zip(one[-1]["conditions"], two[-1]["conditions"], strict=True):
-            rows = groups.setdefault(a["group"], ([], []))
-            rows[0].append(from_bits(a["correct_bits"], a["n"]))
-            rows[1].append(from_bits(b["correct_bits"], b["n"]))
-    for group, (first, second) in groups.items():
-        interval = paired_mean_difference(first, second)
-        found[group] = {name: 100 * getattr(interval, name) for name in ("value", "low", "high")}
+    for group in GROUPS:
+        first, second = (
+            [from_bits(e["correct_bits"], e["n"]) for run in runs for e in run[-1]["conditions"] if e["group"] == group]
+            for runs in (before, after)
+        )
+        change = paired_mean_difference(first, second)
+        found[group] = {"value": 100 * change.value, "low": 100 * change.low, "high": 100 * change.high}
     return found
 
 
@@ -225,20 +217,14 @@ def plot_progress(
     figure, ((groups, norms),) = canvas(9, columns=2)
     figure.set_figheight(4.6)  # the legends stand below
     for arm, rows in arms.items():
-        width, alpha = (0.9, 0.8) if arm == CONTROL else (2.2, 1.0)
+        style: dict[str, Any] = {"linestyle": "-", "linewidth": 2.2, "alpha": 1.0, "marker": "."}
+        if arm == CONTROL:
+            style = {"linestyle": "--", "linewidth": 0.9, "alpha": 0.8}
         steps = [row["step"] for row in rows]
         for axes, names in ((groups, (*GROUPS, "average")), (norms, ("centred_norm", "norm"))):
             for place, name in enumerate(name for name in names if name in rows[0]["relative"]):
-                axes.plot(
-                    steps,
-                    [row["relative"][name] for row in rows],
-                    color="black" if name == "average" else f"C{place}",
-                    linestyle="--" if arm == CONTROL else "-",
-                    linewidth=width,
-                    alpha=alpha,
-                    marker="." if arm != CONTROL else None,
-                    label=f"{name.replace('_', ' ')}, {arm}",
-                )
+                label, color = f"{name.replace('_', ' ')}, {arm}", "black" if name == "average" else f"C{place}"
+                axes.plot(steps, [row["relative"][name] for row in rows], color=color, label=label, **style)
     for history in rounds:
         start = history[0]["centred_norm"]
         norms.plot([e["step"] for e in history], [e["centred_norm"] / start for e in history], "kx", markersize=5)

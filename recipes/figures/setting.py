@@ -164,7 +164,7 @@ class Setting:
         if small or aligned:
             self.classifier = load_classifier(self.model_args, self._train_rows, self.say)
         else:
-            self.classifier = load_as_it_is(self.model_args, len(class_names(self._train_rows) or ()))
+            self.classifier = self._with_its_own_head()
         images = self.images(config.seed)
         if not data.streaming:
             check_images(config, len(images), BATCHES if aligned else ["noise_batch_size"])
@@ -183,6 +183,19 @@ class Setting:
         size = config.per_device_eval_batch_size
         starts = range(0, len(mine), size)
         self.batches = [collate([self.eval_set[i] for i in mine[at : at + size]])["pixel_values"] for at in starts]
+
+    def _with_its_own_head(self) -> Classifier:
+        """The model as it is, whatever the classes of the images, whose labels are left as they are."""
+        name, revision = str(self.model_args.model_name_or_path), self.model_args.model_revision
+        model, processor = load_model(name, revision), load_image_processor(name, revision)
+        find_patch_embedding(model)
+        model.config._commit_hash = hub_commit(model, revision)
+        preprocessing = Preprocessing.from_processor(processor)
+        preprocessing.check_fits(model.config)
+        classes = max(model.config.num_labels or 0, len(class_names(self._train_rows) or ()))
+        names = {index: str(index) for index in range(classes)}
+        labels = LabelAlignment(names, {name: index for index, name in names.items()}, None, False, "")
+        return Classifier(model, processor, preprocessing, labels)
 
     def images(self, seed: int) -> Any:
         """The training images, augmented from ``seed``."""
@@ -246,21 +259,3 @@ def claim(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
         claim_folder(folder, settings)
     except OtherRunError as error:
         raise UsageError(f"{str(error).partition(' Choose')[0]} Choose another --output_dir") from error
-
-
-def load_as_it_is(args: ModelArguments, classes: int = 0) -> Classifier:
-    """The model with its own head, whatever the ``classes`` of the images, whose labels are left as they are.
-
-    Raises:
-        NotAViTError: if the model has no patch embedding.
-        OSError: if there is no such model, or its files cannot be used.
-    """
-    name, revision = str(args.model_name_or_path), args.model_revision
-    model, processor = load_model(name, revision), load_image_processor(name, revision)
-    find_patch_embedding(model)
-    model.config._commit_hash = hub_commit(model, revision)
-    preprocessing = Preprocessing.from_processor(processor)
-    preprocessing.check_fits(model.config)
-    names = {index: str(index) for index in range(max(model.config.num_labels or 0, classes))}
-    labels = LabelAlignment(names, {name: index for index, name in names.items()}, None, False, "")
-    return Classifier(model, processor, preprocessing, labels)

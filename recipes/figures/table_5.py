@@ -8,6 +8,7 @@ from typing import Any
 from figures.experiment import Experiment, influence_and_match
 from figures.figure_3 import METHOD, fine_tune, models_along
 from figures.setting import Setting
+from hf_nullspace.command_line import UsageError
 from hf_nullspace.core import text
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.noise.artifact import NullspaceNoise, bank_file_name
@@ -42,7 +43,7 @@ def table_5_row(experiment: Experiment, step: int, entry: Mapping[str, Any], fol
     ``experiment`` has the model of ``step``, on which the noise was learned; ``entry`` is the round's in the history.
     """
     if entry["step"] != step:
-        raise ValueError(f"round {entry['round']} was learned at step {entry['step']}, the model is of step {step}")
+        raise UsageError(f"round {entry['round']} was learned at step {entry['step']}, the model is of step {step}")
     noise = NullspaceNoise.load(folder / "noises" / bank_file_name(entry["round"]))
     with probing(experiment.model, experiment.batches) as probe:
         found = influence_and_match(probe, noise.tensor)

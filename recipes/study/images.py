@@ -6,16 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_nullspace.command_line import UsageError
 from hf_nullspace.core.files import DamagedFileError, read_json, size_and_hash, write_json, write_whole
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.corruptions import SMALL, corrupt
 from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet
 from hf_nullspace.robustness.records import images_fingerprint
 from hf_nullspace.robustness.suite import Condition, Corrupted
-
-
-class MixedSizesError(ValueError):
-    """The images of the set have different sizes, so they do not fit into one array."""
 
 
 class KeptImages(ImageSet):
@@ -53,11 +50,10 @@ class ImageStore:
         """The images at ``places`` for a condition: corrupted already, if it is a corruption.
 
         Raises:
-            ValueError: if the set has no such place.
-            MixedSizesError: if the images differ in size.
+            UsageError: if the set has no such place, or the images differ in size, so that no array holds them.
         """
         if not 0 <= places[0] <= places[-1] < len(self.images):
-            raise ValueError(f"places {places[0]} to {places[-1]}, but the test split has {len(self.images)} images")
+            raise UsageError(f"places {places[0]} to {places[-1]}, but the test split has {len(self.images)} images")
         name = "clean"
         if isinstance(condition, Corrupted):
             name = f"{condition.corruption}-{condition.severity}-seed-{self.seed}"
@@ -84,7 +80,7 @@ class ImageStore:
             if row == 0:
                 array = np.empty((len(places), *pixels.shape), dtype=np.uint8)
             if pixels.shape != array.shape[1:]:
-                raise MixedSizesError(
+                raise UsageError(
                     f"image {place} is {pixels.shape[1]}x{pixels.shape[0]}, the first {array.shape[2]}x"
                     f"{array.shape[1]}: a study keeps its images in one array. Resize the set to one size first"
                 )

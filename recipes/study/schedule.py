@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_nullspace.robustness.records import Records, versions
+from hf_nullspace.training.config import NullspaceConfig
 from study.analysis import power
 from study.design import Run, Study
 from study.tasks import Measurement, Runner, Task, Training, measurements_of
@@ -160,24 +161,24 @@ def content_of(study: Study, runner: Runner, described: dict[str, Any]) -> dict[
 # ---- how much is left
 
 
-def work(task: Task, config: Any) -> float:
-    """Forward passes of one image that a task takes, roughly; ``config`` is the NullspaceConfig of its run."""
+def work(task: Task, config_of: Callable[[Run], NullspaceConfig]) -> float:
+    """Forward passes of one image that a task takes, roughly."""
     if isinstance(task, Measurement):
         return float(len(task.places) * task.planned.condition.cost)
-    if config is None:
+    if task.run.seed is None:
         return 0.0
-    names = config.objective.split("+")
+    config: Any = config_of(task.run)  # its fields are set
+    names = set(config.objective.split("+"))
     views = len({view for name in names for view in _VIEWS.get(name, ("clean", "other"))})
-    images = config.rounds * config.steps_per_round * config.global_batch_size
-    attacks = sum(name in ("madry", "trades") for name in names)
-    learns = bool({"nullspace", "permuted"} & set(names))
-    if config.noise_learner == "boundary":
-        each = 2 * config.noise_max_steps * config.noise_batch_size + config.noise_pool_images
-    else:
-        each = 3 * min(config.noise_max_steps, NOISE_STEPS) * config.noise_batch_size
-    noise = config.rounds * ((each if learns else 0) + 10 * config.held_out_images)
-    noisy = learns or "random" in names
-    return float(images * (3 * views + 2 * config.attack_steps * attacks) + (noise if noisy else 0))
+    passes = 3 * views + 2 * config.attack_steps * len(names & {"madry", "trades"})
+    each = 0
+    if names & {"nullspace", "permuted"}:
+        if config.noise_learner == "boundary":
+            each = 2 * config.noise_max_steps * config.noise_batch_size + config.noise_pool_images
+        else:
+            each = 3 * min(config.noise_max_steps, NOISE_STEPS) * config.noise_batch_size
+    noise = config.rounds * (each + 10 * config.held_out_images) if each or "random" in names else 0
+    return float(config.rounds * config.steps_per_round * config.global_batch_size * passes + noise)
 
 
 def seconds_left(tasks: Sequence[tuple[Task, float]], runner: Runner) -> tuple[float, bool]:
@@ -199,15 +200,23 @@ def _seconds(found: dict[str, Any]) -> float:
     return float(found["seconds"] if "seconds" in found else (found["cost"] or {"seconds": 0.0})["seconds"])
 
 
-def overview(tasks: Sequence[tuple[Task, float]], runner: Runner) -> list[str]:
-    """A line for each training, and one for the measurements of a run on a slice, of (task, work), in their order."""
+def what_is_left(study: Study, runner: Runner, config_of: Callable[[Run], NullspaceConfig]) -> list[str]:
+    """A line for each training, one for the measurements of a run on a slice, in their order, and the time left."""
+    schedule = schedule_of(study, runner)
+    tasks = list(dict.fromkeys(schedule.selection + schedule.report))
+    loads = [(task, work(task, config_of)) for task in tasks]
     groups: dict[str, list[tuple[bool, float]]] = {}
-    for task, load in tasks:
+    for task, load in loads:
         name = str(task) if isinstance(task, Training) else f"measure {task.run} ({task.slice.name})"
         groups.setdefault(name, []).append((runner.finished(task) is None, load))
     lines = []
+    if schedule.chosen is None:
+        lines.append("The learning rates are not chosen yet; the report's are shown with the middle one")
     for name, mine in groups.items():
         left = [load for is_left, load in mine if is_left]
         state = f"{len(mine) - len(left)} of {len(mine)} done, {sum(left):,.0f} passes left" if left else "finished"
         lines.append(f"{name}: {state}")
-    return lines
+    seconds, timed = seconds_left(loads, runner)
+    count = sum(is_left for mine in groups.values() for is_left, _ in mine)
+    basis = "by the speed of the finished tasks" if timed else "nothing was timed yet"
+    return [*lines, f"{count} of {len(tasks)} tasks left, about {seconds / 60:.0f} minutes ({basis})"]

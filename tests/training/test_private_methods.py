@@ -21,7 +21,6 @@ OURS = [kind for kind in NullspaceTrainer.__mro__ if kind.__module__.startswith(
 
 
 ELSEWHERE = {
-    "_attn_implementation": ViTConfig(),  # whether attention weights can be asked for
     "_attn_implementation_internal": ViTConfig(),
     "_name_or_path": ViTConfig(),
     "_modules": torch.nn.Module(),  # "_orig_mod" of a compiled model

@@ -1,5 +1,6 @@
 """The card of a fine-tuned model, from what its run left in the folder alone: no number in it is typed by hand."""
 
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from shlex import quote
@@ -24,13 +25,6 @@ PLOTS = {
 }
 NOISE_PLOT = "noise.png"
 TAGS = ["image-classification", "vision", "robustness", "nullspace-noise", "hf-nullspace"]
-METHODS = {
-    "plain": "without noise: every batch twice as it is, the control of a fine-tuning with nullspace noise.",
-    "random": "with noise that was drawn and scaled to the influence of a nullspace noise: a control.",
-    "permuted": "with nullspace noise whose entries were permuted, scaled to the same influence: a control.",
-    "madry": "with adversarial images (Madry et al. 2018).",
-    "trades": "with TRADES (Zhang et al. 2019).",
-}
 _MARK = "# Written by hf-nullspace from results.json; accuracies in [0, 1].\n"
 
 
@@ -63,14 +57,13 @@ def model_card(
     return from_template(
         "model_card.md",
         data,
+        run=found,
         title=escape(title),
         model_id=place,
         last_noise=code(f"hf_nullspace.NullspaceNoise.from_pretrained({place})"),
-        what=what_it_is(found),
+        architecture=architecture(found.config),
         preparation=preparation(found),
-        noises=len(found.history),
         reports=[report_section(found, report) for report in found.reports],
-        training=training_text(found),
         settings=tables.settings_table(found),
         noise_plot=NOISE_PLOT if (found.path / NOISE_PLOT).is_file() else None,
         cost=tables.cost_table(found),
@@ -103,45 +96,20 @@ def write_card(
 
 
 def from_template(name: str, data: ModelCardData, **values: Any) -> ModelCard:
-    """A card from ``cards/templates/NAME``."""
+    """A card from ``cards/templates/NAME``, which may call ``code`` and ``escape``."""
     with as_file(files("hf_nullspace.cards").joinpath(f"templates/{name}")) as path:
-        return ModelCard.from_template(data, template_path=str(path), **values)
+        return ModelCard.from_template(data, template_path=str(path), code=code, escape=escape, **values)
 
 
-def what_it_is(run: RunFolder) -> str:
-    """One paragraph: architecture, base model, data, method."""
-    config = run.config
-    kind = code((config.get("architectures") or ["An image classifier"])[0])
+def architecture(config: Mapping[str, Any]) -> str:
+    """The model's class and sizes."""
     counts = {"num_hidden_layers": "layers", "hidden_size": "features", "num_attention_heads": "heads"}
     sides = {"patch_size": "patches", "image_size": "images"}
     sizes = [f"{config[key]} {name}" for key, name in counts.items() if isinstance(config.get(key), int)]
     sizes += [f"{name} of {escape(config[key])} px" for key, name in sides.items() if key in config]
     sizes += [f"{len(config['id2label'])} classes"] if "id2label" in config else []
-    text = f"{kind} ({', '.join(sizes)})" if sizes else kind
-    if run.base_model:
-        at = f" at revision {code(run.base_revision)}" if run.base_model.hub_id and run.base_revision else ""
-        text += f", fine-tuned from {run.base_model}{at}"
-    else:
-        text += ", trained from random weights and then fine-tuned" if run.settings else ", fine-tuned"
-    text += f" on {run.data}" if run.data else ""
-    return f"{text} {method(run)}"
-
-
-def method(run: RunFolder) -> str:
-    """How the fine-tuning used noise, in words."""
-    if run.objective is None:
-        return "with hf-nullspace."
-    if run.objective != "nullspace":
-        return METHODS.get(run.objective, f"with the objective {code(run.objective)} of hf-nullspace.")
-    training = run.settings.get("training", {})
-    steps = training.get("steps_per_round")
-    every = f"Every {escape(steps)} steps" if steps else "At intervals"
-    epsilon = training.get("epsilon", run.noise.get("provenance", {}).get("epsilon"))
-    shift = f" (mean squared shift of the probabilities below epsilon = {epsilon:g})" if epsilon else ""
-    return (
-        f"with nullspace noise. {every} a noise on the patch embeddings is learned that the model of that moment "
-        f"hardly sees{shift}; every training batch then goes through the model as it is and with that noise."
-    )
+    kind = code((config.get("architectures") or ["An image classifier"])[0])
+    return f"{kind} ({', '.join(sizes)})" if sizes else kind
 
 
 def preparation(run: RunFolder) -> str:
@@ -159,21 +127,11 @@ def preparation(run: RunFolder) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def training_text(run: RunFolder) -> str:
-    unnamed = "a model that the run trained itself" if run.settings else "not recorded"
-    data = run.settings.get("data", {})
-    split = f", split {code(data['train_split'])}" if "train_split" in data else ""
-    revision = f", revision {code(data['dataset_revision'])}" if data.get("dataset_revision") else ""
-    return f"Base model: {run.base_model or unnamed}. Data: {run.data or 'not recorded'}{split}{revision}."
-
-
 def report_section(run: RunFolder, report: Report) -> dict[str, Any]:
     """What the template says about one report."""
     table, cells = tables.result_tables(report)
     folder = Path(report.file).parent
     plots = [((folder / name).as_posix(), text) for name, text in PLOTS.items() if (run.path / folder / name).is_file()]
-    answers = report.checks.get(report.subject) or ()
-    checks = f"{sum(check.passed for check in answers)} of {len(answers)} checks of the evaluation passed."
     return {
         "subject": code(report.subject),
         "verdict": tables.verdict(report),
@@ -181,7 +139,7 @@ def report_section(run: RunFolder, report: Report) -> dict[str, Any]:
         "cells": cells,
         "doubts": tables.doubts(report),
         "protocols": tables.protocols(report),
-        "checks": checks if answers else "The checks of the evaluation were not run.",
-        "versions": ", ".join(escape(f"{name} {number}") for name, number in report.versions.items()) or "not recorded",
+        "checks": report.checks.get(report.subject) or (),
+        "versions": [escape(f"{name} {number}") for name, number in report.versions.items()],
         "plots": plots,
     }

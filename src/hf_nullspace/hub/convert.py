@@ -49,35 +49,32 @@ def to_transformers(tensors: Mapping[str, Tensor], kind: Architecture, labels: S
     """
     from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, ViTConfig, ViTForImageClassification
 
-    settings: dict[str, Any] = {
-        "hidden_size": kind.width,
-        "num_hidden_layers": kind.depth,
-        "num_attention_heads": kind.heads,
-        "intermediate_size": kind.mlp,
-        "image_size": kind.image,
-        "patch_size": kind.patch,
-        "num_channels": kind.channels,
-        "qkv_bias": kind.qkv_bias,
-        "hidden_act": "gelu",
-        "layer_norm_eps": LAYER_NORM_EPS,
-    }
-    if labels is None:
-        settings["num_labels"] = kind.classes
-    elif len(labels) != kind.classes:
-        raise CheckpointError(
-            f"{len(labels)} class names for a head of {kind.classes} classes; give as many as classes"
-        )
-    else:
-        settings |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    names = [f"LABEL_{index}" for index in range(kind.classes)] if labels is None else labels
+    if len(names) != kind.classes:
+        raise CheckpointError(f"{len(names)} class names for a head of {kind.classes} classes; give as many as classes")
+    config_class: Any = DeiTConfig if kind.distilled else ViTConfig
     model_class: Any = DeiTForImageClassificationWithTeacher if kind.distilled else ViTForImageClassification
-    config = (DeiTConfig if kind.distilled else ViTConfig)(**settings)
+    config = config_class(
+        hidden_size=kind.width,
+        num_hidden_layers=kind.depth,
+        num_attention_heads=kind.heads,
+        intermediate_size=kind.mlp,
+        image_size=kind.image,
+        patch_size=kind.patch,
+        num_channels=kind.channels,
+        qkv_bias=kind.qkv_bias,
+        hidden_act="gelu",
+        layer_norm_eps=LAYER_NORM_EPS,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
     with torch.device("meta"):  # no random numbers are drawn for weights that are replaced
         model = model_class(config)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    names = {key: ours for key, ours in _names(kind).items() if ours[0] in shapes}
-    _check(tensors, {key: (len(ours) * shapes[ours[0]][0], *shapes[ours[0]][1:]) for key, ours in names.items()})
+    places = {key: ours for key, ours in _names(kind).items() if ours[0] in shapes}
+    _check(tensors, {key: (len(ours) * shapes[ours[0]][0], *shapes[ours[0]][1:]) for key, ours in places.items()})
     weights: dict[str, Tensor] = {}
-    for key, ours in names.items():
+    for key, ours in places.items():
         for name, piece in zip(ours, tensors[key].to(torch.float32).chunk(len(ours)), strict=True):
             weights[name] = piece.clone()  # memory of its own
     model.load_state_dict(weights, strict=True, assign=True)
@@ -87,18 +84,18 @@ def to_transformers(tensors: Mapping[str, Tensor], kind: Architecture, labels: S
 def _names(kind: Architecture) -> dict[str, list[str]]:
     """timm's name of every tensor -> transformers' names of it, or of its equal parts."""
     base = "deit" if kind.distilled else "vit"
+    embeddings = f"{base}.embeddings"
     found = {
-        "cls_token": [f"{base}.embeddings.cls_token"],
-        "pos_embed": [f"{base}.embeddings.position_embeddings"],
+        "cls_token": [f"{embeddings}.cls_token"],
+        "pos_embed": [f"{embeddings}.position_embeddings"],
+        "dist_token": [f"{embeddings}.distillation_token"],
     }
     modules = {
-        "patch_embed.proj": [f"{base}.embeddings.patch_embeddings.projection"],
+        "patch_embed.proj": [f"{embeddings}.patch_embeddings.projection"],
         "norm": [f"{base}.layernorm"],
         "head": ["cls_classifier" if kind.distilled else "classifier"],
+        "head_dist": ["distillation_classifier"],
     }
-    if kind.distilled:
-        found["dist_token"] = [f"{base}.embeddings.distillation_token"]
-        modules["head_dist"] = ["distillation_classifier"]
     for layer in range(kind.depth):
         for part, ours in _LAYER.items():
             modules[f"blocks.{layer}.{part}"] = [f"{base}.layers.{layer}.{name}" for name in ours]

@@ -1,8 +1,7 @@
 """The weights and the maps of every attention layer, per head: the one place that knows where they are.
 
-transformers moved them in 5.12 (``encoder.layer.N.attention.attention.query`` became ``layers.N.attention.q_proj``) and
-families differ, so a layer is recognised by what it holds, three linear maps under one of the known names, and
-never by its path.
+transformers 5.12 moved them (``encoder.layer.N.attention.attention.query`` became ``layers.N.attention.q_proj``) and
+families differ, so a layer is recognised by its three linear maps under one of the known names, never by its path.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from hf_nullspace.models.frozen import frozen
 from hf_nullspace.models.patch_embedding import model_type, unwrap
@@ -79,7 +78,19 @@ def attention_weights(model: nn.Module) -> list[AttentionWeights]:
     Raises:
         NoAttentionWeightsError: for another kind of attention than ``PLAIN_ATTENTION``'s, or other names inside it.
     """
-    return [_weights(*layer) for layer in _layers(model)]
+    found = []
+    for name, module, projections in _layers(model):
+        heads = next((vars(module)[attribute] for attribute in _HEADS if attribute in vars(module)), None)
+        if heads is None:
+            raise NoAttentionWeightsError(f"{name} ({type(module).__name__}) does not say how many heads it has")
+        # a Linear's weight is (heads * d_k, D); Q_i, with q = x Q_i, is the transpose of its i-th block
+        matrices = [linear.weight.unflatten(0, (heads, -1)).transpose(1, 2) for linear in projections]
+        biases = [
+            (linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias).view(heads, -1)
+            for linear in projections
+        ]
+        found.append(AttentionWeights(name, *matrices, *biases))
+    return found
 
 
 @torch.no_grad()
@@ -176,10 +187,9 @@ def _targets(logits: Tensor, targets: Tensor | int | None) -> Tensor:
 def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
     """Every module of ``model`` computes its attention as ``name`` says ("eager" gives weights); as before afterwards.
 
-    The property of the configuration would also reach sub-configurations that no module has.
+    ``_attn_implementation`` would also change sub-configurations that no module has.
     """
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation_internal")}
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     try:
         for config, _ in before:
@@ -288,16 +298,3 @@ def _layers(model: nn.Module) -> list[tuple[str, Any, list[nn.Linear]]]:
             "5.18 to 5.x; adapters (PEFT) and quantised layers have to be merged first"
         )
     return found
-
-
-def _weights(name: str, module: nn.Module, projections: list[nn.Linear]) -> AttentionWeights:
-    heads = next((vars(module)[attribute] for attribute in _HEADS if attribute in vars(module)), None)
-    if heads is None:
-        raise NoAttentionWeightsError(f"{name} ({type(module).__name__}) does not say how many heads it has")
-    # a Linear's weight is (heads * d_k, D); Q_i, with q = x Q_i, is the transpose of its i-th block
-    matrices = [linear.weight.unflatten(0, (heads, -1)).transpose(1, 2) for linear in projections]
-    biases = [
-        (linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias).view(heads, -1)
-        for linear in projections
-    ]
-    return AttentionWeights(name, *matrices, *biases)

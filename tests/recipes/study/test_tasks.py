@@ -142,7 +142,7 @@ def test_the_checkpoint_before_is_measured_without_training(whole):
 
 def test_time_left_follows_the_speed_of_finished_tasks(whole):
     settings = whole.trainer_of(RUN, whole.folder / "x").args
-    loads = [(task, work(task, settings)) for task in (Training(RUN), *MEASUREMENTS)]
+    loads = [(task, work(task, lambda run: settings)) for task in (Training(RUN), *MEASUREMENTS)]
     assert [load for _, load in loads] == [6 * 8 * 2 * 3 + 3 * (3 * 4 * 8 + 10 * 8), 20, 10 * (1 + 3 * 2), 20]
     assert seconds_left(loads, whole) == (0, True)
     other = Run("nullspace", 1e-3, 4)
