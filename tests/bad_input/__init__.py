@@ -50,8 +50,15 @@ def namespace(places, folder):
     def config(**given):
         return NullspaceConfig(**{"output_dir": str(folder), "use_cpu": True, "report_to": "none"} | given)
 
-    def trainer(count=8, **given):
+    class Bare(torch.nn.Module):
+        vit = model
+
+        def get_input_embeddings(self):
+            return self.vit.get_input_embeddings()
+
+    def trainer(count=8, model=model, **given):
         short = {"rounds": 1, "steps_per_round": 1, "global_batch_size": 4, "noise_batch_size": 4}
+        model = Bare() if model == "bare" else model
         return NullspaceTrainer(model, config(**short | given), train_dataset=Images(count=count))
 
     def metric(**given):
