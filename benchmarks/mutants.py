@@ -62,13 +62,9 @@ TESTS = {
     "robustness/scores.py": ["robustness/test_metric.py"],
     "robustness/corruptions.py": ["robustness/test_corruption_functions.py", "test_published_tables.py"],
     "robustness/corruption_functions.py": ["robustness/test_corruptions.py", "test_published_tables.py"],
-    "robustness/attacks/base.py": [
-        "robustness/test_attack_settings.py",
-        "robustness/test_gradient_attacks.py",
-        "robustness/test_carlini_wagner.py",
-    ],
+    "robustness/attacks/": ["robustness/test_every_attack.py", "robustness/test_gradient_attacks.py"],
+    "robustness/attacks/base.py": ["robustness/test_carlini_wagner.py", "robustness/test_patch_fool.py"],
     "robustness/attacks/auto.py": ["robustness/test_auto_attack.py"],
-    "robustness/attacks/gradient.py": ["robustness/test_gradient_attacks.py"],
 }
 MOST_OTHERS = 40  # tests of other files that run a line; of some lines it is every second test
 

@@ -13,7 +13,7 @@ the paper). Prints all of it and writes analysis.json, patch_embedding.png, prop
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from figures.table_4 import HEADER, line_of, plot_table_4, remark, table_4
-from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.files import only_run_in, write_json
 from hf_nullspace.core.settings import check_numbers, check_output_dir
@@ -42,22 +42,16 @@ class AnalyzeArguments:
 
     _group_title: ClassVar[str] = "Analysis"
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of an image classifier."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    table4: list[str] | None = field(
-        default=None, metadata={"help": "Instead of one model: models, and D:patch for random weights; or 'paper'."}
-    )
-    output_dir: str = field(default="outputs/analysis", metadata={"help": "Folder for the JSON and the PNGs."})
-    stored_dtype: str | None = field(
-        default=None, metadata={"help": "Precision of the checkpoint (bfloat16, ...), if it was loaded as another."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Images to try: Hub id, folder, or 'digits'. Unset: random pixels."}
-    )
-    split: str = field(default="test", metadata={"help": "Split of the data set."})
-    images: int = field(default=8, metadata={"help": "How many images."})
-    norm: float = field(default=1000.0, metadata={"help": "Norm of the noise that tries the LayerNorm direction."})
-    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+    model_name_or_path: str | None = option(None, "Hub id or folder of an image classifier.")
+    model_revision: str | None = option(None, "Branch, tag or commit of the model.")
+    table4: list[str] | None = option(None, "Instead of one model: models, and D:patch for random weights; or 'paper'.")
+    output_dir: str = option("outputs/analysis", "Folder for the JSON and the PNGs.")
+    stored_dtype: str | None = option(None, "Precision of the checkpoint (bfloat16, ...), if it was loaded as another.")
+    dataset_name: str | None = option(None, "Images to try: Hub id, folder, or 'digits'. Unset: random pixels.")
+    split: str = option("test", "Split of the data set.")
+    images: int = option(8, "How many images.")
+    norm: float = option(1000.0, "Norm of the noise that tries the LayerNorm direction.")
+    seed: int = option(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.table4 is None):

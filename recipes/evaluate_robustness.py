@@ -125,7 +125,7 @@ def measure_all(args: EvaluationArguments, plan: list[Planned]) -> None:
         if others := records.others(keys):
             what = "are of another checkpoint, protocol, data set, limit or seed, and were not used"
             state.print(f"{others} records in {records.folder} {what}")
-        extras = {"missing": missing, "checks": checks if args.checks else None, "published": args.published}
+        extras = {"missing": missing, "checks": checks if args.checks else {}, "published": args.published}
         context = dataclasses.asdict(args)
         paths = write_report(results, args.output_dir, context=context, **extras)
         state.print("\n" + terminal_table(results, **extras) + "\n")

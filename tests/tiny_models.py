@@ -1,5 +1,6 @@
 """Tiny random image classifiers of every family, built from a config; nothing is downloaded."""
 
+import numpy as np
 import torch
 from transformers import (
     BeitConfig,
@@ -74,3 +75,18 @@ def tiny_resnet() -> torch.nn.Module:
     return ResNetForImageClassification(
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], **LABELS)
     ).eval()
+
+
+def numpy_patches(pixels):
+    """Images (..., 16, 16, 3) as patches (..., 16, 48), in the order of the embeddings, by NumPy."""
+    shape = np.shape(pixels)[:-3]
+    first = len(shape)
+    parts = np.reshape(pixels, (*shape, 4, 4, 4, 4, 3))
+    order = (first + axis for axis in (0, 2, 4, 1, 3))
+    return parts.transpose(*range(first), *order).reshape(*shape, 16, 48)
+
+
+def numpy_projection(model):
+    """theta (24, 48) and the bias (24,) of a tiny ViT or DeiT, float64."""
+    projection = getattr(model, model.config.model_type).embeddings.patch_embeddings.projection
+    return projection.weight.detach().double().numpy().reshape(24, 48), projection.bias.detach().double().numpy()

@@ -16,11 +16,11 @@ from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.patch_embedding import patch_embedding_noise
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise
-from hf_nullspace.robustness import scores
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.data import ImageClassificationDataset
 from hf_nullspace.training.trainer import NullspaceTrainer
+from study.arguments import CompareArguments
 from study.design import make_study
 from tiny_models import tiny_model, tiny_resnet
 from tiny_training import Images
@@ -56,10 +56,16 @@ def namespace(places, folder):
         def get_input_embeddings(self):
             return self.vit.get_input_embeddings()
 
-    def trainer(count=8, model=model, **given):
+    def trainer(model=model, count=8, processing_class=None, **given):
         short = {"rounds": 1, "steps_per_round": 1, "global_batch_size": 4, "noise_batch_size": 4}
-        model = Bare() if model == "bare" else model
-        return NullspaceTrainer(model, config(**short | given), train_dataset=Images(count=count))
+        named = {"train_dataset": Images(count=count), "processing_class": processing_class}
+        return NullspaceTrainer(model, config(**short | {"held_out_images": 2} | given), **named)
+
+    def with_config(**changed):
+        other = tiny_model()
+        for name, value in changed.items():
+            setattr(other.config, name, value)
+        return other
 
     def metric(**given):
         module = library.load(hf_nullspace.metric_folder())
@@ -68,7 +74,7 @@ def namespace(places, folder):
 
     def study(arms='{"plain": {"objective": "plain"}}', **given):
         small = {"control": "plain", "seeds": [0], "learning_rates": [0.1], "conditions": ["clean"]}
-        return make_study(arms, **small | {"average": ["clean"], "report": "0:4", "selection": None} | given)
+        return make_study(CompareArguments(arms=arms, **small | {"average": ["clean"], "report": "0:4"} | given))
 
     def images_of(rows, **given):
         return ImageClassificationDataset(rows, preprocessing, **given)
@@ -86,6 +92,8 @@ def namespace(places, folder):
         "g": torch.Generator().manual_seed(0),
         "model": model,
         "resnet": tiny_resnet(),
+        "bare": Bare(),
+        "with_config": with_config,
         "pre": preprocessing,
         "images": images,
         "rgb": rgb,
@@ -103,6 +111,6 @@ def namespace(places, folder):
         "attacked": attacked,
         "with_noise": with_noise,
     }
-    libraries = {"datasets": datasets, "np": np, "scores": scores, "torch": torch, "Image": Image}
+    libraries = {"datasets": datasets, "np": np, "torch": torch, "Image": Image}
     libraries |= {"nan": torch.nan, "tensor": torch.tensor, "zeros": torch.zeros}
     return {name: str(place) for name, place in places.items()} | functions_and_classes() | libraries | made

@@ -107,16 +107,6 @@ def test_names_of_older_versions_are_found_too():
     assert all(torch.equal(one.key, other.key) for one, other in zip(found, expected, strict=True))
 
 
-def test_wrappers_are_looked_through():
-    model = tiny_model("vit").double()
-    compiled = torch.compile(model, backend="eager")
-    expected = attention_inputs(model, images())
-    assert all(torch.equal(*pair) for pair in zip(attention_inputs(compiled, images()), expected, strict=True))
-    assert [weights.name for weights in attention_weights(nn.DataParallel(model))] == [
-        weights.name for weights in attention_weights(model)
-    ]
-
-
 def test_other_kinds_of_attention_are_named():
     with pytest.raises(NoAttentionWeightsError, match=r"model type resnet.*known are beit, clip"):
         attention_weights(tiny_resnet())

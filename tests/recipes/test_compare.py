@@ -117,7 +117,7 @@ def test_tables_and_pictures(whole):
 
 
 def test_killed_and_resumed_it_ends_with_the_same_json(whole, tmp_path):
-    """SIGKILL once a few pieces are there; then stopped by the clock; then to the end."""
+    """SIGKILL once a few results are there; then stopped by the clock; then to the end."""
     words = [str(word) for word in settings(tmp_path)]
     shutil.copytree(whole / "base", tmp_path / "study" / "base")
     process = start(script, "compare", *words, log=tmp_path / "log.txt")
@@ -155,7 +155,7 @@ def test_a_dry_run_tells_and_does_nothing(whole, tmp_path, capsys):
     assert "train nullspace, lr 0.003, seed 0: finished" in out
     assert "train plain, lr 0.001, seed 0: 0 of 1 done, 384 passes left" in out
     assert "measure plain, lr 0.001, seed 0 (selection): 0 of 3 done, 240 passes left" in out  # 40 + 40 x 4 + 40
-    assert re.search(r"\n\d+ of \d+ pieces left, about \d+ minutes \(by the speed of the finished pieces\)", out)
+    assert re.search(r"\n\d+ of \d+ tasks left, about \d+ minutes \(by the speed of the finished tasks\)", out)
     assert sorted(path for path in tmp_path.rglob("*") if path.name != "study.yaml") == [
         path for path in before if path.name != "study.yaml"
     ]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import ViTForImageClassification
 
-from figures.closure_pictures import pairs_of
+from figures.figure_4 import pairs_of
 from forked import script, start
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank

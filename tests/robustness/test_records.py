@@ -218,14 +218,14 @@ def test_a_damaged_record_is_an_error(tiny_vit, images, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", '{"condition": "clean"}', "[]", "other seconds"])
-def test_a_damaged_record_on_the_disk_is_said_and_measured_again(tiny_vit, images, tmp_path, caplog, content):
+def test_a_damaged_record_on_the_disk_is_logged_and_made_again(tiny_vit, images, tmp_path, caplog, content):
     records = Records(tmp_path)
     first = finished(records, tiny_vit, images)
     (path,) = tmp_path.iterdir()
     path.write_text(path.read_text().replace('"seconds": ', '"seconds": 1') if content == "other seconds" else content)
     again = finished(records, tiny_vit, images)
     assert f"{path} is damaged" in caplog.text
-    assert "measured again" in caplog.text
+    assert "made again" in caplog.text
     assert (again.correct == first.correct).all()
     assert records.load(path.stem) is not None
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,10 +206,12 @@ def test_images_labelled_minus_100_count_for_nothing():
     expected = cross_entropy(logits[[0, 2]], labels[[0, 2]])
     torch.testing.assert_close(view_loss(logits, labels, None), expected)
     torch.testing.assert_close(view_loss(logits, labels, 4), expected / 2)
-    check_labels(labels, 3)
+    model = torch.nn.Identity()
+    model.config = SimpleNamespace(num_labels=3)
+    check_labels({"labels": labels}, model)
     for wrong in (torch.tensor([0, -99]), torch.tensor([3]), torch.tensor([0.0]), torch.tensor([[0]])):
         with pytest.raises(ValueError, match=r"expected one whole number per image, in \[0, 3\)"):
-            check_labels(wrong, 3)
+            check_labels({"labels": wrong}, model)
 
 
 def test_the_loss_of_half_precision_logits_is_that_of_float32():
@@ -259,11 +262,9 @@ def test_a_new_objective_needs_no_edit_of_the_trainer(tmp_path, monkeypatch):
 
 
 def test_an_objective_that_is_not_known_is_refused_with_the_nearest():
-    with pytest.raises(
-        ValueError, match=r"objective='nulspace': expected one of 'plain', .*did you mean 'nullspace'\?"
-    ):
+    with pytest.raises(ValueError, match=r"objective='nulspace': expected an objective, .*did you mean nullspace\?"):
         check_objective("nulspace")
-    with pytest.raises(ValueError, match=r"or several joined by '\+'$"):
+    with pytest.raises(ValueError, match=r"joined by '\+'; expected one of madry, nullspace, "):
         check_objective("plain+zzz")
     assert check_objective("plain+madry") == ["plain", "madry"]
     for taken in ("plain", "a+b", ""):

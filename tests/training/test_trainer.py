@@ -183,11 +183,14 @@ def test_same_seed_same_noise_and_no_trace_in_the_global_generators(tmp_path):
     assert not torch.equal(one.noise.tensor, other.noise.tensor)
     set_seed(11)
     before, seed = torch.get_rng_state(), torch.initial_seed()
-    (again,) = one._learn(one.model, 1)
+    before_it = one.noise
+    one._begin_round(one.model, 1)
+    again = one.noise
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.initial_seed() == seed
-    assert not torch.equal(again.tensor, one.noise.tensor), "the model has moved on since"
-    assert torch.equal(one._learn(one.model, 1)[0].tensor, again.tensor)
+    assert not torch.equal(again.tensor, before_it.tensor), "the model has moved on since"
+    one._begin_round(one.model, 1)
+    assert torch.equal(one.noise.tensor, again.tensor)
 
 
 def test_a_data_set_that_draws_from_the_global_generator(tmp_path):
@@ -204,7 +207,8 @@ def test_a_data_set_that_draws_from_the_global_generator(tmp_path):
         trainer.args.noise_max_steps = steps
         for seed in (11, 12):
             set_seed(seed)
-            noises.append(trainer._learn(trainer.model, 0)[0].tensor)
+            trainer._begin_round(trainer.model, 0)
+            noises.append(trainer.noise.tensor)
             after.append(torch.rand(()).item())
     assert torch.equal(noises[0], noises[1])
     assert torch.equal(noises[2], noises[3])

@@ -1,5 +1,6 @@
 """The card of a fine-tuned model, from what its run left in the folder alone: no number in it is typed by hand."""
 
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from shlex import quote
@@ -9,19 +10,10 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from hf_nullspace import __version__
+from hf_nullspace.cards import tables
 from hf_nullspace.cards.eval_results import eval_result_entries, model_index
 from hf_nullspace.cards.run_folder import LOCAL, Report, RunFolder
-from hf_nullspace.cards.tables import (
-    attacks_not_measured,
-    cost_table,
-    doubts,
-    protocols,
-    result_tables,
-    settings_table,
-    settings_yaml,
-    verdict,
-)
-from hf_nullspace.core.files import write_whole
+from hf_nullspace.core.files import write_text
 from hf_nullspace.core.text import block, code, escape, literal
 
 CARD_NAME = "README.md"
@@ -33,13 +25,6 @@ PLOTS = {
 }
 NOISE_PLOT = "noise.png"
 TAGS = ["image-classification", "vision", "robustness", "nullspace-noise", "hf-nullspace"]
-METHODS = {
-    "plain": "without noise: every batch twice as it is, the control of a fine-tuning with nullspace noise.",
-    "random": "with noise that was drawn and scaled to the influence of a nullspace noise: a control.",
-    "permuted": "with nullspace noise whose entries were permuted, scaled to the same influence: a control.",
-    "madry": "with adversarial images (Madry et al. 2018).",
-    "trades": "with TRADES (Zhang et al. 2019).",
-}
 _MARK = "# Written by hf-nullspace from results.json; accuracies in [0, 1].\n"
 
 
@@ -56,6 +41,8 @@ def model_card(
     """
     found = RunFolder(Path(run))
     title = repo_id.rpartition("/")[2] if repo_id else found.name
+    place, settings = literal(repo_id or f"path/to/{title}"), tables.settings_yaml(found)
+    versions = [report.versions["hf-nullspace"] for report in found.reports if "hf-nullspace" in report.versions]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
@@ -70,24 +57,21 @@ def model_card(
     return from_template(
         "model_card.md",
         data,
+        run=found,
         title=escape(title),
-        model_id=literal(repo_id or f"path/to/{title}"),
-        last_noise=code(f"hf_nullspace.NullspaceNoise.from_pretrained({literal(repo_id or f'path/to/{title}')})"),
-        what=what_it_is(found),
+        model_id=place,
+        last_noise=code(f"hf_nullspace.NullspaceNoise.from_pretrained({place})"),
+        architecture=architecture(found.config),
         preparation=preparation(found),
-        noises=len(found.history),
         reports=[report_section(found, report) for report in found.reports],
-        training=training_text(found),
-        settings=settings_table(found),
+        settings=tables.settings_table(found),
         noise_plot=NOISE_PLOT if (found.path / NOISE_PLOT).is_file() else None,
-        cost=cost_table(found),
-        not_measured=not_measured(found),
-        yaml=block(settings_yaml(found), "yaml") if settings_yaml(found) else "",
+        cost=tables.cost_table(found),
+        not_measured=tables.attacks_not_measured(found.reports),
+        yaml=block(settings, "yaml") if settings else "",
         again=f"accelerate launch recipes/finetune.py --config settings.yaml --output_dir {quote(f'outputs/{title}')}",
-        placeholders=f" (put your own folders where it says `{LOCAL}`)" if LOCAL in settings_yaml(found) else "",
-        version=escape(
-            next((r.versions["hf-nullspace"] for r in found.reports if "hf-nullspace" in r.versions), __version__)
-        ),
+        local=LOCAL if LOCAL in settings else None,
+        version=escape([*versions, __version__][0]),
         note=note,
     )
 
@@ -100,7 +84,7 @@ def write_card(
     Of ``.eval_results`` it deletes what it wrote before and would not write now. Call it on the main process only.
     """
     run = Path(run)
-    card = str(model_card(run, repo_id, license=license, note=note))
+    card = str(model_card(run, repo_id, license=license, note=note)).rstrip() + "\n"
     wanted = {
         run / EVAL_RESULTS / name: _MARK + yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
         for name, entries in eval_result_entries(RunFolder(run)).items()
@@ -112,53 +96,20 @@ def write_card(
 
 
 def from_template(name: str, data: ModelCardData, **values: Any) -> ModelCard:
-    """A card from ``cards/templates/NAME``."""
+    """A card from ``cards/templates/NAME``, which may call ``code`` and ``escape``."""
     with as_file(files("hf_nullspace.cards").joinpath(f"templates/{name}")) as path:
-        return ModelCard.from_template(data, template_path=str(path), **values)
+        return ModelCard.from_template(data, template_path=str(path), code=code, escape=escape, **values)
 
 
-def write_text(path: Path, text: str) -> Path:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text.rstrip() + "\n", encoding="utf-8")
-
-    return write_whole(path, write)
-
-
-def what_it_is(run: RunFolder) -> str:
-    """One paragraph: architecture, base model, data, method."""
-    config = run.config
-    kind = (config.get("architectures") or ["An image classifier"])[0]
-    parts = {"num_hidden_layers": "layers", "hidden_size": "features", "num_attention_heads": "heads"}
-    sizes = [f"{config[key]} {name}" for key, name in parts.items() if isinstance(config.get(key), int)]
-    sizes += [f"patches of {escape(config['patch_size'])} px" if "patch_size" in config else ""]
-    sizes += [f"images of {escape(config['image_size'])} px" if "image_size" in config else ""]
-    sizes += [f"{len(config['id2label'])} classes" if "id2label" in config else ""]
-    text = f"{code(kind)} ({', '.join(filter(None, sizes))})" if any(sizes) else code(kind)
-    if run.base_model:
-        at = f" at revision {code(run.base_revision)}" if run.base_model.hub_id and run.base_revision else ""
-        text += f", fine-tuned from {run.base_model}{at}"
-    elif run.settings:
-        text += ", trained from random weights and then fine-tuned"
-    else:
-        text += ", fine-tuned"
-    text += f" on {run.data}" if run.data else ""
-    return f"{text} {method(run)}"
-
-
-def method(run: RunFolder) -> str:
-    """How the fine-tuning used noise, in words."""
-    training = run.settings.get("training", {})
-    if run.objective == "nullspace":
-        steps = training.get("steps_per_round")
-        every = f"Every {escape(steps)} steps" if steps else "At intervals"
-        epsilon = training.get("epsilon", run.noise.get("provenance", {}).get("epsilon"))
-        shift = f" (mean squared shift of the probabilities below epsilon = {epsilon:g})" if epsilon else ""
-        return (
-            f"with nullspace noise. {every} a noise on the patch embeddings is learned that the model of that moment "
-            f"hardly sees{shift}; every training batch then goes through the model as it is and with that noise."
-        )
-    known = METHODS.get(run.objective or "", f"with the objective {code(run.objective)} of hf-nullspace.")
-    return known if run.objective else "with hf-nullspace."
+def architecture(config: Mapping[str, Any]) -> str:
+    """The model's class and sizes."""
+    counts = {"num_hidden_layers": "layers", "hidden_size": "features", "num_attention_heads": "heads"}
+    sides = {"patch_size": "patches", "image_size": "images"}
+    sizes = [f"{config[key]} {name}" for key, name in counts.items() if isinstance(config.get(key), int)]
+    sizes += [f"{name} of {escape(config[key])} px" for key, name in sides.items() if key in config]
+    sizes += [f"{len(config['id2label'])} classes"] if "id2label" in config else []
+    kind = code((config.get("architectures") or ["An image classifier"])[0])
+    return f"{kind} ({', '.join(sizes)})" if sizes else kind
 
 
 def preparation(run: RunFolder) -> str:
@@ -168,42 +119,27 @@ def preparation(run: RunFolder) -> str:
     if {"height", "width"} <= set(size):
         parts.append(f"{escape(size['width'])}x{escape(size['height'])} px")
     if processor.get("do_normalize") and "image_mean" in processor:
-        parts.append(f"mean {_numbers(processor['image_mean'])}, std {_numbers(processor['image_std'])}")
+        mean, std = (
+            f"{values[0]:g}" if len(set(values)) == 1 else "/".join(f"{value:g}" for value in values)
+            for values in (processor["image_mean"], processor["image_std"])
+        )
+        parts.append(f"mean {mean}, std {std}")
     return f" ({', '.join(parts)})" if parts else ""
-
-
-def _numbers(values: list[float]) -> str:
-    return f"{values[0]:g}" if len(set(values)) == 1 else "/".join(f"{value:g}" for value in values)
-
-
-def training_text(run: RunFolder) -> str:
-    unnamed = "a model that the run trained itself" if run.settings else "not recorded"
-    data = run.settings.get("data", {})
-    split = f", split {code(data['train_split'])}" if "train_split" in data else ""
-    revision = f", revision {code(data['dataset_revision'])}" if data.get("dataset_revision") else ""
-    return f"Base model: {run.base_model or unnamed}. Data: {run.data or 'not recorded'}{split}{revision}."
 
 
 def report_section(run: RunFolder, report: Report) -> dict[str, Any]:
     """What the template says about one report."""
-    table, cells = result_tables(report)
+    table, cells = tables.result_tables(report)
     folder = Path(report.file).parent
-    plots = {(folder / name).as_posix(): text for name, text in PLOTS.items() if (run.path / folder / name).is_file()}
-    answers = report.checks.get(report.subject) or ()
-    checks = f"{sum(check.passed for check in answers)} of {len(answers)} checks of the evaluation passed."
+    plots = [((folder / name).as_posix(), text) for name, text in PLOTS.items() if (run.path / folder / name).is_file()]
     return {
         "subject": code(report.subject),
-        "verdict": verdict(report),
+        "verdict": tables.verdict(report),
         "table": table,
         "cells": cells,
-        "doubts": doubts(report),
-        "protocols": protocols(report),
-        "checks": checks if answers else "The checks of the evaluation were not run.",
-        "versions": ", ".join(escape(f"{name} {number}") for name, number in report.versions.items()) or "not recorded",
-        "plots": list(plots.items()),
+        "doubts": tables.doubts(report),
+        "protocols": tables.protocols(report),
+        "checks": report.checks.get(report.subject) or (),
+        "versions": [escape(f"{name} {number}") for name, number in report.versions.items()],
+        "plots": plots,
     }
-
-
-def not_measured(run: RunFolder) -> str:
-    names = attacks_not_measured(run.reports)
-    return f"not measured here were {', '.join(names)}" if names else "no attack beyond those in the table was measured"

@@ -23,31 +23,25 @@ class Measured:
     split: str | None = None
     revision: str | None = None
 
-    @property
-    def perturbed(self) -> bool:
-        return "attack" in self.result.protocol or "generated" in self.result.protocol
-
 
 def measured(run: RunFolder) -> Iterator[Measured]:
-    """The results that may stand alone, of every report, a condition of several reports once."""
+    """The results that no check doubts, of every report, a condition of several reports once."""
     seen = set()
     for report in run.reports:
         for result in report.results[report.subject]:
-            found = place(report, result)
+            found = _measured(report, result)
             if not report.doubts(report.subject, result) and (found.images.name, result.condition) not in seen:
                 seen.add((found.images.name, result.condition))
                 yield found
 
 
-def place(report: Report, result: ConditionResult) -> Measured:
+def _measured(report: Report, result: ConditionResult) -> Measured:
     """Which data set a result is over: that of the fine-tuning, the user's own, or a published set."""
     context, protocol = report.context, result.protocol
-    data = context.get("settings", {}).get("data")
-    if data:  # recipes/finetune.py
+    if data := context.get("settings", {}).get("data"):  # recipes/finetune.py
         images, note = source(data["dataset_name"]), str(context.get("images", "")).partition(", ")[2]
-        return Measured(
-            result, images, note, data.get("dataset_config"), data["eval_split"], data.get("dataset_revision")
-        )
+        place = (data.get("dataset_config"), data["eval_split"], data.get("dataset_revision"))
+        return Measured(result, images, note, *place)
     note = str(protocol.get("note", f"{result.n} images"))
     own, split = context.get("dataset_name"), context.get("split")
     if own and protocol.get("set", f"{own}, {split}") == f"{own}, {split}":
@@ -91,16 +85,16 @@ def eval_result_entries(run: RunFolder) -> dict[str, list[EvalResultEntry]]:
     """
     files: dict[str, list[EvalResultEntry]] = {}
     for found in measured(run):
-        if found.perturbed or found.images.hub_id is None:
+        hub_id, score = found.images.hub_id, found.result.score
+        if hub_id is None or {"attack", "generated"} & found.result.protocol.keys():
             continue
-        score = found.result.score
+        notes = f"accuracy in [0, 1], 95% interval [{score.low:.4f}, {score.high:.4f}], {found.result.n} images; "
         entry = EvalResultEntry(
-            dataset_id=found.images.hub_id,
+            dataset_id=hub_id,
             task_id="default",
             value=round(score.value, 6),
             dataset_revision=found.revision,
-            notes=f"accuracy in [0, 1], 95% interval [{score.low:.4f}, {score.high:.4f}], {found.result.n} images; "
-            f"{found.note}",
+            notes=notes + found.note,
         )
-        files.setdefault(f"{found.images.hub_id.replace('/', '--')}.yaml", []).append(entry)
+        files.setdefault(f"{hub_id.replace('/', '--')}.yaml", []).append(entry)
     return files

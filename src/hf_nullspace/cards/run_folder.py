@@ -6,7 +6,7 @@ Paths of the machine that it ran on become ``/path/to/NAME`` on reading.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -25,7 +25,15 @@ CONTROLS = ("plain", "control")  # how the fine-tuning without noise is called i
 BUILT_IN = {"digits": "scikit-learn's handwritten digits (built in)"}
 LOCAL = "/path/to/"
 _LOCAL_FOLDERS = ("outputs", "checkpoints", "runs", "data", "models")  # "outputs/mine" has the form of a Hub id
-_PATH = re.compile(r"(?<![\w:/.~-])(?:~?/(?:[^\s/,;:'\")]+/)*|[A-Za-z]:\\(?:[^\\,;'\")]+\\)*)([^\s/\\,;:'\")]+)")
+_PATH = re.compile(
+    r"""(?<![\w:/.~-])                      # not inside a word, an address or a relative path
+        (?: ~?/ (?:[^\s/,;:'")]+/)*         # /folder/folder/ or ~/folder/
+          | [A-Za-z]:\\ (?:[^\\,;'")]+\\)*  # C:\folder\folder\ of Windows
+        )
+        ([^\s/\\,;:'")]+)                   # the name at its end
+    """,
+    re.VERBOSE,
+)
 
 
 class RunFolderError(ValueError):
@@ -63,11 +71,11 @@ class Report:
     versions: Mapping[str, str]
     results: Mapping[str, Sequence[ConditionResult]]
     subject: str
-    averages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    differences: Mapping[tuple[str, str, str], Interval] = field(default_factory=dict)
+    averages: Mapping[str, Mapping[str, float]]
+    differences: Mapping[tuple[str, str, str], Interval]
     """(before, after, condition) -> the paired difference that was recorded."""
-    missing: Mapping[str, str] = field(default_factory=dict)
-    checks: Mapping[str, Sequence[Check]] = field(default_factory=dict)
+    missing: Mapping[str, str]
+    checks: Mapping[str, Sequence[Check]]
 
     @property
     def control(self) -> str | None:
@@ -84,44 +92,21 @@ class Report:
         return unreliable(self.checks.get(checkpoint, ()), attack="attack" in result.protocol)
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The files of a run, as far as they are there; one that is damaged raises ``RunFolderError``."""
 
-    path: Path
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """config.json of the model."""
-        return self.read("config.json") or {}
-
-    @cached_property
-    def settings(self) -> dict[str, dict[str, Any]]:
-        """run.json: the groups "recipe", "model", "data", "training"; {} for a run of the user's own script."""
-        return self.read(SETTINGS_NAME) or {}
-
-    @cached_property
-    def history(self) -> list[dict[str, Any]]:
-        """nullspace_history.json: a round each."""
-        return self.read(HISTORY_NAME) or []
-
-    @cached_property
-    def noise(self) -> dict[str, Any]:
-        """What is said beside the last noise: its provenance, its norm."""
-        return self.read(NOISE_NAME) or {}
-
-    @cached_property
-    def cost(self) -> dict[str, Any]:
-        """cost.json: forward passes and the like, where they were counted."""
-        return self.read(COST_NAME) or {}
+    def __init__(self, path: Path):
+        self.path, self.name = path, path.resolve().name
+        self.config: dict[str, Any] = self.read("config.json") or {}
+        # The groups "recipe", "model", "data", "training"; {} for a run of the user's own script.
+        self.settings: dict[str, dict[str, Any]] = self.read(SETTINGS_NAME) or {}
+        self.history: list[dict[str, Any]] = self.read(HISTORY_NAME) or []  # an entry per round
+        self.noise: dict[str, Any] = self.read(NOISE_NAME) or {}  # provenance and norm of the last noise
+        self.cost: dict[str, Any] = self.read(COST_NAME) or {}  # passes and seconds, if they were counted
 
     @cached_property
     def reports(self) -> list[Report]:
-        return [self.report(name) for name in REPORTS if (self.path / name).is_file()]
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
+        return [self._report(name) for name in REPORTS if (self.path / name).is_file()]
 
     @property
     def objective(self) -> str | None:
@@ -161,42 +146,36 @@ class RunFolder:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise RunFolderError(f"{path} is no valid JSON ({error}); write it again, or delete it") from error
 
-    def report(self, name: str) -> Report:
+    def _report(self, name: str) -> Report:
         content = self.read(name)
         results: dict[str, list[ConditionResult]] = {}
+        differences = {}
         try:
             for entry in content["results"]:
                 results.setdefault(entry["checkpoint"], []).append(result_from_record(entry))
-            differences = {
-                (entry["before"], entry["after"], entry["condition"]): Interval(
-                    entry["value"], entry["low"], entry["high"]
-                )
-                for entry in content.get("differences", [])
-            }
+            for entry in content.get("differences", []):
+                pair = (entry["before"], entry["after"], entry["condition"])
+                differences[pair] = Interval(entry["value"], entry["low"], entry["high"])
             checks = {who: [Check(**answer) for answer in found] for who, found in content.get("checks", {}).items()}
         except (KeyError, TypeError, ValueError) as error:
             raise RunFolderError(f"{self.path / name} is no report of results ({error!r}); measure again") from error
         if not results:
             raise RunFolderError(f"{self.path / name} has no results; measure again, or delete it")
+        context = content.get("context", {})
+        # The checkpoint of this folder is named after its objective or after the folder; else it is the last one.
+        checkpoints = list(results)
+        names = (context.get("settings", {}).get("training", {}).get("objective"), self.name)
         return Report(
             file=name,
-            context=content.get("context", {}),
+            context=context,
             versions=content.get("versions", {}),
             results=results,
-            subject=self.subject(content.get("context", {}), list(results)),
+            subject=next((name for name in names if name in checkpoints), checkpoints[-1]),
             averages=content.get("averages", {}),
             differences=differences,
             missing=content.get("missing", {}),
             checks=checks,
         )
-
-    def subject(self, context: Mapping[str, Any], checkpoints: Sequence[str]) -> str:
-        """The checkpoint of a report that lies in this folder: by its objective, by the folder's name, or the last."""
-        objective = context.get("settings", {}).get("training", {}).get("objective")
-        for name in (objective, self.name):
-            if name in checkpoints:
-                return str(name)
-        return checkpoints[-1]
 
 
 def portable(value: Any) -> Any:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from hf_nullspace.cards.run_folder import portable, portable_text
-from hf_nullspace.core.files import write_json, write_whole
+from hf_nullspace.core.files import write_json, write_text
 from hf_nullspace.noise.artifact import CONFIG_NAME, WEIGHTS_NAME, NullspaceNoise
 
 
@@ -27,8 +27,7 @@ def published_copy(source: Path, target: Path, *, linked: bool = False) -> Path:
     if source.suffix == ".json":
         return write_json(target, portable(json.loads(source.read_text(encoding="utf-8"))))
     if source.suffix in (".md", ".csv"):
-        text = portable_text(source.read_text(encoding="utf-8"))
-        return write_whole(target, lambda temporary: _write_text(temporary, text))
+        return write_text(target, portable_text(source.read_text(encoding="utf-8")))
     return linked_copy(source, target) if linked else Path(shutil.copyfile(source, target))
 
 
@@ -40,7 +39,3 @@ def linked_copy(source: Path, target: Path) -> Path:
     except OSError:
         shutil.copyfile(source, target)
     return target
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """The sections of a card that are made of numbers: results with intervals, the verdict in words, settings, cost."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -8,12 +8,12 @@ import yaml
 from transformers import TrainingArguments
 
 from hf_nullspace.cards.run_folder import Report, RunFolder
-from hf_nullspace.core.text import code, escape
+from hf_nullspace.core.text import cell, code, escape, table
 from hf_nullspace.noise.history import ENDINGS
 from hf_nullspace.robustness.attacks.base import readable
 from hf_nullspace.robustness.plans import ATTACKS
-from hf_nullspace.robustness.plots import cell
-from hf_nullspace.robustness.report import UNRELIABLE, grouped, markdown_table, signed
+from hf_nullspace.robustness.plots import cell as corruption_cell
+from hf_nullspace.robustness.report import UNRELIABLE, grouped, signed
 from hf_nullspace.robustness.suite import ConditionResult
 
 MOST_ROWS = 40  # longer tables fold their corruption cells away
@@ -44,30 +44,33 @@ def result_tables(report: Report) -> tuple[str, str]:
     """Markdown tables in %: all rows, or, of a long table, the corruption cells in the second one."""
     names, against = list(report.results), compared(report)
     header = ["condition", "images", *names, *(f"{report.subject} - {other}" for other in against)]
-    header = [escape(title) for title in header]
     first = report.results[names[0]]
-    rows = [condition_row(report, index, against) for index in range(len(first))]
-    folds = len(rows) > MOST_ROWS
-    cells = [row for row, result in zip(rows, first, strict=True) if folds and cell(result)]
-    rest = [row for row, result in zip(rows, first, strict=True) if not (folds and cell(result))]
+    folds = len(first) > MOST_ROWS
+    rest: list[list[str]] = []
+    cells: list[list[str]] = []
+    for index, result in enumerate(first):
+        (cells if folds and corruption_cell(result) else rest).append(condition_row(report, index, against))
     blank = [""] * len(against)
     for title in dict.fromkeys(title for found in report.averages.values() for title in found):
-        values = [report.averages.get(name, {}).get(title) for name in names]
-        doubtful = [any(report.doubts(name, result) for result in report.results[name]) for name in names]
-        shown = ["" if v is None else f"{v:.2f}{_sign(d)}" for v, d in zip(values, doubtful, strict=True)]
-        rest.append([escape(title), "", *shown, *blank])
-    rest += [[escape(title), "", *["missing"] * len(names), *blank] for title in grouped(report.missing)]
-    return markdown_table([header, *rest]), markdown_table([header, *cells]) if cells else ""
+        shown = []
+        for name in names:
+            value = report.averages.get(name, {}).get(title)
+            doubt = any(report.doubts(name, result) for result in report.results[name])
+            shown.append("" if value is None else f"{value:.2f}{_sign(doubt)}")
+        rest.append([cell(title), "", *shown, *blank])
+    rest += [[cell(title), "", *["missing"] * len(names), *blank] for title in grouped(report.missing)]
+    header = [cell(title) for title in header]
+    return _table(header, rest), _table(header, cells) if cells else ""
 
 
 def condition_row(report: Report, index: int, against: list[str]) -> list[str]:
     """Every checkpoint's accuracy with its Wilson interval, then the paired differences with theirs."""
     row = {name: results[index] for name, results in report.results.items()}
-    first = next(iter(row.values()))
+    subject = row[report.subject]
     scores = [f"{result.score}{_sign(report.doubts(name, result))}" for name, result in row.items()]
-    changes = [signed(report.change(other, index)) for other in against]
     doubt = any(report.doubts(name, row[name]) for name in (*against, report.subject))
-    return [escape(first.condition), str(first.n), *scores, *(change + _sign(doubt) for change in changes)]
+    changes = [signed(report.change(other, index)) + _sign(doubt) for other in against]
+    return [cell(subject.condition), str(subject.n), *scores, *changes]
 
 
 def _sign(doubt: Any) -> str:
@@ -82,10 +85,8 @@ def verdict(report: Report) -> list[str]:
     sentences = []
     against = compared(report)
     for other in sorted(against, key=lambda name: name != report.control):
-        what = code(other)
-        if other == report.control:
-            what += ", the control (the same fine-tuning without noise)"
-        sentences.append(comparison(report, other, what))
+        control = ", the control (the same fine-tuning without noise)" if other == report.control else ""
+        sentences.append(comparison(report, other, code(other) + control))
     if report.control is None:
         sentences.append(
             "There is no control (the same fine-tuning without noise), so nobody knows what the noise did."
@@ -128,9 +129,7 @@ def protocols(report: Report) -> list[str]:
     ways: dict[str, list[str]] = {}
     for result in report.results[report.subject]:
         ways.setdefault(describe(result), []).append(result.condition)
-    for way, conditions in ways.items():
-        lines.append(f"{escape(_few(conditions, 3))}: {escape(way)}.")
-    return lines
+    return lines + [f"{escape(_few(conditions, 3))}: {escape(way)}." for way, conditions in ways.items()]
 
 
 def describe(result: ConditionResult) -> str:
@@ -181,82 +180,95 @@ def settings_table(run: RunFolder) -> str:
     """The settings that decide what was trained; "" where nothing recorded them."""
     training, data = run.settings.get("training", {}), run.settings.get("data", {})
     noise = run.noise.get("provenance", {}).get("settings", {})
-
-    def said(text: str, values: Mapping[str, Any]) -> str:
-        return text.format(**{key: escape(_short(value)) for key, value in values.items()})
-
-    rows = []
+    rows: dict[str, str] = {}
     if training:
-        rows += [
-            ["objective", said("{objective}", training)],
-            ["length", said("{rounds} rounds x {steps_per_round} steps of {global_batch_size} images", training)],
-            ["optimizer", said("{optim}, learning rate {learning_rate} ({lr_scheduler_type}), weight decay "
-                               "{weight_decay}, gradient norm clipped at {max_grad_norm} (0: not)", training)],
-            ["precision", "bf16" if training.get("bf16") else "fp16" if training.get("fp16") else "float32"],
-            ["seed", said("{seed}", training)],
-        ]  # fmt: skip
+        shown = _shown(training)
+        rows["objective"] = shown["objective"]
+        rows["length"] = "{rounds} rounds x {steps_per_round} steps of {global_batch_size} images".format(**shown)
+        rows["optimizer"] = (
+            "{optim}, learning rate {learning_rate} ({lr_scheduler_type}), weight decay {weight_decay}, gradient norm "
+            "clipped at {max_grad_norm} (0: not)"
+        ).format(**shown)
+        rows["precision"] = "bf16" if training.get("bf16") else "fp16" if training.get("fp16") else "float32"
+        rows["seed"] = shown["seed"]
         if training.get("ema_decay"):
-            start = ", started from {ema_from}" if training.get("ema_from") else ""
-            rows.append(["averaged weights (EMA), in `ema/`", said("decay {ema_decay} per step" + start, training)])
+            start = f", started from {shown['ema_from']}" if training.get("ema_from") else ""
+            rows["averaged weights (EMA), in `ema/`"] = f"decay {shown['ema_decay']} per step{start}"
     if data:
-        crop, flip = data.get("crop_scale", 1), data.get("horizontal_flip")
+        crop = data.get("crop_scale", 1)
         augmentation = [f"random crop of at least {crop:g} of the area"] if crop < 1 else []
-        rows.append(["augmentation", " and ".join([*augmentation, *(["flip"] if flip else [])]) or "none"])
+        augmentation += ["flip"] if data.get("horizontal_flip") else []
+        rows["augmentation"] = " and ".join(augmentation) or "none"
+    shown = _shown(noise)
     if "made" in noise:
-        rows.append(["noise", said("{made}, scaled to the influence epsilon on held-out images", noise)])
+        rows["noise"] = f"{shown['made']}, scaled to the influence epsilon on held-out images"
     elif noise.get("learner") == "boundary":
-        rows.append(["noise", said("follows the boundary of epsilon {epsilon} for {steps} steps, learning rate "
-                                   "{learning_rate}, loss {loss}, {count} at once, clean logits of {pool_images} "
-                                   "images kept", noise)])  # fmt: skip
+        rows["noise"] = (
+            "follows the boundary of epsilon {epsilon} for {steps} steps, learning rate {learning_rate}, loss {loss}, "
+            "{count} at once, clean logits of {pool_images} images kept"
+        ).format(**shown)
     elif noise:
-        rows.append(["noise", said("epsilon {epsilon}, start U(-A, A) with A = {noise_limit}, learning rate "
-                                   "{learning_rate}, at most {max_steps} steps, loss {loss}, weight decay "
-                                   "{weight_decay}", noise)])  # fmt: skip
-        rows.append(["stopping test", said("on {stop_on} images; past the last step: {on_limit}", noise)])
+        rows["noise"] = (
+            "epsilon {epsilon}, start U(-A, A) with A = {noise_limit}, learning rate {learning_rate}, at most "
+            "{max_steps} steps, loss {loss}, weight decay {weight_decay}"
+        ).format(**shown)
+        rows["stopping test"] = "on {stop_on} images; past the last step: {on_limit}".format(**shown)
     if noise and training.get("noise_mix", "one") != "one":
-        rows.append(["noises of a round", said("{noise_bank_size}, mixed by {noise_mix}", training)])
-    return markdown_table([["setting", "value"], *rows]) if rows else ""
+        rows["noises of a round"] = "{noise_bank_size}, mixed by {noise_mix}".format(**_shown(training))
+    return _table(["setting", "value"], rows.items()) if rows else ""
+
+
+def _shown(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: cell(_short(value)) for key, value in values.items()}
 
 
 def settings_yaml(run: RunFolder) -> str:
     """What ``recipes/finetune.py --config`` takes in order to run it again; "" for a run of another script."""
-    if not {"recipe", "data", "training"} <= set(run.settings):
+    groups = run.settings
+    if not {"recipe", "data", "training"} <= set(groups):
         return ""
-    own_model = run.settings.get("model", {}).get("model_name_or_path") is None
-    base = {k: v for k, v in run.settings["recipe"].items() if own_model or not k.startswith("base_")}
-    model = {k: v for k, v in run.settings.get("model", {}).items() if own_model or k.startswith("model_")}
-    training = {k: v for k, v in run.settings["training"].items() if k in _TRAINING or k not in _ANYONES}
+    model = groups.get("model", {})
+    own_model = model.get("model_name_or_path") is None  # the run trained its base model itself
     chosen = {
-        k: v for part in (model, run.settings["data"], base, training) for k, v in part.items() if k != "overwrite"
+        **{key: value for key, value in model.items() if own_model or key.startswith("model_")},
+        **groups["data"],
+        **{key: value for key, value in groups["recipe"].items() if own_model or not key.startswith("base_")},
+        **{key: value for key, value in groups["training"].items() if key in _TRAINING or key not in _ANYONES},
     }
-    return yaml.safe_dump({k: v for k, v in chosen.items() if v is not None}, sort_keys=False, width=110)
+    given = {key: value for key, value in chosen.items() if value is not None and key != "overwrite"}
+    return yaml.safe_dump(given, sort_keys=False, width=110)
 
 
 def cost_table(run: RunFolder) -> str:
     """What it took: steps, images, noise steps, seconds as recorded, passes where they were counted (training.cost)."""
-    training, rows = run.settings.get("training", {}), []
+    training = run.settings.get("training", {})
+    rows: dict[str, str] = {}
     if training:
         steps, batch = training["max_steps"], training["global_batch_size"]
-        rows.append(["optimizer steps", f"{steps:,}"])
-        rows.append(["training images", f"at most {steps * batch:,}, each in two views"])
+        rows["optimizer steps"] = f"{steps:,}"
+        rows["training images"] = f"at most {steps * batch:,}, each in two views"
     if run.history:
         taken = [entry["noise_steps"] for entry in run.history]
         ends = [entry["stopped"] for entry in run.history]
         counted = {end: ends.count(end) for end in [*ENDINGS, *ends] if end in ends}
-        outcome = ", ".join(f"{count} {ENDINGS.get(end) or escape(end)}" for end, count in counted.items())
-        rows.append(["noises", f"{len(taken)}: {outcome}"])
+        outcome = ", ".join(f"{count} {ENDINGS.get(end) or cell(end)}" for end, count in counted.items())
+        rows["noises"] = f"{len(taken)}: {outcome}"
         each = f"{min(taken)}" if min(taken) == max(taken) else f"{min(taken)} to {max(taken)}"
-        rows.append(["noise steps", f"{sum(taken):,} ({each} per noise)"])
+        rows["noise steps"] = f"{sum(taken):,} ({each} per noise)"
         if training.get("noise_batch_size"):
-            rows.append(["images through noise steps", f"{sum(taken) * training['noise_batch_size']:,}"])
+            rows["images through noise steps"] = f"{sum(taken) * training['noise_batch_size']:,}"
         influences = [entry["influence"] for entry in run.history if entry.get("influence") is not None]
         if influences:
-            rows.append(["influence on held-out images", f"{min(influences):.4f} to {max(influences):.4f}"])
+            rows["influence on held-out images"] = f"{min(influences):.4f} to {max(influences):.4f}"
         norms = [entry["centred_norm"] for entry in run.history]
-        rows.append(["centred norm of the noises", f"{min(norms):.2f} to {max(norms):.2f}"])
-        rows.append(["seconds for the noises", f"{sum(entry['seconds'] for entry in run.history):.0f} (wall clock)"])
-    rows += [[name, f"{run.cost[key]:,.0f}"] for key, name in _PASSES.items() if key in run.cost]
+        rows["centred norm of the noises"] = f"{min(norms):.2f} to {max(norms):.2f}"
+        rows["seconds for the noises"] = f"{sum(entry['seconds'] for entry in run.history):.0f} (wall clock)"
+    rows |= {name: f"{run.cost[key]:,.0f}" for key, name in _PASSES.items() if key in run.cost}
     for report in run.reports:
         seconds = sum(result.seconds for result in report.results[report.subject])
-        rows.append([f"seconds for measuring {code(report.subject)} ({report.file})", f"{seconds:.0f} (wall clock)"])
-    return markdown_table([["cost", ""], *rows]) if rows else ""
+        rows[f"seconds for measuring {code(report.subject)} ({report.file})"] = f"{seconds:.0f} (wall clock)"
+    return _table(["cost", ""], rows.items()) if rows else ""
+
+
+def _table(head: list[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(table(head, rows))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_nullspace.models.attention import attention_gradients, attention_maps, prefix_tokens
-from hf_nullspace.models.patch_embedding import embedding_shape, unwrap
+from hf_nullspace.models.patch_embedding import embedding_shape, model_type, unwrap
 
 # Families with a CLS token that the classifier reads.
 CLS_FAMILIES = frozenset({"deit", "dinov2", "dinov2_with_registers", "vit", "vit_msn"})
@@ -73,8 +73,8 @@ def saliency_maps(
     """Maps (B, h, w) of images ``pixel_values`` (B, C, H, W) by every method of ``methods``, in one pass.
 
     ``targets`` are the classes that are explained, (B,) or one for all; unset: what the model predicts. Raw attention
-    and rollout are the same for every class. The model is left as it was, and no ``.grad`` is written. Maps of an image
-    do not depend on the other images. They are in the model's dtype, float32 where that is half precision.
+    and rollout are the same for every class. The model is left as it was. Maps are in the model's dtype, float32 where
+    that is half precision.
 
     Raises:
         NoClsTokenError: if the model's classifier reads no CLS token (BEiT, Swin, SigLIP).
@@ -91,17 +91,15 @@ def saliency_maps(
     else:
         found = attention_gradients(model, pixel_values, targets)
         attentions, gradients = found.attentions, found.gradients
-    attentions, gradients = [at_least_float32(one) for one in attentions], [at_least_float32(one) for one in gradients]
-    prefix = prefix_tokens(model)
+    layers = [at_least_float32(one) for one in attentions], [at_least_float32(one) for one in gradients]
     with without_autocast(pixel_values):
-        rows = {name: MAPS[name](attentions, gradients, prefix) for name in methods}
+        rows = {name: MAPS[name](*layers, prefix_tokens(model)) for name in methods}
     return {name: on_grid(model, pixel_values, one) for name, one in rows.items()}
 
 
 def check_has_cls(model: nn.Module) -> None:
     """Raise ``NoClsTokenError`` unless the model is of ``CLS_FAMILIES``."""
-    kind = getattr(getattr(unwrap(model), "config", None), "model_type", None)
-    if kind not in CLS_FAMILIES:
+    if (kind := model_type(model)) not in CLS_FAMILIES:
         raise NoClsTokenError(
             f"{type(unwrap(model)).__name__} (model type {kind}) is not known to classify by a CLS token, whose row of "
             f"the attention the maps are; known are {', '.join(sorted(CLS_FAMILIES))}"

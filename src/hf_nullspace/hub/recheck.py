@@ -61,41 +61,33 @@ class Recheck:
 
 def what_is_missing(run: Path) -> list[str]:
     """Every file that a release needs and the folder lacks, each with how to make it; [] if it is complete."""
-    run, found = Path(run), []
+    run = Path(run)
     if not run.is_dir():
         return [f"{run} is no folder; give the --output_dir of recipes/finetune.py"]
-    if not (run / "config.json").is_file():
-        found.append("config.json: the model's; save it with trainer.save_model()")
-    index = run / "model.safetensors.index.json"
-    weights = {"model.safetensors"}
+    folder, index = RunFolder(run), run / "model.safetensors.index.json"
+    weights = ["model.safetensors"]
     if index.is_file():
-        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    found += [
-        f"{name}: the weights; save them with trainer.save_model()"
-        for name in sorted(weights)
-        if not (run / name).is_file()
-    ]
-    if not (run / "preprocessor_config.json").is_file():
-        found.append(
-            "preprocessor_config.json: without it nobody knows how images are prepared; save it with "
-            "image_processor.save_pretrained(RUN), or give the trainer processing_class=image_processor"
-        )
-    if not any((run / name).is_file() for name in REPORTS):
-        found.append(
-            f"{' or '.join(REPORTS)}: measure with recipes/finetune.py, or recipes/evaluate_robustness.py with "
-            "--model_name_or_path RUN --output_dir RUN/robustness"
-        )
-    folder = RunFolder(run)
-    if folder.settings.get("training", {}).get("objective") == "nullspace" and not folder.history:
-        found.append(f"{HISTORY_NAME}: {SETTINGS_NAME} speaks of noises; let recipes/finetune.py go on, it writes both")
+        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    needed = {
+        "config.json": "the model's; save it with trainer.save_model()",
+        **dict.fromkeys(weights, "the weights; save them with trainer.save_model()"),
+        "preprocessor_config.json": "without it nobody knows how images are prepared; save it with "
+        "image_processor.save_pretrained(RUN), or give the trainer processing_class=image_processor",
+        " or ".join(REPORTS): "measure with recipes/finetune.py, or recipes/evaluate_robustness.py with "
+        "--model_name_or_path RUN --output_dir RUN/robustness",
+    }
     if folder.history:
         noises = [WEIGHTS_NAME, *(f"noises/{bank_file_name(entry['round'])}" for entry in folder.history)]
-        found += [
-            f"{name}: {HISTORY_NAME} names its round; take it from a copy of the run, or run again"
-            for name in noises
-            if not (run / name).is_file()
-        ]
-    return found
+        needed |= dict.fromkeys(noises, f"{HISTORY_NAME} names its round; take it from a copy of the run, or run again")
+    missing = [
+        f"{name}: {how_to_make_it}"
+        for name, how_to_make_it in needed.items()
+        if not any((run / file).is_file() for file in name.split(" or "))
+    ]
+    if folder.settings.get("training", {}).get("objective") == "nullspace" and not folder.history:
+        problem = f"{SETTINGS_NAME} speaks of noises; let recipes/finetune.py go on, it writes both"
+        missing.append(f"{HISTORY_NAME}: {problem}")
+    return missing
 
 
 def recheck(run: Path, count: int = IMAGES, dataset_name: str | None = None) -> list[Recheck]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 # Models whose `get_input_embeddings()` does not answer with the patch embedding, and where it is instead.
 _PATCH_EMBEDDING_PATHS = {"CLIPForImageClassification": "vision_model.embeddings.patch_embedding"}
@@ -60,6 +61,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     if hasattr(model, "get_base_model"):  # of PEFT, which need not be installed
         return cast(Any, model).get_base_model()
     return model
+
+
+def model_type(model: nn.Module) -> str | None:
+    """What the config of a model of transformers calls its family."""
+    inner = unwrap(model)
+    return inner.config.model_type if isinstance(inner, PreTrainedModel) else None
 
 
 def patch_projection(patch_embedding: nn.Module) -> nn.Conv2d | None:
@@ -167,17 +174,16 @@ def patch_embedding_noise(
         noise = noise.tensor
     hook = PatchEmbeddingNoise(model, patch_embedding)
     name = type(unwrap(model)).__name__
-    added: set[bool] = set()
-    watch = hook.module.register_forward_hook(lambda *given: added.add(True), prepend=True)
+    calls: set[bool] = set()
     try:
         if _is_compiled(model, hook.module):
             raise RuntimeError(
                 f"{name} is compiled, and a compiled model that ran before ignores a noise: put it on the model that "
                 "torch.compile was given (model._orig_mod) and call that one, or load the model again"
             )
-        with hook.adding(noise):
+        with hook.adding(noise), hook.module.register_forward_hook(lambda *given: calls.add(True), prepend=True):
             yield model
-        if not added:
+        if not calls:
             warnings.warn(
                 f"no forward pass of {name} inside of patch_embedding_noise had the noise: call this model there, and "
                 "not a compiled one made of it",
@@ -185,7 +191,6 @@ def patch_embedding_noise(
             )
     finally:
         hook.remove()
-        watch.remove()
 
 
 def _is_compiled(model: nn.Module, module: nn.Module) -> bool:
@@ -198,13 +203,10 @@ def _is_compiled(model: nn.Module, module: nn.Module) -> bool:
 def embeddings_inside(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collects what the patch embedding ``module`` gives in every forward pass inside the block."""
     seen: list[Tensor] = []
-    handle = module.register_forward_hook(
+    with module.register_forward_hook(
         lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
-    )
-    try:
+    ):
         yield seen
-    finally:
-        handle.remove()
 
 
 def patches_and_features(embeddings: Tensor) -> tuple[int, int]:

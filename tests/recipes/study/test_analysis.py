@@ -8,7 +8,7 @@ from scipy.stats import norm
 
 from hf_nullspace.robustness.records import bits
 from hf_nullspace.robustness.scores import paired_difference, paired_mean_difference
-from study.analysis import Results, between_arms, differences, power, smallest, table
+from study.analysis import Results, differences, power, smallest, table
 from study.report import complete, difference_scale, markdown, plot_cost, write_study
 
 LIMITS = {"clean": 400, "FGSM": 100, "fog": 100}
@@ -33,6 +33,12 @@ def content(limits=LIMITS, seed=0):
     return {"study": study, "runs": runs, "power": None}
 
 
+def change(ours, reference="plain", weights=WEIGHTS, resamples=200):
+    """[difference, low, high] of better to ``reference``."""
+    pair = ("better", reference)
+    return differences(Results(ours), {"group": weights}, [pair], resamples=resamples)[pair]["group"]
+
+
 def raw(ours, arm, seed):
     return next(run["raw"] for run in ours["runs"] if (run["arm"], run["seed"]) == (arm, seed))
 
@@ -49,9 +55,8 @@ def test_means_and_spreads_by_hand():
 def test_differences_are_paired_by_seed():
     """better has the seeds 0 and 1, so the control's third seed plays no part."""
     ours = content()
-    found = differences(Results(ours), {"clean": {"clean": 1.0}}, "plain", resamples=200)["better"]["clean"][0]
     by_hand = [raw(ours, "better", s)["clean"].mean() - raw(ours, "plain", s)["clean"].mean() for s in (0, 1)]
-    assert found == pytest.approx(100 * np.mean(by_hand), abs=1e-3)
+    assert change(ours, weights={"clean": 1.0})[0] == pytest.approx(100 * np.mean(by_hand), abs=1e-3)
 
 
 def test_a_condition_of_one_seed_is_compared_on_that_seed():
@@ -65,9 +70,8 @@ def test_a_condition_of_one_seed_is_compared_on_that_seed():
     assert entry["fog"]["spread"] is None
     assert len(entry["clean"]["seeds"]) == 3
     for reference, seed in (("plain", 0), ("before", None)):
-        found = differences(results, {"fog": {"fog": 1.0}}, reference, resamples=200)["better"]["fog"][0]
         by_hand = raw(ours, "better", 0)["fog"].mean() - raw(ours, reference, seed)["fog"].mean()
-        assert found == pytest.approx(100 * by_hand, abs=1e-3)
+        assert change(ours, reference, {"fog": 1.0})[0] == pytest.approx(100 * by_hand, abs=1e-3)
 
 
 def test_an_arm_without_the_seeds_of_a_condition_has_no_entry_there():
@@ -90,17 +94,17 @@ def test_an_arm_without_the_seeds_of_a_condition_has_no_entry_there():
 
 def test_every_two_arms_are_compared_as_each_is_to_the_control(tmp_path):
     ours = content()
-    between = between_arms(Results(ours), WEIGHTS, resamples=300)
-    for reference in ("plain", "before"):
-        theirs = differences(Results(ours), {"a": WEIGHTS}, reference, resamples=300)
-        assert {arm: entry[reference] for arm, entry in between.items() if arm != reference} == {
-            arm: entry["a"] for arm, entry in theirs.items()
-        }
+    for run in ours["runs"]:
+        del run["raw"]
+    whole = complete(ours, resamples=300)
+    between = whole["between_arms"]
+    assert {arm: entry["plain"] for arm, entry in between.items() if arm != "plain"} == {
+        arm: entry["average"] for arm, entry in whole["differences"].items()
+    }
     value, low, high = between["better"]["before"]
     assert between["before"]["better"] == pytest.approx([-value, -high, -low], abs=1e-3)
     assert "better" not in between["better"]
     for run in ours["runs"]:
-        del run["raw"]
         if run["arm"] == "better":
             run["seed"] += 5  # none in common with the control
     whole = complete(ours, resamples=200)
@@ -127,7 +131,7 @@ def test_a_difference_far_off_does_not_flatten_the_others(tmp_path, monkeypatch)
 def test_the_interval_of_one_condition_is_that_of_the_scores():
     ours = content({"clean": 400}, seed=3)
     ours["runs"] = [run for run in ours["runs"] if run["seed"] == 0]
-    value, low, high = differences(Results(ours), {"c": {"clean": 1.0}}, "plain", resamples=20_000)["better"]["c"]
+    value, low, high = change(ours, weights={"clean": 1.0}, resamples=20_000)
     theirs = paired_difference(raw(ours, "plain", 0)["clean"], raw(ours, "better", 0)["clean"])
     assert value == pytest.approx(100 * theirs.value, abs=1e-3)
     assert [low, high] == pytest.approx([100 * theirs.low, 100 * theirs.high], abs=0.3)
@@ -141,7 +145,7 @@ def test_the_interval_of_an_average_resamples_images_jointly():
         run["raw"]["fog"] = run["raw"]["FGSM"]
         run["correct_bits"]["fog"] = run["correct_bits"]["FGSM"]
     ours["runs"] = [run for run in ours["runs"] if run["seed"] == 0]
-    value, low, high = differences(Results(ours), {"a": WEIGHTS}, "plain", resamples=20_000)["better"]["a"]
+    value, low, high = change(ours, resamples=20_000)
     before, after = (list(raw(ours, arm, 0).values()) for arm in ("plain", "better"))
     theirs = paired_mean_difference(before, after, weights=list(WEIGHTS.values()), resamples=20_000)
     assert value == pytest.approx(100 * theirs.value, abs=1e-3)
@@ -150,24 +154,24 @@ def test_the_interval_of_an_average_resamples_images_jointly():
 
 def test_conditions_on_fewer_images_against_a_loop():
     ours = content()
-    value, low, high = differences(Results(ours), {"a": WEIGHTS}, "plain", resamples=4000)["better"]["a"]
-    change = {
+    value, low, high = change(ours, resamples=4000)
+    by_image = {
         t: np.mean([raw(ours, "better", s)[t] * 1.0 - raw(ours, "plain", s)[t] for s in (0, 1)], 0) for t in LIMITS
     }
     places = {t: np.unique(np.linspace(0, 399, count).round().astype(int)) for t, count in LIMITS.items()}
     rng, drawn = np.random.default_rng(11), []
     for _ in range(4000):
         chosen = np.bincount(rng.integers(400, size=400), minlength=400)
-        drawn.append(sum(w * np.average(change[t], weights=chosen[places[t]]) for t, w in WEIGHTS.items()))
-    assert value == pytest.approx(100 * sum(w * change[t].mean() for t, w in WEIGHTS.items()), abs=1e-3)
+        drawn.append(sum(w * np.average(by_image[t], weights=chosen[places[t]]) for t, w in WEIGHTS.items()))
+    assert value == pytest.approx(100 * sum(w * by_image[t].mean() for t, w in WEIGHTS.items()), abs=1e-3)
     assert [low, high] == pytest.approx(100 * np.quantile(drawn, [0.025, 0.975]), abs=0.4)
 
 
 def test_a_condition_on_two_images_has_an_interval():
     """Some draws have neither of them; their interval is over the others."""
     ours = content({"clean": 400, "FGSM": 100, "fog": 2})
-    found = differences(Results(ours), {"fog": {"fog": 1.0}, "a": WEIGHTS}, "plain", resamples=300)["better"]
-    for value, low, high in found.values():
+    for weights in ({"fog": 1.0}, WEIGHTS):
+        value, low, high = change(ours, weights=weights, resamples=300)
         assert low <= value <= high
         assert -100 <= low <= high <= 100
 

@@ -38,9 +38,8 @@ class AutoAttack(BoundedAttack):
     def cost(self) -> float:
         return 3.0 * self.iterations * (1 + 2 * self.targets) + self.queries
 
-    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int] | None) -> Tensor:
+    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         library = load_library()
-        assert seeds is not None
         with torch.no_grad():
             classes = model(pixels[:1]).shape[1]
         if classes < max(4, self.targets + 1):
