@@ -28,7 +28,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_nullspace.core.files import write_json
 from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.explain.agreement import Explanations, explain_change
-from hf_nullspace.images import (
+from hf_nullspace.invisible.images import (
     Judge,
     closeness,
     difference,

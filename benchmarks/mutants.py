@@ -3,64 +3,56 @@
     make mutants
     python benchmarks/mutants.py --count 40 --seed 5 --only linear/ --name ""
 
-cosmic-ray makes the mutants. mutmut (3.8, tried on linear/) does not, because it changes nothing but the bodies of
-functions without a decorator: no constant of a module, no default of a dataclass, no property; and those were the
-changes that tests did not notice. Its changes of strings fill a sample with messages instead. Of cosmic-ray's own
-runner, which starts an interpreter for each mutant, 8 of 10 seconds were the imports of torch and transformers: here,
-as in mutmut, one process that has imported them forks for each mutant.
+cosmic-ray makes the mutants: mutmut changes nothing but the bodies of functions without a decorator, so no constant, no
+default of a dataclass, no property, and these were the changes that tests did not notice. cosmic-ray's own runner
+starts an interpreter for each mutant, most of its time for imports; here one process forks (``forked_tests.py``).
 
 The files are ``FILES``. A place in the code (an operator, a number, a comparison, a condition, a decorator, a loop) is
 drawn at most once, the files by their number of places; then one change of that place. The draw is a hash of the seed
 and of the place's own text, so a change elsewhere in the code draws the same mutants again. Annotations are left out.
-A mutant lies in a copy of the tree: yours is never touched. First comes the test that noticed it in an earlier run,
-then those that run its line (coverage says which, from one run without mutants), of its file and the quickest of
-others, then all tests of its file, until one fails. In the end every test that noticed something has to pass without a
-mutant. A result is kept in ``--session`` until its file, or the test that noticed it, or (of a survivor) one of its
-tests changes; so a second start goes on. A survivor needs a test, or in ``mutants_reasons.json`` the reason why it
-changes nothing.
+
+A mutant is written into a copy of the tree; your files are never touched. First runs the test that noticed it before,
+then those that run its line (coverage knows them from one run without mutants), of its file and the quickest of others,
+then all tests of its file, until one fails. In the end every test that noticed something has to pass without a mutant.
+A result is kept in ``--session`` until its file, or the test that noticed it, or (of a survivor) one of its tests
+changes, so a second start goes on. A survivor needs a test, or in ``mutants_reasons.json`` the reason why it changes
+nothing.
 """
 
 import argparse
 import ast
-import compileall
-import contextlib
 import hashlib
-import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-import warnings
 from collections import Counter, defaultdict
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-import pytest
+from forked_tests import PACKAGE, RECIPES, ROOT, WHOLE, Run, copied, import_libraries, without_a_mutant
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = "src/hf_nullspace"
 REASONS = Path(__file__).with_name("mutants_reasons.json")
 FILES = (
-    *("noise/*.py", "linear/*.py", "hub/*.py", "study/analysis.py"),
+    *("noise/*.py", "linear/*.py", "cards/*.py", "hub/*.py", "study/analysis.py"),
     *(f"training/{name}.py" for name in ("objectives", "rounds", "checkpoints", "ema")),
     *(f"robustness/{name}.py" for name in ("scores", "corruptions", "corruption_functions", "suite", "checks")),
     "robustness/attacks/*.py",
 )
 # The tests of a file: those named after it, and these. All of them are run once to learn which lines each one runs.
 TESTS = {
-    "": ["test_defaults.py"],
-    "linear/": ["test_images.py"],
-    "noise/": ["noise/test_noise_on_hub.py", "noise/test_learning.py", "training/test_rounds.py"],
+    "": ["test_defaults.py", "test_bad_input.py"],
+    "linear/": ["invisible/test_images.py"],
+    "noise/": ["noise/test_noise_on_hub.py", "noise/test_algorithm1.py", "training/test_rounds.py"],
     "noise/bank.py": ["training/test_noise_bank.py"],
-    "noise/plots.py": ["noise/test_pictures.py"],
-    "hub/": ["hub/test_card.py", "hub/test_release.py", "hub/test_model_cards.py"],
+    "noise/pictures.py": ["noise/test_pictures.py"],
+    "cards/": ["cards/test_card.py", "hub/test_release.py", "cards/test_model_cards.py"],
+    "hub/": ["cards/test_card.py", "hub/test_release.py", "cards/test_model_cards.py"],
     "hub/timm_vit.py": ["hub/test_convert.py", "test_published_tables.py"],
     "hub/convert.py": ["hub/test_checkpoint_files.py", "test_published_tables.py"],
     "hub/metric.py": ["hub/test_metric_space.py"],
@@ -70,19 +62,11 @@ TESTS = {
     "robustness/scores.py": ["robustness/test_metric.py"],
     "robustness/corruptions.py": ["robustness/test_corruption_functions.py", "test_published_tables.py"],
     "robustness/corruption_functions.py": ["robustness/test_corruptions.py", "test_published_tables.py"],
-    "robustness/attacks/base.py": [
-        "robustness/test_attack_settings.py",
-        "robustness/test_gradient_attacks.py",
-        "robustness/test_carlini_wagner.py",
-    ],
+    "robustness/attacks/": ["robustness/test_every_attack.py", "robustness/test_gradient_attacks.py"],
+    "robustness/attacks/base.py": ["robustness/test_carlini_wagner.py", "robustness/test_patch_fool.py"],
     "robustness/attacks/auto.py": ["robustness/test_auto_attack.py"],
-    "robustness/attacks/gradient.py": ["robustness/test_gradient_attacks.py"],
 }
 MOST_OTHERS = 40  # tests of other files that run a line; of some lines it is every second test
-WHOLE = "whole"  # a context: what a fixture of a whole file ran, on behalf of every test of that file
-
-
-# ---- the sample
 
 
 def annotations(tree):
@@ -114,8 +98,9 @@ def rank(seed, *words):
 def sample(seed, count, only):
     """The mutants, as dictionaries: each file's share by its number of places, and one mutant for each place."""
     everything = {}
-    for path in sorted({path for pattern in FILES for path in (ROOT / PACKAGE).glob(pattern)}):
-        name = path.relative_to(ROOT / PACKAGE).as_posix()
+    found = [(root, path) for root in (PACKAGE, RECIPES) for pattern in FILES for path in (ROOT / root).glob(pattern)]
+    for root, path in sorted(set(found)):
+        name = path.relative_to(ROOT / root).as_posix()
         if not only or any(part in name for part in only):
             everything[name] = (path, places(path))
     total = sum(len(found) for _, found in everything.values())
@@ -164,159 +149,17 @@ def described(name, path, spec, start):
     return mutant | {"source": changed}
 
 
+def file_of(name):
+    """The path of a module, from the repository's root."""
+    return f"{PACKAGE if (ROOT / PACKAGE / name).is_file() else RECIPES}/{name}"
+
+
 def tests_of(name):
     """The test files of a module, those with its name first."""
-    stem = Path(name).stem
-    own = sorted((ROOT / "tests" / Path(name).parts[0]).rglob(f"test_{stem}.py"))
+    folder = "." if file_of(name).startswith(PACKAGE) else RECIPES
+    own = sorted((ROOT / "tests" / folder / Path(name).parts[0]).rglob(f"test_{Path(name).name}"))
     more = [ROOT / "tests" / test for prefix, tests in TESTS.items() if name.startswith(prefix) for test in tests]
     return list(dict.fromkeys(path.relative_to(ROOT).as_posix() for path in [*own, *more]))
-
-
-# ---- running tests in a copy of the tree
-
-
-def copied(folder):
-    """A copy of what git knows and of what it does not ignore, compiled."""
-    names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
-        check=True, text=True,
-    ).stdout  # fmt: skip
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    compileall.compile_dir(str(folder / "src"), quiet=1)
-    return folder
-
-
-def import_libraries():
-    """Everything that the package and its tests import from elsewhere, once, before the forks."""
-    wanted = set()
-    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                wanted |= {(alias.name, "") for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                wanted |= {(node.module, alias.name) for alias in node.names}
-    own = {"hf_nullspace", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for module, name in sorted(wanted):
-            if module.partition(".")[0] not in own:
-                try:
-                    getattr(importlib.import_module(module), name or "__name__", None)
-                except Exception:  # an optional one, or one that a test expects to fail
-                    continue
-    import torch
-
-    torch.set_num_threads(1)
-
-
-class Watcher:
-    """A pytest plugin: the first test that failed; and with ``coverage``, on whose behalf a line runs."""
-
-    def __init__(self, coverage=None):
-        self.coverage, self.failed, self.test, self.seconds = coverage, [], "", defaultdict(float)
-        self.tests = []
-
-    def pytest_collection_finish(self, session):
-        self.tests = [item.nodeid for item in session.items]
-
-    def pytest_runtest_logreport(self, report):
-        self.seconds[report.nodeid] += report.duration
-        if report.failed:
-            self.failed.append(report.nodeid)
-
-    def pytest_collectreport(self, report):
-        if report.failed:
-            self.failed.append(report.nodeid)
-
-    def pytest_runtest_logstart(self, nodeid, location):
-        self.test = nodeid
-        self.on_behalf_of(nodeid)
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef, request):
-        if fixturedef.scope != "function":
-            self.on_behalf_of(f"{WHOLE} {self.test.partition('::')[0]}")
-        found = yield
-        self.on_behalf_of(self.test)
-        return found
-
-    def on_behalf_of(self, context):
-        if self.coverage:
-            self.coverage.switch_context(context)
-
-
-def child(folder, tests, answer, lines):
-    """In the forked process: run ``tests`` in the copy, write what happened, and leave."""
-    os.setsid()
-    os.chdir(folder)
-    for number, place in ((0, os.devnull), (1, "log"), (2, "log")):
-        os.dup2(os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
-    sys.path.insert(0, str(folder / "src"))
-    os.environ["PYTHONPATH"] = str(folder / "src")
-    sys.dont_write_bytecode = lines is None
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    measured = None
-    if lines is not None:
-        import coverage
-
-        measured = coverage.Coverage(source=[str(folder / PACKAGE)], data_file=str(lines), config_file=False)
-        measured.start()
-    watcher = Watcher(measured)
-    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    code = pytest.main([*options, *tests], plugins=[watcher])
-    if measured:
-        measured.stop()
-        measured.save()
-    found = {name: getattr(watcher, name) for name in ("failed", "seconds", "tests")}
-    answer.write_text(json.dumps(found | {"code": int(code)}))
-    os._exit(0)
-
-
-class Run:
-    """Tests that run in a process of their own, with a limit in seconds."""
-
-    def __init__(self, folder, tests, limit, lines=None):
-        self.answer = folder / "answer.json"
-        self.answer.unlink(missing_ok=True)
-        self.begun, self.limit = time.monotonic(), limit
-        self.pid = os.fork()
-        if not self.pid:
-            try:
-                child(folder, tests, self.answer, lines)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(70)
-
-    def result(self):
-        """None while it runs; else (outcome, test): "noticed", "survived" or "timeout"."""
-        done, _ = os.waitpid(self.pid, os.WNOHANG)
-        late = time.monotonic() - self.begun > self.limit
-        if not done and not late:
-            return None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # what the tests have started, too
-        if not done:
-            os.waitpid(self.pid, 0)
-            return "timeout", None
-        if not self.answer.is_file():
-            return "noticed", "the interpreter ended"
-        found = json.loads(self.answer.read_text())
-        return ("survived", None) if found["code"] == 0 else ("noticed", (found["failed"] or ["no test ran"])[0])
-
-
-def without_a_mutant(folder, tests, lines=None):
-    """What happens to ``tests`` in the tree as it is."""
-    run = Run(folder, tests, 3600, lines)
-    while run.result() is None:
-        time.sleep(0.1)
-    if not run.answer.is_file():
-        raise SystemExit(f"the tests do not run without a mutant:\n{(folder / 'log').read_text()[-3000:]}")
-    return json.loads(run.answer.read_text())
 
 
 def learn(folder, tests, lines):
@@ -332,7 +175,7 @@ def learn(folder, tests, lines):
     data.read()
     ran = defaultdict(dict)
     for path in data.measured_files():
-        name = Path(path).relative_to(folder / PACKAGE).as_posix()
+        name = Path(path).relative_to(folder).as_posix().removeprefix(f"{PACKAGE}/").removeprefix(f"{RECIPES}/")
         for line, contexts in data.contexts_by_lineno(path).items():
             ran[name][line] = sorted(contexts)
     return {"seconds": found["seconds"], "ran": ran}
@@ -373,9 +216,7 @@ def read(path):
 def state(mutant, test):
     """What a result depends on: the file that is changed, and the test that noticed it, or all tests of that file."""
     tests = [test.partition("::")[0]] if test and "::" in test else tests_of(mutant["file"])
-    return hashlib.sha256(
-        "".join(content(path) for path in (f"{PACKAGE}/{mutant['file']}", *tests)).encode()
-    ).hexdigest()
+    return hashlib.sha256("".join(content(path) for path in (file_of(mutant["file"]), *tests)).encode()).hexdigest()
 
 
 @cache
@@ -401,7 +242,7 @@ def run_all(mutants, folders, known, session):
     while waiting or busy:
         while waiting and free:
             mutant, folder = waiting.pop(), free.pop()
-            path = folder / PACKAGE / mutant["file"]
+            path = folder / file_of(mutant["file"])
             path.write_text(mutant["source"], encoding="utf-8")
             os.utime(path, (stamp, stamp))  # so that no compiled file is taken for it
             stamp += 1
@@ -413,7 +254,7 @@ def run_all(mutants, folders, known, session):
                 continue
             del busy[folder]
             free.append(folder)
-            shutil.copy2(ROOT / PACKAGE / mutant["file"], folder / PACKAGE / mutant["file"])
+            shutil.copy2(ROOT / file_of(mutant["file"]), folder / file_of(mutant["file"]))
             outcome, test = found
             took = round(time.monotonic() - run.begun, 1)
             done[mutant["id"]] = {"id": mutant["id"], "outcome": outcome, "by": test, "seconds": took,
@@ -438,11 +279,13 @@ def main():
     parser.add_argument("--name", default="mutants", help='of the JSON in benchmarks/results; "" writes none')
     args = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    commit = subprocess.run(["git", "log", "-1", "--format=%h", "--", "src"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "log", "-1", "--format=%h", "--", "src", RECIPES], cwd=ROOT, capture_output=True, text=True
+    )
     mutants = sample(args.seed, args.count, args.only)
     names = sorted({mutant["file"] for mutant in mutants})
     tests = list(dict.fromkeys(test for name in names for test in tests_of(name)))
-    for path in (*tests, *(f"{PACKAGE}/{name}" for name in names)):
+    for path in (*tests, *map(file_of, names)):
         content(path)
     args.session.mkdir(parents=True, exist_ok=True)
     print(f"{len(mutants)} mutants in {len(names)} files", flush=True)

@@ -20,7 +20,8 @@ from common import circumstances, keep, model_options, random_vit
 from torch.nn.functional import cross_entropy
 
 from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise
-from hf_nullspace.noise.probe import Probe, frozen
+from hf_nullspace.noise.algorithm1 import l2
+from hf_nullspace.noise.probe import probing
 
 
 def main() -> None:
@@ -68,17 +69,19 @@ def work(kind: str, args: argparse.Namespace, pipe: Any) -> None:
     labels = torch.zeros(args.batch, dtype=torch.long, device=device)
     hook = PatchEmbeddingNoise(model)
     noise = 0.1 * torch.randn(1, (args.size // args.patch) ** 2, args.hidden, device=device)
-    probe = Probe(model, hook, [images], None, images[:1])
+
+    with probing(model, [], example=images, hook=hook) as asked:
+        clean = asked.clean_logits(images)
 
     def training() -> None:
-        with hook.adding(noise, NoiseMode.SECOND_HALF):
+        with hook.adding(noise, NoiseMode.LAST_PART):
             logits = model(pixel_values=torch.cat([images, images])).logits
         cross_entropy(logits, torch.cat([labels, labels])).backward()
         model.zero_grad()
 
     def learning() -> None:
-        with frozen(model):
-            probe.measure(images, noise.clone().requires_grad_(), squared=False, clean=probe.clean[0])
+        with probing(model, [], example=images, hook=hook) as probe:
+            probe.measure(images, noise.clone().requires_grad_(), l2, clean)
 
     step = training if kind == "training" else learning
     step()

@@ -29,10 +29,10 @@ from torch.nn.functional import softmax
 from hf_nullspace import NullspaceConfig
 from hf_nullspace.data.image_set import collate
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, embedding_shape
+from hf_nullspace.noise.algorithm1 import NoiseSettings, l2, learn_noise, start_noise
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.influence import centred_norm
-from hf_nullspace.noise.learning import NoiseSettings, learn_noise, start_noise
-from hf_nullspace.noise.probe import Probe, frozen
+from hf_nullspace.noise.probe import probing
 from hf_nullspace.training.base_model import train_base_model
 from hf_nullspace.training.cost import Cost, equivalents
 from hf_nullspace.training.loading import (
@@ -126,8 +126,8 @@ def main() -> None:
                 torch.cuda.synchronize()
             seconds = clock() - begin
             cost.sync()
-            with frozen(model):
-                reached = Probe(model, hook, held_out, None, held_out[0][:1]).held_out_influence(noise.to(device))
+            with probing(model, held_out, hook=hook) as probe:
+                reached = probe.held_out_influence(noise.to(device))
             passes = cost.passes()
             entries.append(
                 {
@@ -166,8 +166,8 @@ def steps_in_turn(
     """Time and passes of one step in each of the three ways, alternating on the same batches."""
     some = [batch.to(device) for batch in itertools.islice(batches, 4)]
     start = start_noise(shape, 0.5, 0).to(device)
-    probe = Probe(model, hook, held_out[:1], None, held_out[0][:1])
-    cached = [probe.clean_logits(batch) for batch in some]
+    with probing(model, held_out[:1], hook=hook) as asked:
+        cached = [asked.clean_logits(batch) for batch in some]
 
     def authors(which: int, model: nn.Module) -> None:
         noise = start.clone().requires_grad_()
@@ -176,10 +176,10 @@ def steps_in_turn(
         loss.backward()
 
     def ours(which: int, model: nn.Module, clean: Tensor | None) -> None:
-        probe.model = model
         noise = start.clone().requires_grad_()
-        with frozen(model), torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            probe.measure(some[which], noise, squared=False, clean=clean)
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+        with probing(model, [], example=some[which], hook=hook) as probe, autocast:
+            probe.measure(some[which], noise, l2, clean)
 
     ways: dict[str, Callable[[int, nn.Module], None]] = {
         "authors": authors,

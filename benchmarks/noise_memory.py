@@ -19,9 +19,9 @@ from common import circumstances, keep, model_options, random_vit
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from hf_nullspace.models.frozen import frozen
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
-from hf_nullspace.noise.probe import frozen
 
 WAYS = ("evaluation", "one graph", "authors", "ours")
 

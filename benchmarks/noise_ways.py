@@ -22,10 +22,10 @@ from torch.nn.functional import cross_entropy
 
 from hf_nullspace.data.image_set import collate
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
+from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
-from hf_nullspace.noise.calibration import calibrate_each
-from hf_nullspace.noise.learning import NoiseSettings, learn_noise
-from hf_nullspace.noise.probe import Probe, frozen
+from hf_nullspace.noise.calibration import calibrate
+from hf_nullspace.noise.probe import probing
 from hf_nullspace.training.cost import Cost, equivalents
 from hf_nullspace.training.noise_stream import noise_stream
 
@@ -127,11 +127,11 @@ def main() -> None:
     cost = Cost()
     cost.start()
     with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-        scaled = calibrate_each(
+        scaled = calibrate(
             cost.counted(later), [noise.tensor for noise in earlier], args.epsilon, held_out, hook=its_hook, largest=2.0
         )  # fmt: skip
-        probe = ask(later, its_hook, held_out)
-        stale = [probe.held_out_influence(noise.tensor.to(device)) for noise in earlier]
+        with probing(later, held_out, hook=its_hook) as probe:
+            stale = [probe.held_out_influence(noise.tensor.to(device)) for noise in earlier]
     cost.sync()
     each = equivalents(cost.passes()) / len(scaled)
     note(
@@ -147,8 +147,8 @@ def main() -> None:
     bank = torch.cat([noise.tensor for noise in earlier]).to(device)
     drawn = torch.distributions.Dirichlet(torch.ones(len(bank))).sample((64,)).to(device)  # type: ignore[no-untyped-call]
     mixtures = torch.einsum("km,mnd->knd", drawn, bank)
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16), torch.no_grad():
-        probe = ask(model, hook, held_out)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    with autocast, torch.no_grad(), probing(model, held_out, hook=hook) as probe:
         influences = [probe.held_out_influence(one[None], 1) for one in mixtures]
     shares = {
         "within_epsilon": sum(influence <= args.epsilon for influence in influences) / len(influences),
@@ -166,11 +166,6 @@ def main() -> None:
             "ways": found,
         },
     )
-
-
-def ask(model: Any, hook: PatchEmbeddingNoise, held_out: list[Tensor]) -> Probe:
-    with frozen(model):
-        return Probe(model, hook, held_out, None, held_out[0][:1])
 
 
 def after_a_round(model: Any, images: Any, device: torch.device, bf16: bool) -> Any:

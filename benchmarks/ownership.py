@@ -29,10 +29,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nullspace.core.files import write_whole
 from hf_nullspace.data.sources import load_image_dataset
+from hf_nullspace.invisible.ownership import Fingerprint, fingerprint, invariance_score
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.patch_embedding import find_patch_embedding, patch_projection
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.ownership import Fingerprint, fingerprint, invariance_score
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.scores import wilson
 

@@ -16,19 +16,19 @@ import torch
 import transformers
 
 from hf_nullspace.command_line import UsageError, option, parse, run
+from hf_nullspace.core.files import sha256
 from hf_nullspace.core.settings import check_numbers, check_output_dir
 from hf_nullspace.hub.checkpoint_files import read_checkpoint
 from hf_nullspace.hub.convert import (
     NORMALIZATIONS,
-    check_together,
     normalization,
     read_labels,
     save_converted,
-    sha256,
     timm_image_processor,
     to_transformers,
 )
 from hf_nullspace.hub.timm_vit import read_architecture
+from hf_nullspace.models.preprocessing import Preprocessing
 
 
 @dataclass
@@ -75,7 +75,8 @@ def main() -> None:
     # Convert
     model = to_transformers(checkpoint.tensors, kind, labels)
     processor = timm_image_processor(kind.image, mean, std, args.crop_pct)
-    preprocessing = check_together(model, processor)
+    preprocessing = Preprocessing.from_processor(processor)
+    preprocessing.check_fits(model.config)
 
     # Save
     record = {

@@ -27,6 +27,7 @@ from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.core.settings import check_numbers, check_output_dir
 from hf_nullspace.core.uploads import check_ready
 from hf_nullspace.data.image_set import collate
+from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
 from hf_nullspace.noise.artifact import (
     WEIGHTS_NAME,
     NullspaceNoise,
@@ -36,8 +37,7 @@ from hf_nullspace.noise.artifact import (
 )
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
-from hf_nullspace.noise.learning import NoiseSettings, learn_noise
-from hf_nullspace.noise.plots import plot_history
+from hf_nullspace.noise.pictures import plot_history
 from hf_nullspace.training.loading import DataArguments, ModelArguments, load_classifier, load_rows, training_images
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
 from hf_nullspace.training.run_settings import SETTINGS_NAME, check_folder, claim_folder
@@ -212,7 +212,7 @@ def learn(
                 (noise,), history = follow_boundary(model, batches, settings, **options)
             else:
                 noise, history = learn_noise(model, batches, settings, **options)
-        histories[index] = {"round": index} | history.summary(noise)
+        histories[index] = {"round": index} | history.summary(noise.tensor)
         if state.is_main_process:
             keep(noise, histories, output, args.count, pictured)
         state.print(describe(noise, histories[index]), flush=True)

@@ -32,9 +32,8 @@ USER, ORGANIZATIONS = "someone", ("lab",)
 KINDS = {"model": "models", "dataset": "datasets", "space": "spaces"}
 
 NAME = r"([^/]+/[^/]+)"
-API = re.compile(rf"/api/(datasets|models|spaces)/{NAME}(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+API = re.compile(rf"/api/(datasets|models|spaces)/{NAME}(?:/(revision|tree)/([^/]+)(?:/(.*))?)?")
 WRITE = re.compile(rf"/api/(datasets|models|spaces)/{NAME}/(preupload|commit|branch)/([^/]+)")
-REFS = re.compile(rf"/api/(datasets|models|spaces)/{NAME}/refs")
 RESOLVE = re.compile(rf"/(?:(datasets|spaces)/)?{NAME}/resolve/([^/]+)/(.+)")
 LARGE = re.compile(rf"/(?:(datasets|spaces)/)?{NAME}\.git/info/lfs/objects/(batch|verify)")
 STORAGE = re.compile(r"/storage/([0-9a-f]{64})(?:/(.+))?")
@@ -57,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
             if fault is not None and fault.cut_after is not None:
                 self.rfile.read(min(fault.cut_after, int(self.headers.get("Content-Length") or fault.cut_after)))
                 return self.hang_up()
-            self.body = self.read_body()
+            self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if fault is not None and fault.wait:
                 fault.go.wait(60)
             if fault is not None and fault.status is not None:
@@ -68,16 +67,6 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(refused)
 
     do_HEAD = do_POST = do_PUT = do_GET
-
-    def read_body(self) -> bytes:
-        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = b""
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
 
     def answer_to(self, path: str) -> None:
         if path == "/api/repos/create":
@@ -92,10 +81,6 @@ class Handler(BaseHTTPRequestHandler):
             kind, name, what, revision = match.groups()
             repository = self.repository(kind, name, write=True)
             getattr(self, what)(repository, unquote(revision))
-        elif match := REFS.fullmatch(path):
-            branches = self.repository(*match.groups()).branches.items()
-            named = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": commit.sha} for n, commit in branches]
-            self.answer({"branches": named, "converts": [], "tags": []})
         elif match := LARGE.fullmatch(path):
             self.repository(match[1] or "models", match[2], write=True)
             getattr(self, match[3])(json.loads(self.body))
@@ -145,10 +130,6 @@ class Handler(BaseHTTPRequestHandler):
             if below and not found:
                 raise Refused(404, f"{below} does not exist", "EntryNotFound")
             self.answer(found)
-        elif what == "paths-info":
-            as_json = "json" in self.headers.get("Content-Type", "")
-            wanted = json.loads(self.body)["paths"] if as_json else parse_qs(self.body.decode()).get("paths", [])
-            self.answer([entry for path in wanted if (entry := commit.entry(path))])
         else:
             self.answer(repository.info(commit))
 
@@ -184,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.server.repository(kind, name) is not None:
                 message = f"You already created this {kind[:-1]} repo"
                 return self.answer({"error": message, "url": url, "name": name}, 409, {"X-Error-Message": message})
-            self.server.repositories[kind, name] = Repository.new(kind, name, private, wanted.get("sdk"))
+            self.server.repositories[kind, name] = Repository.new(kind, name, private)
         return self.answer({"url": url, "name": name})
 
     def preupload(self, repository: Repository, revision: str) -> None:

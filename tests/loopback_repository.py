@@ -93,7 +93,6 @@ class Repository:
     name: str
     first: Commit
     private: bool = False
-    sdk: str | None = None
     branches: dict[str, Commit] = field(init=False)
     commits: dict[str, Commit] = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -110,8 +109,8 @@ class Repository:
         return cls(kind, name, Commit(files, "a folder"))
 
     @classmethod
-    def new(cls, kind: str, name: str, private: bool, sdk: str | None) -> "Repository":
-        return cls(kind, name, Commit({".gitattributes": File(ATTRIBUTES, False)}, "initial commit"), private, sdk)
+    def new(cls, kind: str, name: str, private: bool) -> "Repository":
+        return cls(kind, name, Commit({".gitattributes": File(ATTRIBUTES, False)}, "initial commit"), private)
 
     def at(self, revision: str) -> Commit:
         """The commit of a branch's name or of a commit's."""
@@ -133,8 +132,6 @@ class Repository:
                 raise Refused(404, f"Invalid rev id: {branch}", "RevisionNotFound")
             now = self.branches[branch]
             (header,) = [line["value"] for line in lines if line["key"] == "header"]
-            if (parent := header.get("parentCommit")) is not None and not now.sha.startswith(parent):
-                raise Refused(412, "A commit has happened since. Please refresh and try again.")
             files = dict(now.files)
             for line in lines:
                 _apply(files, line["key"], line["value"], stored)
@@ -172,11 +169,5 @@ def _apply(files: dict[str, File], key: str, value: dict, stored: Callable[[str]
         if path not in files:
             raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
         del files[path]
-    elif key == "deletedFolder":
-        inside = [name for name in files if name.startswith(f"{path.rstrip('/')}/")]
-        if not inside:
-            raise Refused(404, "A folder with this name doesn't exist", "EntryNotFound")
-        for name in inside:
-            del files[name]
     elif key != "header":
         raise Refused(400, f"unknown operation {key!r}")

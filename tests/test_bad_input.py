@@ -1,12 +1,11 @@
 """What is typed wrong ends in one line that helps: tables of cases, on the command line and in Python.
 
-``bad_input/command_line.txt`` and ``bad_input/python.txt`` have one row per case. The default run takes every tenth,
-``slow`` takes all.
+``bad_input/command_line.txt`` and ``bad_input/python.txt`` have one row per case. The default run takes every tenth of
+the command lines and all of Python; ``slow`` takes the rest.
 """
 
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -22,10 +21,9 @@ from PIL import Image
 
 from bad_input import namespace
 from bad_models import save_bad_models, save_good
-from hf_nullspace.command_line import run
+from recipe_calls import RECIPES, call_recipe
 from timm_style import timm_weights
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 TABLES = Path(__file__).parent / "bad_input"
 LONGEST = 20  # seconds
 TINY = '{"rounds": 1, "steps_per_round": 1, "global_batch_size": 4, "noise_batch_size": 4, "held_out_images": 4}'
@@ -84,11 +82,11 @@ YAML = {
 }
 
 
-def rows(table):
-    """(columns) of every row; the first of each ten is for the default run, unless it starts a process."""
+def rows(table, of):
+    """(columns) of every row; the first of each ``of`` is for the default run, unless it starts a process."""
     lines = (TABLES / table).read_text(encoding="utf-8").splitlines()
     cases = [[part.strip() for part in line.split("|")] for line in lines if line and not line.startswith("#")]
-    quick = [index % 10 == 0 and not case[0].startswith("real ") for index, case in enumerate(cases)]
+    quick = [index % of == 0 and not case[0].startswith("real ") for index, case in enumerate(cases)]
     marks = [() if one else pytest.mark.slow for one in quick]
     return [pytest.param(*case, marks=mark, id=" ".join(case[:2])) for case, mark in zip(cases, marks, strict=True)]
 
@@ -144,19 +142,6 @@ def places(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="session")
-def mains():
-    """Recipe -> its main; each file is run once."""
-    loaded = {}
-
-    def main_of(recipe):
-        if recipe not in loaded:
-            loaded[recipe] = runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"]
-        return loaded[recipe]
-
-    return main_of
-
-
 @contextmanager
 def at_most(seconds):
     def too_long(number, frame):
@@ -180,16 +165,13 @@ def offline(monkeypatch, folder):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-def in_this_process(main, recipe, words, capsys):
-    arguments, sys.argv = sys.argv, [recipe, *words]
+def in_this_process(recipe, words, capsys):
     try:
         with at_most(LONGEST):
-            run(main)
+            call_recipe(recipe, *words)
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
-    finally:
-        sys.argv = arguments
     return code, capsys.readouterr().err
 
 
@@ -200,8 +182,8 @@ def in_its_own(recipe, words):
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize(("call", "words", "expected"), rows("command_line.txt"))
-def test_on_the_command_line(call, words, expected, places, mains, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("call", "words", "expected"), rows("command_line.txt", of=10))
+def test_on_the_command_line(call, words, expected, places, tmp_path, monkeypatch, capsys):
     offline(monkeypatch, tmp_path)
     names = {name: str(place) for name, place in places.items()} | {"out": str(tmp_path / "out")}
     own = call.startswith("real ")
@@ -210,7 +192,7 @@ def test_on_the_command_line(call, words, expected, places, mains, tmp_path, mon
     text = words.removeprefix("~") if words.startswith("~") else f"{BASE[name]} {words}"
     words = [Template(word).substitute(names) for word in (*first, *shlex.split(text))]
     begin = time.perf_counter()
-    code, said = in_its_own(recipe, words) if own else in_this_process(mains(recipe), recipe, words, capsys)
+    code, said = in_its_own(recipe, words) if own else in_this_process(recipe, words, capsys)
     assert time.perf_counter() - begin < (10 * LONGEST if own else LONGEST)
     assert "Traceback" not in said
     if expected == "accepted":
@@ -227,7 +209,7 @@ def test_on_the_command_line(call, words, expected, places, mains, tmp_path, mon
     assert wanted in errors[0]
 
 
-@pytest.mark.parametrize(("call", "kind", "words"), rows("python.txt"))
+@pytest.mark.parametrize(("call", "kind", "words"), rows("python.txt", of=1))
 def test_in_python(call, kind, words, places, tmp_path, monkeypatch):
     offline(monkeypatch, tmp_path)
     known = namespace(places, tmp_path)
@@ -242,7 +224,7 @@ def test_in_python(call, kind, words, places, tmp_path, monkeypatch):
 
 
 def test_the_tables_are_as_long_as_they_are_said_to_be():
-    command_line, python = rows("command_line.txt"), rows("python.txt")
+    command_line, python = rows("command_line.txt", of=10), rows("python.txt", of=1)
     assert len(command_line) >= 270
     assert len(python) >= 110
     assert {re.sub("^real ", "", row.values[0]).split()[0] for row in command_line} == BASE.keys()

@@ -29,6 +29,7 @@ class Options(Parent):
     rate: float = field(default=1.0, metadata={"help": "How fast."})
     names: list[str] = field(default_factory=lambda: ["a"], metadata={"help": "Who."})
     flag: bool = field(default=False, metadata={"help": "Whether."})
+    keep: bool = field(default=True, metadata={"help": "Still."})
     limit: int | None = field(default=5, metadata={"help": "How far."})
 
 
@@ -46,14 +47,9 @@ def config(tmp_path):
 def test_yaml_gives_defaults_and_options_override_them(config):
     assert parse_options() == Options()
     from_file = parse_options("--config", str(config))
-    assert (from_file.rate, from_file.names, from_file.flag) == (1e-5, ["b", "c"], True)
-    both = parse_options("--config", str(config), "--rate", "2", "--flag", "false")
-    assert (both.rate, both.names, both.flag) == (2.0, ["b", "c"], False)
-
-
-def test_a_key_can_be_given_no_value(config):
-    """`null` leaves the field as it is without the file."""
-    assert parse_options(f"--config={config}").limit == 5
+    assert from_file == Options(rate=1e-5, names=["b", "c"], flag=True, limit=5)  # null: as without the file
+    both = parse_options(f"--config={config}", "--rate", "2", "--flag", "false", "--no_keep")
+    assert (both.rate, both.names, both.flag, both.keep) == (2.0, ["b", "c"], False, False)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +57,11 @@ def test_a_key_can_be_given_no_value(config):
     [
         (["--rat", "2"], r"unknown option '--rat'; did you mean --rate"),
         (["--nmaes=x"], r"unknown option '--nmaes=x'; did you mean --names"),
-        (["--zzzzzz", "2"], "--help lists the valid ones"),
+        (["--zzzzzz", "2"], "unknown option '--zzzzzz'; --help lists the valid ones"),
         (["--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
+        (["--rate", "1", "2"], "'2' belongs to no option"),
         (["--config", "nowhere/x.yaml"], "no configuration file"),
+        (["--config", "a", "--config=b"], "expected one file"),
     ],
 )
 def test_typos_name_their_neighbours(words, message):
@@ -71,46 +69,45 @@ def test_typos_name_their_neighbours(words, message):
         parse_options(*words)
 
 
-def test_a_misspelt_key_in_the_file_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"rtae: 2\n", r"unknown key 'rtae' in .*y\.yaml; did you mean rate"),
+        (b"- rate\n", "expected lines of the form 'key: value'"),
+        (b"rate: [1\n", "no valid YAML"),
+        (b"rate: 1\nlimit: 2\nrate: 3\n", r"no valid YAML: .*the key 'rate' twice"),
+        ("names: [é]\n".encode("latin-1"), "no text in UTF-8"),
+    ],
+)
+def test_a_mistake_in_the_file_is_an_error(tmp_path, content, message):
     path = tmp_path / "y.yaml"
-    path.write_text("rtae: 2\n")
-    with pytest.raises(UsageError, match=r"unknown key 'rtae' in .*y\.yaml; did you mean rate"):
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
         parse_options("--config", str(path))
-    path.write_text("- rate\n")
-    with pytest.raises(UsageError, match="expected lines of the form 'key: value'"):
-        parse_options("--config", str(path))
-    path.write_text("rate: [1\n")
-    with pytest.raises(UsageError, match="no valid YAML"):
-        parse_options("--config", str(path))
-    path.write_text("rate: 1\nlimit: 2\nrate: 3\n")
-    with pytest.raises(UsageError, match=r"no valid YAML: .*the key 'rate' twice"):
-        parse_options("--config", str(path))
-    path.write_bytes("names: [é]\n".encode("latin-1"))
-    with pytest.raises(UsageError, match="no text in UTF-8"):
-        parse_options("--config", str(path))
-    with pytest.raises(UsageError, match="expected one file"):
-        parse_options("--config", str(path), f"--config={path}")
-    with pytest.raises(UsageError, match="'2' belongs to no option"):
-        parse_options("--rate", "1", "2")
-    with pytest.raises(UsageError, match=f"{tmp_path} has y"):
-        parse_options("--config", str(tmp_path / "z.yaml"))
 
 
-def test_help_is_grouped(capsys):
+def test_a_file_that_is_not_there_names_those_beside_it(config):
+    with pytest.raises(UsageError, match=f"{config.parent} has x"):
+        parse_options("--config", str(config.with_name("z.yaml")))
+
+
+def test_help_is_grouped_with_the_defaults(capsys):
     with pytest.raises(SystemExit):
         parse_options("--help")
     text = capsys.readouterr().out
     assert text.index("Own:") < text.index("--rate") < text.index("Inherited:") < text.index("--patience")
     assert "How fast. (default: 1.0)" in text
+    assert "Still. (default: True)" in text
     assert text.count("--rate") == 1
+    assert "--no" not in text  # --no_keep is an option, and not shown
 
 
 def test_help_of_the_real_configuration_puts_the_method_before_the_trainer(capsys):
     with pytest.raises(SystemExit):
         parse((NullspaceConfig,), "", ["--help"])
     text = capsys.readouterr().out
-    assert text.index("Nullspace fine-tuning") < text.index("--epsilon") < text.index("TrainingArguments:")
-    assert text.index("TrainingArguments:") < text.index("--adam_beta1")
+    places = [text.index(word) for word in ("Nullspace fine-tun", "--epsilon", "TrainingArguments:", "--adam_beta1")]
+    assert places == sorted(places)
 
 
 def test_errors_of_the_configuration_are_usage_errors(tmp_path):

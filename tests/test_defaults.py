@@ -11,26 +11,35 @@ import pytest
 
 from hf_nullspace.hub import recheck
 from hf_nullspace.linear import attention, box, layer_norm, patch
-from hf_nullspace.noise import artifact, bank, boundary, calibration, closure, influence, learning, provenance
+from hf_nullspace.noise import (
+    algorithm1,
+    artifact,
+    bank,
+    boundary,
+    calibration,
+    closure,
+    history,
+    influence,
+    provenance,
+)
 from hf_nullspace.robustness import checks, scores, suite
 from hf_nullspace.robustness.attacks import auto, base, carlini_wagner, gradient, patch_fool
-from hf_nullspace.study import analysis
 from hf_nullspace.training import objectives, rounds
+from study import analysis
 
 TENTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # A.5
 DEFAULTS = [
     # Algorithm 1 and A.3; weight decay and the stopping test are ours
-    (learning.NoiseSettings, {"epsilon": 0.03, "noise_limit": 3.0, "learning_rate": 0.1, "max_steps": 3000,
+    (algorithm1.NoiseSettings, {"epsilon": 0.03, "noise_limit": 3.0, "learning_rate": 0.1, "max_steps": 3000,
                               "weight_decay": 0.0, "loss": "l2", "stop_on": "held_out", "on_limit": "use",
                               "norm_weight": 0.0, "norm": "centred"}),
     (boundary.BoundarySettings, {"epsilon": 0.03, "steps": 60, "learning_rate": 0.2, "noise_limit": 3.0,
                                  "pool_images": 1024, "count": 1, "loss": "l2", "tolerance": 0.04}),
-    (calibration.find_factor, {"start": 1.0, "tolerance": 0.02, "steps": 40, "largest": float("inf")}),
-    (calibration.calibrate, {"tolerance": 0.02}),
-    (calibration.calibrate_each, {"tolerance": 0.02, "largest": None, "must_reach": True}),
-    (influence.scale_to_influence, {"upper": 1.0, "steps": 20}),
+    (calibration.scale_to_influence, {"start": 1.0, "tolerance": 0.02, "largest": float("inf")}),
+    (calibration.scale_into, {"start": 1.0, "tolerance": 1 - 0.96, "largest": float("inf")}),
+    (calibration.calibrate, {"tolerance": 0.02, "largest": float("inf")}),
     (influence.permuted, {"raw": False}),
-    (learning.NoiseHistory.summary, {"points": 200}),
+    (history.NoiseHistory.summary, {"points": 200}),
     (closure.scaling, {"factors": TENTHS}),
     (closure.combinations, {"alphas_1": TENTHS, "alphas_2": TENTHS}),
     (rounds.Round, {"warm_start": False, "bank_size": 1, "previous": (), "chunk_size": None}),
@@ -54,14 +63,13 @@ DEFAULTS = [
     (scores.paired_difference, {"confidence": 0.95, "resamples": 10_000, "seed": 0}),
     (scores.paired_mean_difference, {"confidence": 0.95, "resamples": 2_000, "seed": 0}),
     (scores.expected_calibration_error, {"bins": 15}),
-    (analysis.differences, {"resamples": 2000, "seed": 0, "confidence": 0.95}),
-    (analysis.between_arms, {"resamples": 2000, "seed": 0, "confidence": 0.95}),
+    (analysis.differences, {"resamples": 2000, "seed": 0}),
     (checks.run_checks, {"eps": 8 / 255, "seed": 0}),
     (suite.evaluate, {"seed": 0, "workers": 0, "per_sample": False, "progress": True}),
     (recheck.recheck, {"count": 200}),
     # Exact nullspaces
     (attention.LayerConditions.hold, {"tolerance": 1e-6}),
-    (box.nearest_in_box, {"lower": 0.0, "upper": 1.0, "iterations": 2000, "tolerance": 1e-5}),
+    (box.nearest_in_box, {"iterations": 2000, "tolerance": 1e-5}),
     (box.nearest_invisible_image, {"iterations": 2000, "tolerance": 1e-5}),
     (layer_norm.LayerNormNullspace.sample, {"norm": 1.0}),
     (layer_norm.exact_encoder_nullspace, {"norm": 1000.0, "seed": 0}),
@@ -81,15 +89,14 @@ def test_defaults(function, defaults):
 
 # What may be given without its name, and by its name as well; the rest is given by its name.
 POSITIONAL = [
-    (learning.learn_noise, "model batches settings"),
+    (algorithm1.learn_noise, "model batches settings"),
     (boundary.follow_boundary, "model batches settings"),
-    (calibration.find_factor, "influence_at epsilon"),
-    (calibration.calibrate, "model direction epsilon held_out"),
-    (calibration.calibrate_each, "model directions epsilon held_out"),
+    (calibration.scale_to_influence, "influence_at epsilon"),
+    (calibration.scale_into, "influence_at epsilon"),
+    (calibration.calibrate, "model directions epsilon held_out"),
     (closure.scaling, "model batches noises factors"),
     (closure.combinations, "model batches pairs alphas_1 alphas_2"),
     (influence.permuted, "noise generator"),
-    (influence.scale_to_influence, "influence_at epsilon"),
     (artifact.NullspaceNoise.save_pretrained, "self folder"),
     (artifact.NullspaceNoise.push_to_hub, "self repo_id"),
     (provenance.provenance_of, "model"),
@@ -105,8 +112,7 @@ POSITIONAL = [
     (scores.paired_difference, "before after"),
     (scores.mean_corruption_error, "errors reference"),
     (scores.expected_calibration_error, "confidence correct"),
-    (analysis.differences, "results groups reference"),
-    (analysis.between_arms, "results weights"),
+    (analysis.differences, "results groups pairs"),
     (box.nearest_in_box, "row_basis source target"),
     (box.nearest_invisible_image, "nullspace source target"),
     (layer_norm.exact_encoder_nullspace, "model pixel_values"),

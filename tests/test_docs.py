@@ -1,8 +1,9 @@
 """What the documents name exists: files, functions, tests, make targets, configurations; nothing belongs to a machine.
 
 Two strictnesses. In ``EXACT`` documents every name in backticks has to be something: a path from the repository's root
-or below ``src/hf_nullspace``, a test as pytest takes it, a dotted name below ``hf_nullspace``, a name that some file
-defines, a make target, a mark. In all documents and recipe headers the paths and make targets have to exist.
+or below ``src/hf_nullspace``, a test as pytest takes it, a dotted name below ``hf_nullspace`` or ``recipes``, a name
+that some file defines, a make target, a mark. In all documents and recipe headers the paths and make targets have to
+exist.
 """
 
 import ast
@@ -17,11 +18,11 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "hf_nullspace"
+RECIPES = ROOT / "recipes"
 EXACT = ("CONTRIBUTING.md", "docs/paper_map.md", "docs/deviations.md")
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml"))
 HEADINGS = ("command", "hardware", "time", "expected")
-NOT_YET = "## Not there yet"  # below this heading of docs/paper_map.md, paths are where something will live
 
 SUFFIXES = (".py", ".yaml", ".md", ".toml", ".txt", ".cff")
 MADE = ("outputs/", ".venv")  # what commands make
@@ -33,9 +34,6 @@ OF_A_MACHINE = re.compile(
     "|".join(("/" + "work/", "/" + "home/", "/" + r"root\b", "/" + "Users/", "index" + "[-_]url", "trusted" + "-host",
               "find" + "-links", r"\bPIP" + "_[A-Z]"))
 )  # fmt: skip
-
-
-# ---- what there is
 
 
 @cache
@@ -59,8 +57,9 @@ def names_in(path: Path) -> frozenset[str]:
 
 @cache
 def modules() -> dict[str, Path]:
-    """Dotted names below ``hf_nullspace``; a folder's is that of its ``__init__.py``."""
-    paths = {path.relative_to(PACKAGE).with_suffix(""): path for path in PACKAGE.rglob("*.py")}
+    """Dotted names below ``hf_nullspace`` and ``recipes``; a folder's is that of its ``__init__.py``."""
+    folders = (PACKAGE, RECIPES)
+    paths = {path.relative_to(folder).with_suffix(""): path for folder in folders for path in folder.rglob("*.py")}
     return {".".join(name.parts).removesuffix(".__init__"): path for name, path in paths.items()}
 
 
@@ -68,7 +67,8 @@ def modules() -> dict[str, Path]:
 def all_names() -> frozenset[str]:
     """Names that any file of the tree defines, arguments and values that the package takes, marks, extras, targets."""
     files = [path for folder in ("src", "tests", "recipes", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    package = [node for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    code = (path for folder in (PACKAGE, RECIPES) for path in folder.rglob("*.py"))
+    package = [node for path in code for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     arguments = {node.arg for node in package if isinstance(node, ast.arg)}
     values = {node.value for node in package if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -88,20 +88,14 @@ def exists(path: str) -> bool:
     return any(any(folder.glob(path)) if "*" in path else (folder / path).exists() for folder in (ROOT, PACKAGE))
 
 
-# ---- what a text names
-
-
 def problem_of_path(path: str) -> str | None:
-    if path.startswith(MADE) or exists(path):
-        return None
-    return f"{path}: no such file"
+    return None if path.startswith(MADE) or exists(path) else f"{path}: no such file"
 
 
 def problem_of_target(command: str) -> str | None:
     match = TARGET.search(command)
-    if match is None or match[1] is None or match[1] in make_targets():
-        return None
-    return f"{command}: the Makefile has no such target"
+    wrong = match is not None and match[1] is not None and match[1] not in make_targets()
+    return f"{command}: the Makefile has no such target" if wrong else None
 
 
 def problem_of_name(span: str) -> str | None:
@@ -159,33 +153,18 @@ def header_problems(text: str) -> list[str]:
     return [f"no line '{word}' in the header" for word in HEADINGS if not re.search(rf"^#\s+{word}\s+\S", header, re.M)]
 
 
-def without_the_missing(name: str, text: str) -> str:
-    return text.partition(NOT_YET)[0] if name == "docs/paper_map.md" else text
-
-
 def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-# ---- the documents
-
-
 @pytest.mark.parametrize("name", EXACT)
 def test_every_name_in_backticks_is_something(name):
-    assert exact_problems(without_the_missing(name, read(name))) == []
+    assert exact_problems(read(name)) == []
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_paths_links_and_make_targets_exist(name):
-    assert path_problems(without_the_missing(name, read(name)), (ROOT / name).parent) == []
-
-
-def test_what_is_not_there_yet_is_really_not_there():
-    """When it has come, its row moves up into the map, with its function and its test."""
-    _, heading, missing = read("docs/paper_map.md").partition(NOT_YET)
-    paths = [span for span in code_spans(missing) if "/" in span]
-    assert bool(paths) == bool(heading), "a heading without a path below it, or it has another name"
-    assert [path for path in paths if exists(path)] == []
+    assert path_problems(read(name), (ROOT / name).parent) == []
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("recipes/configs/")])
@@ -213,38 +192,19 @@ def test_nothing_belongs_to_a_machine():
     assert wrong == []
 
 
-# ---- the checker
-
-
-def test_the_checker_finds_what_is_wrong():
-    bad = """
-    `noise/learnin.py`, `noise.learning.learn_noises`, `NoiseSettings.epsilonn`,
-    `tests/core/test_files.py::test_nothing`, `tests/test_nothing.py::test_x`,
-    `recipes/configs/no_such_*.yaml`, `make tset`, `learn_noize`
-    """
-    assert [problem.partition(":")[0] for problem in exact_problems(bad)] == [
-        "noise/learnin.py",
-        "noise.learning.learn_noises",
-        "NoiseSettings.epsilonn",
-        "tests/core/test_files.py",
-        "tests/test_nothing.py",
-        "recipes/configs/no_such_*.yaml",
-        "make tset",
-        "learn_noize",
+def test_the_checker_finds_what_is_wrong_and_lets_pass_what_is_right():
+    bad = [
+        *("noise/learnin.py", "noise.algorithm1.learn_noises", "NoiseSettings.epsilonn", "make tset", "learn_noize"),
+        *("tests/core/test_files.py::test_nothing", "tests/test_nothing.py::test_x", "recipes/configs/no_such_*.yaml"),
     ]
-
-
-def test_the_checker_lets_pass_what_is_right():
-    good = """
-    `noise/learning.py`, `src/hf_nullspace/core/files.py`, `noise.learning.learn_noise`, `noise.learning._descend`,
-    `noise`, `NoiseSettings.epsilon`, `tests/core/test_files.py::test_a_full_disk_names_the_file`,
-    `recipes/configs/NAME.yaml`, `slow`, `make test`, `make PYTHON=python3.11`, `learn_noise`,
-    `CE(z, y)`, `outputs/digits`
-    """
-    assert exact_problems(good) == []
-
-
-def test_the_checker_reads_commands_links_and_headers():
+    good = [
+        *("noise/algorithm1.py", "src/hf_nullspace/core/files.py", "noise.algorithm1.descend", "noise", "learn_noise"),
+        *("NoiseSettings.epsilon", "tests/core/test_files.py::test_a_full_disk_names_the_file", "outputs/digits"),
+        *("recipes/configs/NAME.yaml", "slow", "make test", "make PYTHON=python3.11", "CE(z, y)"),
+    ]
+    problems = exact_problems(" and ".join(f"`{span}`" for span in (*bad, *good)))
+    assert len(problems) == len(bad)
+    assert all(problem.startswith(span) for problem, span in zip(problems, bad, strict=True))
     text = "See [this](docs/nothing.md).\n\n```\npython recipes/nothing.py  # make nothing\nmake nothing\n```\n"
     assert path_problems(text) == [
         "docs/nothing.md: no such file",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "hf_nullspace"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 # Every module, from the bottom to the top. A new file takes its place here.
 ORDER = [
@@ -20,7 +21,9 @@ ORDER = [
     "core.launcher",
     "core.uploads",
     "command_line",
+    "models.frozen",
     "models.loading",
+    "models.frozen",
     "models.patch_embedding",
     "models.attention",
     "models.preprocessing",
@@ -41,15 +44,14 @@ ORDER = [
     "noise.pixels",
     "noise.pictures",
     "noise.probe",
-    "noise.endings",
+    "noise.history",
     "noise.card",
     "noise.provenance",
     "noise.artifact",
     "noise.bank",
-    "noise.learning",
     "noise.calibration",
+    "noise.algorithm1",
     "noise.boundary",
-    "noise.plots",
     "noise.closure",
     "robustness.pixel_model",
     "robustness.attacks.base",
@@ -71,15 +73,14 @@ ORDER = [
     "robustness.summaries",
     "robustness.plots",
     "robustness.report",
-    "hub.run_folder",
-    "hub.tables",
-    "hub.eval_results",
-    "hub.card",
-    "hub.staging",
+    "cards.run_folder",
+    "cards.tables",
+    "cards.eval_results",
+    "cards.card",
+    "cards.staging",
     "training.rounds",
     "training.objectives",
-    "training.noise_objectives",
-    "training.adversarial_objectives",
+    "training.adversarial",
     "training.preflight",
     "training.config",
     "training.run_settings",
@@ -89,30 +90,18 @@ ORDER = [
     "training.ema",
     "training.noise_stream",
     "training.cost",
+    "training.record",
+    "training.divergence",
+    "training.events",
     "training.private_methods",
     "training.publishing",
-    "training.round_trainer",
     "training.trainer",
-    "study.design",
-    "study.images",
-    "study.pieces",
-    "study.estimate",
-    "study.analysis",
-    "study.flow",
-    "study.report",
+    "invisible.images",
+    "invisible.ownership",
     "explain.maps",
     "explain.lrp",
     "explain.grid",
-    "images",
     "explain.agreement",
-    "ownership",
-    "figures.table_4",
-    "figures.report",
-    "figures.bench",
-    "figures.influence_against_norm",
-    "figures.closure_pictures",
-    "figures.progress",
-    "figures.setting",
     "hub.planned",
     "hub.metric",
     "hub.recheck",
@@ -122,20 +111,37 @@ ORDER = [
     "hub.convert",
 ]
 
+# The laboratory beside the recipes that run it, in the same way. It imports the library, and nothing of the library it.
+LABORATORY_ORDER = [
+    "study.arguments",
+    "study.design",
+    "study.images",
+    "study.tasks",
+    "study.analysis",
+    "study.schedule",
+    "study.report",
+    "figures.setting",
+    "figures.table_4",
+    "figures.experiment",
+    "figures.figure_2",
+    "figures.figure_3",
+    "figures.figure_4",
+    "figures.table_5",
+]
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+def modules_in(folder: Path, pattern: str) -> dict[str, Path]:
+    """Name -> file, below a folder."""
+    names = {path: path.relative_to(folder).with_suffix("").parts for path in sorted(folder.glob(pattern))}
+    return {".".join(name): path for path, name in names.items() if name[-1] != "__init__" and "metrics" not in name}
 
 
-MODULES = {
-    module_name(path): path
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if path.name != "__init__.py" and "metrics" not in path.relative_to(PACKAGE).parts
-}
+MODULES = modules_in(PACKAGE, "**/*.py")
+LABORATORY = modules_in(RECIPES, "*/*.py")
 
 
 def imports_of(path: Path) -> set[str]:
-    """The modules of this package that a file imports, by their names below the package."""
+    """The modules of the library and the laboratory that a file imports, by their names below the folder."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -146,15 +152,39 @@ def imports_of(path: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         else:
             continue
-        found |= {name.removeprefix("hf_nullspace.") for name in names if name.startswith("hf_nullspace.")}
-    return {name for name in found if name in MODULES}
+        found |= {name.removeprefix("hf_nullspace.") for name in names}
+    return {name for name in found if name in MODULES or name in LABORATORY}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_only_what_stands_before_it(module):
     assert module in ORDER, f"{module} has no place in the house: add it to ORDER in {Path(__file__).name}"
-    above = {name for name in imports_of(MODULES[module]) if ORDER.index(name) >= ORDER.index(module)}
+    above = imports_of(MODULES[module]) - set(ORDER[: ORDER.index(module)])
     assert not above, f"{module} imports from a room above it: {sorted(above)}"
+
+
+@pytest.mark.parametrize("module", LABORATORY)
+def test_the_laboratory_has_an_order_too(module):
+    assert module in LABORATORY_ORDER, f"{module}: add it to LABORATORY_ORDER in {Path(__file__).name}"
+    above = imports_of(LABORATORY[module]) - {*ORDER, *LABORATORY_ORDER[: LABORATORY_ORDER.index(module)]}
+    assert not above, f"{module} imports what stands after it: {sorted(above)}"
+
+
+def test_packages_form_no_circle():
+    """A node is a package, or a file beside the packages; what needs no other node is taken away until none is left."""
+    below: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        package = module.partition(".")[0]
+        below.setdefault(package, set()).update(name.partition(".")[0] for name in imports_of(path))
+        below[package].discard(package)
+    while lowest := {package for package, needed in below.items() if not needed & below.keys()}:
+        below = {package: needed for package, needed in below.items() if package not in lowest}
+    assert not below, f"packages that import each other, or need such: {below}"
+
+
+def test_nothing_but_recipes_imports_hub():
+    users = {name for name, path in MODULES.items() if any(part.startswith("hub.") for part in imports_of(path))}
+    assert not {name for name in users if not name.startswith("hub.")}
 
 
 def test_packages_import_nothing_by_themselves():
@@ -164,7 +194,8 @@ def test_packages_import_nothing_by_themselves():
 
 
 def test_files_stay_readable():
-    long = {name: lines for name, path in MODULES.items() if (lines := len(path.read_text().splitlines())) > 360}
+    files = MODULES | LABORATORY
+    long = {name: lines for name, path in files.items() if (lines := len(path.read_text().splitlines())) > 360}
     assert not long, f"rooms above 350 lines: {long}"
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from figures.table_4 import TABLE_4
+from figures.table_5 import TABLE_5
 from hf_nullspace.data.label_maps import IMAGENET_ANCHORS
-from hf_nullspace.figures.progress import TABLE_5
-from hf_nullspace.figures.table_4 import TABLE_4
 from hf_nullspace.hub.convert import NORMALIZATIONS
 from hf_nullspace.hub.timm_vit import SIZES
 from hf_nullspace.robustness import published

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from hf_nullspace.hub.metric import metric_folder
     from hf_nullspace.linear.patch import PatchNullspace
     from hf_nullspace.models.patch_embedding import patch_embedding_noise
+    from hf_nullspace.noise.algorithm1 import learn_noise
     from hf_nullspace.noise.artifact import NullspaceNoise
     from hf_nullspace.noise.bank import NoiseBank
-    from hf_nullspace.noise.learning import learn_noise
     from hf_nullspace.training.config import NullspaceConfig
     from hf_nullspace.training.trainer import NullspaceTrainer
 
@@ -35,7 +35,7 @@ _ROOMS = {
     "NullspaceNoise": "hf_nullspace.noise.artifact",
     "NullspaceTrainer": "hf_nullspace.training.trainer",
     "PatchNullspace": "hf_nullspace.linear.patch",
-    "learn_noise": "hf_nullspace.noise.learning",
+    "learn_noise": "hf_nullspace.noise.algorithm1",
     "metric_folder": "hf_nullspace.hub.metric",
     "patch_embedding_noise": "hf_nullspace.models.patch_embedding",
 }

@@ -4,17 +4,18 @@ accelerate launch recipes/finetune.py --config recipes/configs/digits.yaml --eps
 """
 
 import dataclasses
-import difflib
+import inspect
 import json
 import os
 import signal
 import sys
 import threading
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Sequence
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import huggingface_hub
@@ -23,6 +24,9 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_nullspace.core.launcher import end_with_launcher
+from hf_nullspace.core.settings import nearest
+
+_NO_NEAR_NAME = "--help lists the valid ones"
 
 
 class UsageError(ValueError):
@@ -44,19 +48,16 @@ def parse(
 ) -> tuple[Any, ...]:
     """One instance of every dataclass of ``types`` from ``--config FILE.yaml`` and options; options win.
 
-    ``default_config`` chooses the file where ``--config`` is not given, from the arguments. Options are grouped in
-    ``--help`` by the dataclass that defines the field (its ``_group_title``), fields of a parent class last.
+    ``default_config`` chooses the file from the arguments where ``--config`` is not given. In ``--help`` an option is
+    in the group of the class that defines the field (its ``_group_title``): a child class first, its parents last.
 
     Raises:
         UsageError: for an unknown key or option, naming the nearest valid ones, and for values that do not fit.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _Parser(list(types), description=description, allow_abbrev=False)
-    parser.usage = "%(prog)s [--config FILE.yaml] [--option value ...]"
-    parser.formatter_class = _Help
-    _group(parser, types)
-    parser.add_argument("--config", metavar="FILE.yaml", help="Defaults for everything below; options override them.")
-    names = [field.name for kind in types for field in dataclasses.fields(kind) if field.init]
+    parser = _Parser(types, description)
+    fields = {kind: [field.name for field in dataclasses.fields(kind) if field.init] for kind in types}
+    names = [name for each in fields.values() for name in each]
     path = _config_path(arguments) or (default_config(arguments) if default_config else None)
     if path is not None:
         arguments = [*_as_options(_read(path), names, path), *arguments]
@@ -65,20 +66,16 @@ def parse(
         option = next((word for word in unknown if word.startswith("-")), unknown[0])
         if not option.startswith("-"):
             raise UsageError(f"{option!r} belongs to no option that takes it; expected --option value")
-        name = option.lstrip("-").partition("=")[0]
-        raise UsageError(_unknown(f"option {option!r}", name, [*names, "config", "help"], "--"))
-    made = []
-    for kind in types:
-        keys = {field.name for field in dataclasses.fields(kind) if field.init}
-        try:
-            made.append(kind(**{key: value for key, value in vars(namespace).items() if key in keys}))
-        except (ValueError, TypeError) as error:
-            raise UsageError(str(error)) from error
-    return tuple(made)
+        name, valid = option.partition("=")[0], [f"--{each}" for each in (*names, "config", "help")]
+        raise UsageError(f"unknown option {option!r}{nearest(name, valid, most=3, otherwise=_NO_NEAR_NAME)}")
+    try:
+        return tuple(kind(**{name: getattr(namespace, name) for name in fields[kind]}) for kind in types)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe; what its user can mend is one line on standard error and exit code 2, not a traceback.
+    """Run a recipe; an error that its user can correct is one line on standard error and exit code 2, not a traceback.
 
     ``HF_NULLSPACE_TRACEBACK=1`` shows the traceback all the same. Ctrl-C and SIGTERM end it with one line and exit code
     130 or 143. The process ends when its launcher has died.
@@ -105,7 +102,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _say(line: str) -> None:
-    with suppress(OSError):  # standard error may be a file on a full disk, or gone: the exit code says it, too
+    with suppress(OSError):  # standard error may be a file on a full disk, or gone; there is the exit code, too
         print(line, file=sys.stderr, flush=True)
 
 
@@ -121,11 +118,8 @@ def _is_for_users(error: BaseException) -> bool:
     """Errors that this package raises on purpose, and what files and the network answer; not bugs."""
     if isinstance(error, OSError | FloatingPointError) or type(error).__module__.startswith("hf_nullspace."):
         return True
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    raised_in = "" if place is None else place.tb_frame.f_globals.get("__name__", "")
-    return raised_in.startswith("hf_nullspace.")
+    *_, (innermost, _) = walk_tb(error.__traceback__)
+    return str(innermost.f_globals.get("__name__")).startswith("hf_nullspace.")
 
 
 class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -133,30 +127,31 @@ class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class _Parser(HfArgumentParser):
+    """Puts every option into the group of the class that defines its field, and raises instead of exiting."""
+
+    def __init__(self, types: Sequence[Any], description: str) -> None:
+        self.titles: dict[str, str] = {}
+        self.groups: dict[str, Any] = {}
+        for parent in (parent for kind in types for parent in kind.__mro__):
+            for name in inspect.get_annotations(parent):
+                self.titles.setdefault(name, getattr(parent, "_group_title", parent.__name__))
+        usage = "%(prog)s [--config FILE.yaml] [--option value ...]"
+        super().__init__(types, description=description, usage=usage, formatter_class=_Help, allow_abbrev=False)
+        text = "Defaults for everything below; options override them."
+        self.add_argument("--config", metavar="FILE.yaml", help=text)
+
+    def add_argument(self, *names: Any, **settings: Any) -> Any:
+        title = self.titles.get(settings.get("dest", names[0].lstrip("-")))
+        if title is None:  # --help and --config
+            return super().add_argument(*names, **settings)
+        if not self.groups:
+            self.groups = {each: self.add_argument_group(each) for each in dict.fromkeys(self.titles.values())}
+        if names[0].startswith("--no_"):
+            settings["help"] = SUPPRESS
+        return self.groups[title].add_argument(*names, **settings)
+
     def error(self, message: str) -> Any:
         raise UsageError(message)
-
-
-def _group(parser: ArgumentParser, types: Sequence[Any]) -> None:
-    """Sort the options into the groups of the classes that define them, for ``--help``."""
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    titles: dict[str, str] = {}
-    for kind in types:
-        for parent in reversed(kind.__mro__):
-            for name in vars(parent).get("__annotations__", {}):
-                titles[name] = getattr(parent, "_group_title", parent.__name__)
-    order = [getattr(parent, "_group_title", parent.__name__) for kind in types for parent in kind.__mro__]
-    for group in [*parser._action_groups]:
-        # HfArgumentParser makes one group per class, parents' fields included; argparse has no public way to move one
-        group._group_actions = [action for action in group._group_actions if action.dest not in titles]
-    for title in dict.fromkeys(order):
-        members = [action for name, action in actions.items() if titles.get(name) == title]
-        if members:
-            group = parser.add_argument_group(title)
-            for action in members:
-                if action.option_strings[0].startswith("--no_"):
-                    action.help = SUPPRESS
-                group._group_actions.append(action)
 
 
 def read_yaml(path: Path) -> Any:
@@ -176,7 +171,7 @@ def read_yaml(path: Path) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """A key that stands twice is an error: YAML says so, and PyYAML takes the last."""
+    """A repeated key is an error, as YAML demands; PyYAML takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -197,7 +192,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(path)
     except FileNotFoundError:
-        others = sorted(other.stem for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        others = sorted(other.stem for other in path.parent.glob("*.yaml"))
         hint = f"; {path.parent} has {', '.join(others)}" if others else ""
         raise UsageError(f"no configuration file {path}{hint}") from None
     if not isinstance(content, dict):
@@ -209,18 +204,10 @@ def _as_options(content: dict[str, Any], names: Sequence[str], path: Path) -> li
     options: list[str] = []
     for key, value in content.items():
         if key not in names:
-            raise UsageError(_unknown(f"key {key!r} in {path}", str(key), names, ""))
-        if value is None:
-            continue
-        options.append(f"--{key}")
+            hint = nearest(key, names, most=3, otherwise=_NO_NEAR_NAME)
+            raise UsageError(f"unknown key {key!r} in {path}{hint}")
         if isinstance(value, list):
-            options += [str(item) for item in value]
-        else:
-            options.append(json.dumps(value) if isinstance(value, dict) else str(value))
+            options += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            options += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return options
-
-
-def _unknown(what: str, name: str, valid: Iterable[str], prefix: str) -> str:
-    near = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(prefix + word for word in near)}?" if near else "--help lists the valid ones"
-    return f"unknown {what}; {hint}"

@@ -57,25 +57,18 @@ def test_every_wrapper_is_taken_off(content, name, wrapped, legacy, tmp_path):
     assert (checkpoint.mean, checkpoint.std) == ((MEAN, STD) if wrapped else (None, None))
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("name", ["model.safetensors", "weights.bin", "renamed.pth"])
-def test_safetensors_and_bin(name, wrapped, tmp_path):
+@pytest.mark.parametrize("shape", [None, (3,), (3, 1, 1), (1, 3, 1, 1)])
+def test_safetensors_and_bin_with_a_normalization_of_any_shape(name, shape, tmp_path):
     """A safetensors file is known by its content, too."""
-    content = easyrobust(WEIGHTS) if wrapped else WEIGHTS
-    if name == "weights.bin":
-        torch.save(content, tmp_path / name)
-    else:
-        save_file(content, tmp_path / name, metadata={"format": "pt"})
+    content = WEIGHTS
+    if shape:
+        content = easyrobust(WEIGHTS)
+        content |= {key: content[key].reshape(shape) for key in ("0.mean", "0.std")}
+    torch.save(content, tmp_path / name) if name == "weights.bin" else save_file(content, tmp_path / name)
     checkpoint = read_checkpoint(tmp_path / name)
     assert_weights(checkpoint)
-    assert checkpoint.mean == (MEAN if wrapped else None)
-
-
-@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 3, 1, 1)])
-def test_normalization_of_any_shape(shape, tmp_path):
-    content = easyrobust(WEIGHTS)
-    content |= {key: content[key].reshape(shape) for key in ("0.mean", "0.std")}
-    assert read_checkpoint(saved(content, tmp_path / "a.pth")).std == STD
+    assert (checkpoint.mean, checkpoint.std) == ((MEAN, STD) if shape else (None, None))
 
 
 # ---- which weights
@@ -92,32 +85,23 @@ def test_averaged_weights_are_taken_when_asked_for_and_only_then(entry, tmp_path
     assert (averaged.name, averaged.others, averaged.mean) == (entry, ("state_dict",), MEAN)
 
 
-def test_weights_that_are_not_there(tmp_path):
-    plain, full = saved(WEIGHTS, tmp_path / "plain.pth"), saved(training_checkpoint(WEIGHTS), tmp_path / "full.pth")
-    with pytest.raises(CheckpointError, match=r"plain.pth has plain tensors, but no state_dict_ema or model_ema"):
-        read_checkpoint(plain, averaged=True)
-    with pytest.raises(
-        CheckpointError, match=r"full.pth has state_dict, but no state_dict_ema or model_ema. Leave --ema"
-    ):
-        read_checkpoint(full, averaged=True)
-    averaged = saved({"state_dict": None, "state_dict_ema": WEIGHTS}, tmp_path / "averaged.pth")
-    with pytest.raises(CheckpointError, match=r"averaged.pth has state_dict_ema, but no state_dict or model. Take the"):
-        read_checkpoint(averaged)
-
-
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "averaged", "message"),
     [
-        ([1, 2], "holds list; expected a dictionary of tensors"),
-        ({}, "holds dict without content"),
-        ({"epoch": 3, "net": WEIGHTS}, "holds epoch, net; expected tensors, or one of state_dict, model"),
-        ({"state_dict": {"cls_token": 3}}, "state_dict holds 'cls_token': int; expected names and tensors only"),
-        (easyrobust(WEIGHTS) | {"2.weight": torch.ones(1)}, r"beside a normalisation .* there is 2.weight"),
+        (WEIGHTS, True, "a.pth has plain tensors, but no state_dict_ema or model_ema"),
+        (training_checkpoint(WEIGHTS), True, "has state_dict, but no state_dict_ema or model_ema. Leave --ema"),
+        ({"state_dict": None, "state_dict_ema": WEIGHTS}, False,
+         "has state_dict_ema, but no state_dict or model. Take the"),
+        ([1, 2], False, "holds list; expected a dictionary of tensors"),
+        ({}, False, "holds dict without content"),
+        ({"epoch": 3, "net": WEIGHTS}, False, "holds epoch, net; expected tensors, or one of state_dict, model"),
+        ({"state_dict": {"cls_token": 3}}, False, "holds 'cls_token': int; expected names and tensors only"),
+        (easyrobust(WEIGHTS) | {"2.weight": torch.ones(1)}, False, "beside a normalisation .* there is 2.weight"),
     ],
-)
-def test_files_that_hold_something_else(content, message, tmp_path):
+)  # fmt: skip
+def test_files_that_hold_something_else(content, averaged, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
-        read_checkpoint(saved(content, tmp_path / "a.pth"))
+        read_checkpoint(saved(content, tmp_path / "a.pth"), averaged=averaged)
 
 
 # ---- nothing is run

@@ -14,7 +14,7 @@ from hf_nullspace.models.patch_embedding import (
     find_patch_embedding,
     patch_embedding_noise,
 )
-from tiny_models import FAMILIES, tiny_model, tiny_resnet
+from tiny_models import FAMILIES, images, tiny_model, tiny_resnet
 
 FLOAT64 = torch.float64
 
@@ -22,10 +22,6 @@ FLOAT64 = torch.float64
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
-
-
-def images(count=3, dtype=FLOAT64, size=16):
-    return torch.randn(count, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
 def random_noise(model, dtype=FLOAT64):
@@ -71,33 +67,19 @@ def test_zero_noise_changes_nothing_bit_for_bit(family):
 
 
 @torch.no_grad()
-def test_second_half_gets_the_noise_and_the_first_does_not(family):
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_last_part_gets_the_noise_and_the_others_do_not(family, parts):
     model = tiny_model(family).to(FLOAT64)
     noise, pixel_values = random_noise(model), images()
     clean = model(pixel_values).logits
     with patch_embedding_noise(model, noise):
         noisy = model(pixel_values).logits
     hook = PatchEmbeddingNoise(model)
-    with hook.adding(noise, NoiseMode.SECOND_HALF):
-        both = model(torch.cat([pixel_values, pixel_values])).logits
-    torch.testing.assert_close(both, torch.cat([clean, noisy]), rtol=1e-12, atol=1e-12)
-    with hook.adding(noise, NoiseMode.SECOND_HALF), pytest.raises(ValueError, match="no second half"):
-        model(pixel_values)
-
-
-def test_the_last_part_gets_the_noise_and_the_others_do_not():
-    model = tiny_model()
-    hook = PatchEmbeddingNoise(model)
-    images, noise = torch.randn(2, 3, 16, 16), torch.randn(1, 16, 24)
-    with torch.no_grad():
-        clean = hook.module(images)
-        with hook.adding(noise, NoiseMode.LAST_PART, 3):
-            parts = hook.module(torch.cat([images] * 3)).chunk(3)
-        with hook.adding(noise, NoiseMode.LAST_PART, 3), pytest.raises(ValueError, match="is not 3 views"):
-            hook.module(torch.cat([images] * 2))
-    torch.testing.assert_close(parts[0], clean)
-    torch.testing.assert_close(parts[1], clean)
-    torch.testing.assert_close(parts[2], clean + noise)
+    with hook.adding(noise, NoiseMode.LAST_PART, parts):
+        together = model(torch.cat([pixel_values] * parts)).logits
+        with pytest.raises(ValueError, match=f"a batch of {4 * parts - 1} is not {parts} views"):
+            model(images(4 * parts - 1))
+    torch.testing.assert_close(together, torch.cat([clean] * (parts - 1) + [noisy]), rtol=1e-12, atol=1e-12)
 
 
 def test_gradient_reaches_the_noise_and_no_parameter(family):
@@ -117,24 +99,20 @@ def test_embedding_shape_is_the_grid_of_patches(family):
     assert (shape.patches, shape.features) == ((64, 12) if family == "swin" else (16, 24))
 
 
-def test_context_manager_leaves_no_trace_after_an_exception():
-    model = tiny_model()
-    module = find_patch_embedding(model)
-    before = model(images(dtype=torch.float32)).logits
-    with pytest.raises(KeyError), patch_embedding_noise(model, random_noise(model.double()).float()):
+def test_swin_pads_the_image_to_whole_patches():
+    shape = embedding_shape(tiny_model("swin"), torch.zeros(1, 3, 15, 12))
+    assert (shape.grid, shape.patches) == ((8, 6), 48)
+
+
+def test_the_hook_is_off_until_asked_and_leaves_no_trace():
+    model, inputs = tiny_model(), images(dtype=torch.float32)
+    before = model(inputs).logits
+    with pytest.raises(KeyError), patch_embedding_noise(model, torch.ones(1, 16, 24)):
         raise KeyError
-    assert not module._forward_hooks
-    assert torch.equal(model.float()(images(dtype=torch.float32)).logits, before)
-
-
-def test_a_persistent_hook_is_off_until_asked():
-    model = tiny_model()
-    before = model(images(dtype=torch.float32)).logits
     hook = PatchEmbeddingNoise(model)
-    hook.noise = torch.ones(1, 16, 24)
-    assert torch.equal(model(images(dtype=torch.float32)).logits, before)
+    assert torch.equal(model(inputs).logits, before)
     hook.remove()
-    assert not find_patch_embedding(model)._forward_hooks
+    assert not hook.module._forward_hooks
 
 
 def test_noise_is_cast_where_it_is_added():
@@ -173,15 +151,12 @@ def test_as_many_noises_as_images_go_to_one_image_each():
     with hook.adding(noises, NoiseMode.LAST_PART, 2):
         twice = model(torch.cat([inputs, inputs])).logits
     torch.testing.assert_close(twice[len(inputs) :], together)
-    with (
-        patch_embedding_noise(model, noises[:2]),
-        pytest.raises(ValueError, match="2 noises for 3 images"),
-    ):
+    with patch_embedding_noise(model, noises[:2]), pytest.raises(ValueError, match="2 noises for 3 images"):
         model(inputs)
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 24), (1, 16, 12), (16, 24)])
-def test_noise_of_another_shape_says_what_differs(shape):
+def test_noise_of_another_shape_is_an_error(shape):
     model = tiny_model()
     with (
         patch_embedding_noise(model, torch.zeros(shape)),
@@ -190,11 +165,10 @@ def test_noise_of_another_shape_says_what_differs(shape):
         model(images(dtype=torch.float32))
 
 
-def test_wrappers_are_looked_through():
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_wrappers_are_looked_through(wrap):
     model = tiny_model()
-    module = find_patch_embedding(model)
-    assert find_patch_embedding(nn.DataParallel(model)) is module
-    assert find_patch_embedding(torch.compile(model, backend="eager")) is module
+    assert find_patch_embedding(wrap(model)) is find_patch_embedding(model)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -215,7 +189,7 @@ def test_a_compiled_model_is_refused(in_place):
     torch.compiler.reset()
 
 
-def test_a_noise_that_no_forward_pass_had_is_said():
+def test_a_noise_that_no_forward_pass_had_is_a_warning():
     model, inputs = tiny_model(), images(dtype=torch.float32)
     compiled = torch.compile(model, backend="eager")
     clean = compiled(pixel_values=inputs).logits

@@ -241,14 +241,6 @@ def test_older_layouts_are_read(hub_here, tmp_path):
     assert same(NullspaceNoise.from_pretrained("lab/model"), noises[1])
 
 
-def test_a_bank_holds_noises_of_one_shape(tmp_path):
-    other = NullspaceNoise(torch.zeros(1, 4, 24), (2, 2))
-    with pytest.raises(ValueError, match="one shape"):
-        NoiseBank((make_noise(), other))
-    with pytest.raises(ValueError, match="no noise"):
-        NoiseBank(())
-
-
 def test_what_was_not_recorded_is_said_not_invented(tmp_path):
     bare = replace(make_noise(), provenance=NoiseProvenance())
     bare.save_pretrained(tmp_path / "one")

@@ -3,14 +3,12 @@
 import pytest
 import torch
 
-from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, patch_embedding_noise
+from hf_nullspace.models.patch_embedding import patch_embedding_noise
+from hf_nullspace.noise.algorithm1 import l2, squared_l2
 from hf_nullspace.noise.influence import noise_influence
-from hf_nullspace.noise.probe import Probe, frozen
-from tiny_models import tiny_model
-
-
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from hf_nullspace.noise.probe import probing
+from tiny_models import normal, tiny_model
+from written_out import influence_of, logits_of
 
 
 def images(count, seed=1, dtype=torch.float64):
@@ -19,10 +17,6 @@ def images(count, seed=1, dtype=torch.float64):
 
 def noise(count=1, dtype=torch.float64):
     return 0.3 * normal(count, 16, 24, seed=2).to(dtype)
-
-
-def probe_of(model, held_out, chunk_size=None):
-    return Probe(model, PatchEmbeddingNoise(model), held_out, chunk_size, spare=held_out[0][:1])
 
 
 def test_half_precision_logits_are_compared_in_float32():
@@ -36,11 +30,10 @@ def test_half_precision_logits_are_compared_in_float32():
     assert clean.dtype == torch.bfloat16
     expected = noise_influence(clean.float(), noisy.float()).item()
     distance = torch.linalg.vector_norm(noisy.float() - clean.float(), dim=1).mean().item()
-    with frozen(model):
-        probe = probe_of(model, [x])
+    with probing(model, [x]) as probe:
         assert probe.clean[0].dtype == probe.clean_logits(x).dtype == torch.float32
         assert probe.held_out_influence(v) == pytest.approx(expected, rel=1e-6)
-        (influence,), (loss,), gradient = probe.measure(x, v.requires_grad_(), squared=False)
+        (influence,), (loss,), gradient = probe.measure(x, v.requires_grad_(), l2)
     assert influence == pytest.approx(expected, rel=1e-6)
     assert loss == pytest.approx(distance, rel=1e-6)
     assert gradient.dtype == torch.float32
@@ -53,19 +46,15 @@ def test_every_noise_has_its_own_images(chunk_size, known, squared):
     """Three noises over eleven images: number m has the images m, m + 3, ...; each number is the mean over those."""
     model = tiny_model().double()
     x, v = images(11), noise(3).requires_grad_()
-    with frozen(model):
-        probe = probe_of(model, [images(5, seed=3), images(2, seed=4)], chunk_size)
+    with probing(model, [images(5, seed=3), images(2, seed=4)], chunk_size=chunk_size) as probe:
         clean = probe.clean_logits(x) if known else None
-        influences, losses, gradient = probe.measure(x, v, squared=squared, clean=clean)
+        influences, losses, gradient = probe.measure(x, v, squared_l2 if squared else l2, clean)
         for m in range(3):
             own, one = x[m::3], v[m : m + 1].detach().requires_grad_()
-            z = model(pixel_values=own).logits
-            with patch_embedding_noise(model, one):
-                noisy = model(pixel_values=own).logits
-            distance = torch.linalg.vector_norm(noisy - z, dim=1)
+            distance = torch.linalg.vector_norm(logits_of(model, own, one) - logits_of(model, own), dim=1)
             loss = (distance.square() if squared else distance).mean()
             (expected,) = torch.autograd.grad(loss, one)
-            assert influences[m] == pytest.approx(noise_influence(z, noisy).item(), rel=1e-9)
+            assert influences[m] == pytest.approx(influence_of(model, own, one), rel=1e-9)
             assert losses[m] == pytest.approx(loss.item(), rel=1e-9)
             torch.testing.assert_close(gradient[m : m + 1], expected, rtol=1e-9, atol=1e-12)
 
@@ -73,22 +62,18 @@ def test_every_noise_has_its_own_images(chunk_size, known, squared):
 def test_the_held_out_influence_is_the_mean_over_images_whatever_the_batches():
     model, v = tiny_model().double(), noise()
     batches = [images(5, seed=3), images(2, seed=4)]
-    with frozen(model):
-        for chunk_size in (None, 3):
-            probe = probe_of(model, batches, chunk_size)
+    for chunk_size in (None, 3):
+        with probing(model, batches, chunk_size=chunk_size) as probe:
             assert probe.held_out_images == 7
             whole, first = probe.held_out_influence(v), probe.held_out_influence(v, 1)
             for found, seen in ((whole, torch.cat(batches)), (first, batches[0][:chunk_size])):
-                z = model(pixel_values=seen).logits
-                with patch_embedding_noise(model, v):
-                    assert found == pytest.approx(noise_influence(z, model(pixel_values=seen).logits).item(), rel=1e-9)
+                assert found == pytest.approx(influence_of(model, seen, v), rel=1e-9)
 
 
 def test_a_sharded_model_of_one_process_is_asked_as_often():
     """Pieces that count for nothing are only for a rank with fewer than another one."""
     model = tiny_model().double()
-    with frozen(model):
-        probe = probe_of(model, [images(5, seed=3)], 2)
+    with probing(model, [images(5, seed=3)], chunk_size=2) as probe:
         before = [(len(piece), count) for piece, count in probe.chunks([images(7)])]
         probe.sharded = True
         assert [(len(piece), count) for piece, count in probe.chunks([images(7)])] == before

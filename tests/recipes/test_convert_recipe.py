@@ -25,6 +25,7 @@ def files(tmp_path_factory):
     torch.save(training_checkpoint(easyrobust(raw), easyrobust(averaged)), folder / "model_best.pth.tar")
     save_file(raw, folder / "plain.safetensors")
     torch.save(raw | {"reg_token": torch.ones(1, 4, 24)}, folder / "registers.pth")
+    torch.save(raw | {"patch_embed.proj.weight": torch.ones(24, 1, 4, 4)}, folder / "grey.pth")
     torch.save({"model": torch.nn.Linear(2, 2)}, folder / "module.pth")
     (folder / "labels.txt").write_text("zebra\nyak\nxerus\nwombat\nvole\n")
     (folder / "full").mkdir()
@@ -100,6 +101,7 @@ def test_weights_alone_with_what_is_said(files, tmp_path, capsys):
         (["--checkpoint", "{0}/plain.safetensors", "--heads", "4"], "does not say how images are normalised"),
         (["--checkpoint", "{0}/plain.safetensors", "--heads", "4", "--ema"], "no state_dict_ema or model_ema"),
         (["--checkpoint", "{0}/registers.pth", "--heads", "4"], "reg_token are register tokens"),
+        (["--checkpoint", "{0}/grey.pth", "--heads", "4", "--normalization", "imagenet"], "model takes 1 channels"),
         (["--checkpoint", "{0}/module.pth"], "needs more than tensors: torch.nn.modules.linear.Linear"),
         (["--checkpoint", "{0}/model_best.pth.tar", "--architecture", "vit_base_patch16_224"], "not those of vit_base"),
         (["--checkpoint", "{0}/model_best.pth.tar", "--heads", "4", "--normalization", "augreg"], "augreg says"),

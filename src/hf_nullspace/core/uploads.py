@@ -1,32 +1,33 @@
-"""A folder becomes one commit of a repository on the Hub: all of it or nothing, and a failure says how to repeat it."""
+"""A folder becomes one commit of a repository on the Hub: all of it or nothing, and a failure says how to repeat it.
 
-import fnmatch
+The client tries each file again by itself, but neither the commit nor the creation of a repository; and its
+``upload_folder`` splits a folder of many files, or one that was refused, into several commits.
+"""
+
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
+WAITS = (2.0, 8.0)  # seconds before the second attempt and the third
 _NEVER = (".git/*", "*/.git/*", ".cache/*", "*/.cache/*", ".*.part")
-_WAITS = (2.0, 8.0)
 _PASSING = (408, 409, 412, 429)  # a commit of somebody else's came in between, or too many requests
+_CONNECTION = ("httpx", "httpx2", "httpcore", "httpcore2")
 _OFFLINE = "offline mode is on (HF_HUB_OFFLINE=1), nothing can be pushed: unset it"
 _NO_TOKEN = "no token for the Hub: run `hf auth login`, or set HF_TOKEN, with a token that may write"
 
 
 class UploadError(OSError):
     """The Hub did not take the upload; what was to be uploaded is as it was."""
-
-
-class PassingUploadError(UploadError):
-    """An upload that failed for a reason that may pass by itself: the server, or the way to it."""
 
 
 def check_ready(token: str | None = None) -> None:
@@ -51,16 +52,13 @@ def push_folder(
     commit_message: str = "Upload with hf-nullspace",
     token: str | None = None,
     ignore: Iterable[str] = (),
-    replace: Iterable[str] = (),
+    replace: Collection[str] = (),
     space_sdk: str | None = None,
     afterwards: str | None = None,
-    waits: Iterable[float] = _WAITS,
 ) -> CommitInfo:
     """Create the repository if it is not there, and upload a folder as one commit: every file, but no link out of it.
 
     Files that the Hub has already are not sent again, so an upload that was interrupted is repeated by the same call.
-    What passes by itself (5xx, a lost connection, a commit of somebody else) is tried again, on top of the client's
-    own attempts for each file.
 
     Args:
         repo_id: ``ORG/NAME``, or ``NAME`` for the token's owner.
@@ -70,7 +68,6 @@ def push_folder(
         ignore: patterns (fnmatch) of paths below ``folder`` that stay here.
         replace: patterns of paths that are deleted from the repository in the same commit unless the folder has them.
         afterwards: how an error ends: what is left here, and how to repeat the upload.
-        waits: seconds before the second attempt, the third, ...
 
     Raises:
         FileNotFoundError: if the folder holds no file to upload.
@@ -81,62 +78,48 @@ def push_folder(
     if not paths:
         raise FileNotFoundError(f"nothing to push: {folder} holds no file")
     call = f"push_folder({str(folder)!r}, {repo_id!r})"
-    afterwards = afterwards or f"{folder} is whole on this disk; repeat the upload with {call}"
-    patterns = list(replace)
 
-    def push() -> CommitInfo:
-        with clear_errors(repo_id, afterwards, token):
-            api = HfApi(token=token or None, library_name="hf-nullspace")
-            name = api.create_repo(
-                repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=space_sdk
-            ).repo_id
-            if revision is not None and revision != "main":
-                api.create_branch(name, branch=revision, repo_type=repo_type, exist_ok=True)
-            there = api.list_repo_files(name, repo_type=repo_type, revision=revision) if patterns else []
-            gone = [path for path in there if path not in paths and _matches(path, patterns)]
-            operations = [CommitOperationAdd(path, str(folder / path)) for path in paths]
-            return api.create_commit(
-                name,
-                [*map(CommitOperationDelete, gone), *operations],
-                commit_message=commit_message,
-                repo_type=repo_type,
-                revision=revision,
-            )
+    def push(api: HfApi) -> CommitInfo:
+        name = api.create_repo(
+            repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=space_sdk
+        ).repo_id
+        if revision is not None and revision != "main":
+            api.create_branch(name, branch=revision, repo_type=repo_type, exist_ok=True)
+        there = api.list_repo_files(name, repo_type=repo_type, revision=revision) if replace else []
+        gone = [path for path in filter_repo_objects(there, allow_patterns=list(replace)) if path not in paths]
+        added = [CommitOperationAdd(path, str(folder / path)) for path in paths]
+        return api.create_commit(
+            name,
+            [*map(CommitOperationDelete, gone), *added],
+            commit_message=commit_message,
+            repo_type=repo_type,
+            revision=revision,
+        )
 
-    return _trying_again(push, list(waits))
+    return _ask(push, repo_id, token, afterwards or f"{folder} is whole on this disk; repeat the upload with {call}")
 
 
-def open_repository(
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    afterwards: str,
-    waits: Iterable[float] = _WAITS,
-) -> str:
+def open_repository(repo_id: str, *, private: bool | None = None, token: str | None = None, afterwards: str) -> str:
     """Create a model repository if it is not there; its whole name.
 
     Raises:
         UploadError: as :func:`push_folder` does; ``afterwards`` is how it ends.
     """
-
-    def open_it() -> str:
-        with clear_errors(repo_id, afterwards, token):
-            return HfApi(token=token or None).create_repo(repo_id, private=private, exist_ok=True).repo_id
-
-    return _trying_again(open_it, list(waits))
+    return _ask(
+        lambda api: api.create_repo(repo_id, private=private, exist_ok=True), repo_id, token, afterwards
+    ).repo_id
 
 
 def whole_name(repo_id: str, token: str | None = None) -> str:
-    """``ORG/NAME``; of a ``NAME`` alone the Hub is asked whose the token is.
+    """``ORG/NAME``; of a ``NAME`` alone the Hub is asked for the owner of the token.
 
     Raises:
         UploadError: if it cannot be asked.
     """
     if "/" in repo_id:
         return repo_id
-    with clear_errors(repo_id, f"Or write ORG/NAME instead of {repo_id!r}", token):
-        return f"{HfApi(token=token or None).whoami()['name']}/{repo_id}"
+    otherwise = f"Or write ORG/NAME instead of {repo_id!r}"
+    return f"{_ask(HfApi.whoami, repo_id, token, otherwise)['name']}/{repo_id}"
 
 
 def files_to_push(folder: Path, ignore: Iterable[str] = (), only: Iterable[str] | None = None) -> list[str]:
@@ -144,101 +127,86 @@ def files_to_push(folder: Path, ignore: Iterable[str] = (), only: Iterable[str] 
 
     Args:
         ignore: patterns (fnmatch) of paths that are not taken.
-        only: patterns of paths, compared part by part; nothing else is taken. None: everything is.
+        only: patterns of paths, in which "*" matches no "/"; nothing else is taken. None: everything is.
     """
-    patterns, whole = [*_NEVER, *ignore], folder.resolve()
+    whole = folder.resolve()
     inside = (path for path in folder.rglob("*") if path.is_file() and path.resolve().is_relative_to(whole))
-    found = (path.relative_to(folder).as_posix() for path in inside)
-    return sorted(path for path in found if not _matches(path, patterns) and (only is None or _is_one_of(path, only)))
+    names = _without(inside, folder, ignore)
+    return names if only is None else [name for name in names if any(_is_at(name, pattern) for pattern in only)]
 
 
 def left_behind(folder: Path, ignore: Iterable[str] = (), only: Iterable[str] | None = None) -> list[str]:
     """The files and links that :func:`files_to_push` leaves out, but for those that match ``ignore``."""
-    ignore = [*_NEVER, *ignore]
-    taken = set(files_to_push(folder, ignore, only))
+    taken = files_to_push(folder, ignore, only)
     found = (path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
-    names = sorted(path.relative_to(folder).as_posix() for path in found)
-    return [name for name in names if name not in taken and not _matches(name, ignore)]
+    return [name for name in _without(found, folder, ignore) if name not in taken]
 
 
-@contextmanager
-def clear_errors(repo_id: str, afterwards: str, token: str | None = None) -> Iterator[None]:
-    """Turn what the Hub and the way to it raise into one line that ends with ``afterwards``.
+def _without(paths: Iterable[Path], folder: Path, ignore: Iterable[str]) -> list[str]:
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    return list(filter_repo_objects(names, ignore_patterns=[*_NEVER, *ignore]))
+
+
+def _is_at(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def _ask(call: Callable[[HfApi], Result], repo_id: str, token: str | None, afterwards: str) -> Result:
+    """What ``call`` returns; after a failure that may pass it is called again.
 
     Raises:
-        UploadError: naming the cause and what to do; ``afterwards`` follows.
+        UploadError: for what the Hub and the way to it raise, in one line that ends with ``afterwards``.
     """
     try:
         check_ready(token)
-        yield
     except UploadError as error:
         raise UploadError(f"{error}. {afterwards}") from None
-    except OfflineModeIsEnabled:
-        raise UploadError(f"{_OFFLINE}. {afterwards}") from None
-    except HFValidationError as error:
-        raise UploadError(f"{repo_id!r} is no repository's name, expected ORG/NAME ({error}). {afterwards}") from error
-    except Exception as error:
-        cause = _cause(error)
-        if (said := _explained(cause, repo_id)) is None:
-            raise
-        passing = isinstance(cause, HfHubHTTPError) and _may_pass(cause.response.status_code)
-        kind = PassingUploadError if passing or not isinstance(cause, HfHubHTTPError | ValueError) else UploadError
-        raise kind(f"could not push to {repo_id}: {said}. {afterwards}") from error
-
-
-def _trying_again(push: Callable[[], Result], waits: list[float]) -> Result:
-    for wait in waits:
+    waits = iter(WAITS)
+    while True:
         try:
-            return push()
-        except PassingUploadError as error:
-            logger.warning("%s; trying again in %g s", str(error).partition(". ")[0], wait)
+            return call(HfApi(token=token or None, library_name="hf-nullspace"))
+        except HFValidationError as error:
+            reason = f"{repo_id!r} is no repository's name, expected ORG/NAME ({error})"
+            raise UploadError(f"{reason}. {afterwards}") from error
+        except Exception as error:
+            found = _explained(error, repo_id)
+            if found is None:
+                raise
+            reason, may_pass = found
+            wait = next(waits, None) if may_pass else None
+            if wait is None:
+                raise UploadError(f"could not push to {repo_id}: {reason}. {afterwards}") from error
+            logger.warning("could not push to %s: %s; trying again in %g s", repo_id, reason, wait)
             time.sleep(wait)
-    return push()
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Below what the client wraps around a failure of one large file."""
-    while type(error) is RuntimeError and error.__cause__ is not None:
+def _explained(error: BaseException, repo_id: str) -> tuple[str, bool] | None:
+    """What happened, and whether it may pass by itself; None for what has nothing to do with the Hub."""
+    while type(error) is RuntimeError and error.__cause__ is not None:  # the client wraps the failure of a large file
         error = error.__cause__
-    return error
-
-
-def _explained(error: BaseException, repo_id: str) -> str | None:
-    """What happened, in words; None for what has nothing to do with the Hub."""
+    library = type(error).__module__.partition(".")[0]
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status == 401 and not isinstance(error, RepositoryNotFoundError):
-            return "the Hub does not know the token (401); make one that may write, then `hf auth login` or HF_TOKEN"
-        if status == 403:
-            return f"the token may not write there (403); use one of a member of {repo_id.partition('/')[0]!r}"
-        if status in (401, 404):
-            return f"no such repository, or the token may not see it ({status})"
-        if status in (409, 412):
-            return f"somebody else changed the repository at the same time ({status})"
-        reason = error.server_message or error.response.reason_phrase
-        return f"the server failed ({status}: {reason})" if status >= 500 else f"refused ({status}: {reason})"
-    if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
-        return f"the connection failed ({type(error).__name__}: {error})"
+        return _refusal(error, repo_id), error.response.status_code >= 500 or error.response.status_code in _PASSING
+    if library in _CONNECTION:
+        return f"the connection failed ({type(error).__name__}: {error})", True
     if isinstance(error, ConnectionError | TimeoutError):
-        return f"the connection failed ({error})"
-    if type(error) is RuntimeError or type(error).__module__ == "hf_xet":
-        return f"the storage of large files failed ({type(error).__name__}: {error})"
+        return f"the connection failed ({error})", True
+    if type(error) is RuntimeError or library == "hf_xet":
+        return f"the storage of large files failed ({type(error).__name__}: {error})", True
     if isinstance(error, ValueError) and "README.md" in str(error):
-        return f"the Hub refuses the card ({' '.join(str(error).split())})"
+        return f"the Hub refuses the card ({' '.join(str(error).split())})", False
     return None
 
 
-def _may_pass(status: int) -> bool:
-    return status >= 500 or status in _PASSING
-
-
-def _matches(path: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-
-def _is_one_of(path: str, patterns: Iterable[str]) -> bool:
-    parts = path.split("/")
-    return any(
-        len(parts) == len(pattern.split("/")) and all(map(fnmatch.fnmatchcase, parts, pattern.split("/")))
-        for pattern in patterns
-    )
+def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
+    status = error.response.status_code
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return "the Hub does not know the token (401); make one that may write, then `hf auth login` or HF_TOKEN"
+    if status == 403:
+        return f"the token may not write there (403); use one of a member of {repo_id.partition('/')[0]!r}"
+    if status in (401, 404):
+        return f"no such repository, or the token may not see it ({status})"
+    if status in (409, 412):
+        return f"somebody else changed the repository at the same time ({status})"
+    reason = error.server_message or error.response.reason_phrase
+    return f"the server failed ({status}: {reason})" if status >= 500 else f"refused ({status}: {reason})"

@@ -1,9 +1,8 @@
 """Read a checkpoint of timm or EasyRobust: find its weights, take its wrappers off, and never run what is inside.
 
 ``.pth``, ``.pth.tar``, ``.bin`` are pickles and go through torch's weights-only reader, which knows tensors and plain
-containers. Training checkpoints of timm also hold ``args``, an ``argparse.Namespace``. That one class is allowed: it
-has no constructor code of its own to speak of, no ``__setstate__`` and no ``__reduce__``, so reading one only fills a
-dictionary, with values that the same reader has let through; and nothing here ever looks into it.
+containers. Training checkpoints of timm also hold ``args``, an ``argparse.Namespace``. That one class is allowed:
+reading one only fills a dictionary with values that the reader has let through, and nothing here looks into it.
 """
 
 import argparse
@@ -21,7 +20,7 @@ WEIGHTS = ("state_dict", "model")
 AVERAGED = ("state_dict_ema", "model_ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, a wrapper with one part
 NORMALIZATION = ("0.mean", "0.std")  # nn.Sequential(normalisation, model); the model's keys begin with "1."
-HARMLESS = ("n_averaged",)  # the counter of torch.optim.swa_utils.AveragedModel; no weight
+_COUNTER = re.compile(rf"({'|'.join(map(re.escape, PREFIXES))})*n_averaged")  # of AveragedModel; no weight
 
 
 class CheckpointError(ValueError):
@@ -50,15 +49,28 @@ def read_checkpoint(path: Path | str, averaged: bool = False) -> Checkpoint:
         OSError: if it cannot be opened.
     """
     path = Path(path)
-    tensors, name, others = _choose(_load(path), averaged, path.name)
-    for key, value in tensors.items():
+    found, name, others = _choose(_load(path), averaged, path.name)
+    for key, value in found.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{path.name}: {name} holds {key!r}: {type(value).__name__}; expected names and tensors only. "
                 "Save the state dict of the model alone"
             )
-    tensors = {key: value for key, value in tensors.items() if _bare(key) not in HARMLESS}
-    tensors, mean, std = _unwrapped(tensors, path.name)
+    tensors = {key: value for key, value in found.items() if not _COUNTER.fullmatch(key)}
+    mean = std = None
+    while tensors:
+        prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in tensors)), None)
+        if all(key in tensors for key in NORMALIZATION):
+            mean, std = (_values(tensors.pop(key)) for key in NORMALIZATION)
+            prefix = "1."
+            if strangers := [key for key in tensors if not key.startswith(prefix)]:
+                raise CheckpointError(
+                    f"{path.name}: beside a normalisation (0.mean, 0.std) and a model (1.) there is {strangers[0]}; "
+                    "expected nn.Sequential(normalisation, model)"
+                )
+        if prefix is None:
+            break
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return Checkpoint(tensors, name, others, mean, std)
 
 
@@ -70,37 +82,32 @@ def _load(path: Path) -> Any:
             return load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path.name} is no whole safetensors file ({error}); download it again") from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken or hostile pickle provokes
-        if needed := _needs_more(path, error):
+        except Exception as error:  # whatever a broken or hostile pickle provokes
+            # The reader's own error, without what torch.load wraps around it: the advice to switch the protection off.
+            inner = error.__context__ or error
+            reason = f"{type(inner).__name__} {' '.join(str(inner).split())[:200]}".strip()
+            if needed := _needs_more(path, reason):
+                raise CheckpointError(
+                    f"{path.name} needs more than tensors: {needed}. Reading that could run code that is in the file, "
+                    "so it was not read. Expected tensors only: ask whoever made it for its state dict alone, as "
+                    ".safetensors"
+                ) from error
             raise CheckpointError(
-                f"{path.name} needs more than tensors: {needed}. Reading that could run code that is in the file, so "
-                "it was not read. Expected tensors only: ask whoever made it for its state dict alone, as .safetensors"
+                f"{path.name} is no checkpoint that torch can read ({reason}); expected .safetensors, or a "
+                "file written by torch.save (.pth, .pth.tar, .bin). It may have been downloaded in part"
             ) from error
-        raise CheckpointError(
-            f"{path.name} is no checkpoint that torch can read ({_reason(error)}); expected .safetensors, or a "
-            "file written by torch.save (.pth, .pth.tar, .bin). It may have been downloaded in part"
-        ) from error
 
 
-def _needs_more(path: Path, error: Exception) -> str:
+def _needs_more(path: Path, reason: str) -> str:
     """The classes and functions that a pickle asks for and that are not allowed; empty if it is broken otherwise."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # no zip of torch.save: an older format, or not a checkpoint at all
         names = []
-    if not names and (found := re.search(r"GLOBAL (\S+)", _reason(error))):
-        names = [found[1]]
-    return ", ".join(sorted(names))
-
-
-def _reason(error: Exception) -> str:
-    """The reader's own error, without what torch.load wraps around it: the advice to switch the protection off."""
-    inner = error.__context__ or error
-    return f"{type(inner).__name__} {' '.join(str(inner).split())[:200]}".strip()
+    return ", ".join(sorted(names or re.findall(r"GLOBAL (\S+)", reason)[:1]))
 
 
 def _choose(content: Any, averaged: bool, file: str) -> tuple[dict[Any, Any], str, tuple[str, ...]]:
@@ -127,34 +134,6 @@ def _choose(content: Any, averaged: bool, file: str) -> tuple[dict[Any, Any], st
     return content, "the file's tensors", ()
 
 
-def _unwrapped(
-    tensors: dict[str, Tensor], file: str
-) -> tuple[dict[str, Tensor], tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Take off prefixes that all keys share and the normalisation in front; in any order, as often as they occur."""
-    mean = std = None
-    while tensors:
-        if all(key in tensors for key in NORMALIZATION):
-            mean, std = (_values(tensors.pop(key)) for key in NORMALIZATION)
-            if strangers := [key for key in tensors if not key.startswith("1.")]:
-                raise CheckpointError(
-                    f"{file}: beside a normalisation (0.mean, 0.std) and a model (1.) there is {strangers[0]}; "
-                    "expected nn.Sequential(normalisation, model)"
-                )
-            tensors = {key.removeprefix("1."): value for key, value in tensors.items()}
-            continue
-        prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in tensors)), None)
-        if prefix is None:
-            break
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors, mean, std
-
-
 def _values(tensor: Tensor) -> tuple[float, ...]:
     """One number per channel, 0.485 and not the 0.48500001430511475 that float32 makes of it."""
     return tuple(float(str(value)) for value in tensor.detach().float().flatten().numpy())
-
-
-def _bare(key: str) -> str:
-    while prefix := next((prefix for prefix in PREFIXES if key.startswith(prefix)), ""):
-        key = key.removeprefix(prefix)
-    return key

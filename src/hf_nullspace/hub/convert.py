@@ -4,7 +4,6 @@ The same function of the image, with its image processor. Sizes are read from th
 shape. What transformers cannot express is refused by name, and no tensor of the file is left over in silence.
 """
 
-import hashlib
 import json
 import math
 import tempfile
@@ -12,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,57 +19,107 @@ from torch import Tensor
 from hf_nullspace.core.files import make_lasting, one_clear_error, write_json
 from hf_nullspace.hub.checkpoint_files import Checkpoint, CheckpointError
 from hf_nullspace.hub.timm_vit import Architecture
-from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.label_spaces import class_names, wnids
 
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation
 LAYER_NORM_EPS = 1e-6  # timm's for ViT and DeiT; transformers' default is 1e-12
 
 # Means and standard deviations of pixels in [0, 1] that a person may name.
-NORMALIZATIONS = {
+NORMALIZATIONS: dict[str, Normalization] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # DeiT, EasyRobust, torchvision
     "augreg": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # the ViTs of Google: augreg, in21k
 }
 
-_LAYER_PARTS = {
-    "norm1": "layernorm_before",
-    "attn.proj": "attention.o_proj",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
+# The modules of a layer: timm's names, and those of transformers from 5.12 on.
+_LAYER = {
+    "norm1": ["layernorm_before"],
+    "attn.qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],  # rows: all of q, all of k, all of v
+    "attn.proj": ["attention.o_proj"],
+    "norm2": ["layernorm_after"],
+    "mlp.fc1": ["mlp.fc1"],
+    "mlp.fc2": ["mlp.fc2"],
 }
 
 
 def to_transformers(tensors: Mapping[str, Tensor], kind: Architecture, labels: Sequence[str] | None = None) -> Any:
-    """The transformers model with these weights, in float32 and evaluation mode; ``labels`` name the classes."""
+    """The transformers model with these weights, in float32 and evaluation mode; ``labels`` name the classes.
+
+    Raises:
+        CheckpointError: for tensors that are missing, too many, of a wrong shape or no finite numbers.
+    """
     from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, ViTConfig, ViTForImageClassification
 
-    settings: dict[str, Any] = {
-        "hidden_size": kind.width,
-        "num_hidden_layers": kind.depth,
-        "num_attention_heads": kind.heads,
-        "intermediate_size": kind.mlp,
-        "image_size": kind.image,
-        "patch_size": kind.patch,
-        "num_channels": kind.channels,
-        "qkv_bias": kind.qkv_bias,
-        "hidden_act": "gelu",
-        "layer_norm_eps": LAYER_NORM_EPS,
-    }
-    if labels is None:
-        settings["num_labels"] = kind.classes
-    elif len(labels) != kind.classes:
-        raise CheckpointError(
-            f"{len(labels)} class names for a head of {kind.classes} classes; give as many as classes"
-        )
-    else:
-        settings |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    names = [f"LABEL_{index}" for index in range(kind.classes)] if labels is None else labels
+    if len(names) != kind.classes:
+        raise CheckpointError(f"{len(names)} class names for a head of {kind.classes} classes; give as many as classes")
+    config_class: Any = DeiTConfig if kind.distilled else ViTConfig
     model_class: Any = DeiTForImageClassificationWithTeacher if kind.distilled else ViTForImageClassification
-    config = (DeiTConfig if kind.distilled else ViTConfig)(**settings)
+    config = config_class(
+        hidden_size=kind.width,
+        num_hidden_layers=kind.depth,
+        num_attention_heads=kind.heads,
+        intermediate_size=kind.mlp,
+        image_size=kind.image,
+        patch_size=kind.patch,
+        num_channels=kind.channels,
+        qkv_bias=kind.qkv_bias,
+        hidden_act="gelu",
+        layer_norm_eps=LAYER_NORM_EPS,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
     with torch.device("meta"):  # no random numbers are drawn for weights that are replaced
         model = model_class(config)
-    weights = {key: value.to(torch.float32) for key, value in tensors.items()}
-    model.load_state_dict(_renamed(weights, kind), strict=True, assign=True)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    places = {key: ours for key, ours in _names(kind).items() if ours[0] in shapes}
+    _check(tensors, {key: (len(ours) * shapes[ours[0]][0], *shapes[ours[0]][1:]) for key, ours in places.items()})
+    weights: dict[str, Tensor] = {}
+    for key, ours in places.items():
+        for name, piece in zip(ours, tensors[key].to(torch.float32).chunk(len(ours)), strict=True):
+            weights[name] = piece.clone()  # memory of its own
+    model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
+
+
+def _names(kind: Architecture) -> dict[str, list[str]]:
+    """timm's name of every tensor -> transformers' names of it, or of its equal parts."""
+    base = "deit" if kind.distilled else "vit"
+    embeddings = f"{base}.embeddings"
+    found = {
+        "cls_token": [f"{embeddings}.cls_token"],
+        "pos_embed": [f"{embeddings}.position_embeddings"],
+        "dist_token": [f"{embeddings}.distillation_token"],
+    }
+    modules = {
+        "patch_embed.proj": [f"{embeddings}.patch_embeddings.projection"],
+        "norm": [f"{base}.layernorm"],
+        "head": ["cls_classifier" if kind.distilled else "classifier"],
+        "head_dist": ["distillation_classifier"],
+    }
+    for layer in range(kind.depth):
+        for part, ours in _LAYER.items():
+            modules[f"blocks.{layer}.{part}"] = [f"{base}.layers.{layer}.{name}" for name in ours]
+    for module, ours in modules.items():
+        for leaf in ("weight", "bias"):
+            found[f"{module}.{leaf}"] = [f"{name}.{leaf}" for name in ours]
+    return found
+
+
+def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    problems = [f"{key} is missing, expected {shape}" for key, shape in expected.items() if key not in tensors]
+    problems += [f"{key} {tuple(value.shape)} is not known" for key, value in tensors.items() if key not in expected]
+    for key, value in tensors.items():
+        if key not in expected:
+            continue
+        if tuple(value.shape) != expected[key]:
+            problems.append(f"{key} has the shape {tuple(value.shape)}, expected {expected[key]}")
+        elif not value.is_floating_point():
+            problems.append(f"{key} holds {value.dtype}, expected floating-point numbers")
+        elif not value.isfinite().all():
+            problems.append(f"{key} holds NaN or infinity")
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise CheckpointError(f"not converted: {'; '.join(problems[:6])}{more}")
 
 
 def normalization(
@@ -86,29 +136,41 @@ def normalization(
         raise CheckpointError("give --mean and --std, both, or else --normalization")
     if name is not None and name not in NORMALIZATIONS:
         raise CheckpointError(f"unknown normalization {name!r}; expected {' or '.join(NORMALIZATIONS)}")
-    said: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    source = ""
+    given, source = None, ""
     if name is not None:
-        said, source = NORMALIZATIONS[name], f"normalization {name}"
+        given, source = NORMALIZATIONS[name], f"normalization {name}"
     elif mean:
-        said, source = _in_unit_range(mean, std, "--mean and --std")[:2], "--mean and --std"
-    if checkpoint.mean is None or checkpoint.std is None:
-        if said is None:
+        given, source = _in_unit_range(mean, std, "--mean and --std")[0], "--mean and --std"
+    if checkpoint.mean is not None and checkpoint.std is not None:
+        found, unit = _in_unit_range(checkpoint.mean, checkpoint.std, "0.mean and 0.std of the file")
+        if given and (np.shape(found) != np.shape(given) or not np.allclose(found, given, rtol=0, atol=1e-3)):
             raise CheckpointError(
-                "the file does not say how images are normalised, and a guess would cost accuracy silently. Say it: "
-                "--normalization imagenet (DeiT, EasyRobust), --normalization augreg (0.5), or --mean and --std"
+                f"the file normalises with mean {_numbers(found[0])} and std {_numbers(found[1])}, but {source} says "
+                f"{_numbers(given[0])} and {_numbers(given[1])}. The file's belong to its weights: leave the option out"
             )
-        return *said, source
-    *found, unit = _in_unit_range(checkpoint.mean, checkpoint.std, "0.mean and 0.std of the file")
-    if said is not None and not all(
-        len(ours) == len(theirs) and all(abs(a - b) <= 1e-3 for a, b in zip(ours, theirs, strict=True))
-        for ours, theirs in zip(found, said, strict=True)
-    ):
+        return *found, f"the file (0.mean, 0.std, for pixels in {unit})"
+    if given is None:
         raise CheckpointError(
-            f"the file normalises with mean {_numbers(found[0])} and std {_numbers(found[1])}, but {source} says "
-            f"{_numbers(said[0])} and {_numbers(said[1])}. The file's belong to its weights: leave the option out"
+            "the file does not say how images are normalised, and a guess would cost accuracy silently. Say it: "
+            "--normalization imagenet (DeiT, EasyRobust), --normalization augreg (0.5), or --mean and --std"
         )
-    return found[0], found[1], f"the file (0.mean, 0.std, for pixels in {unit})"
+    return *given, source
+
+
+def _in_unit_range(mean: Sequence[float], std: Sequence[float], what: str) -> tuple[Normalization, str]:
+    """(mean, std) of pixels in [0, 1], and the range of pixels they were for."""
+    if len(mean) == len(std) and len(mean) in (1, 3) and np.isfinite([*mean, *std]).all() and min(std) > 0:
+        for top in (1, 255):
+            if max(std) <= top and (top == 1 or min(std) > 1) and min(mean) >= 0 and max(mean) <= top:
+                return (tuple(x / top for x in mean), tuple(x / top for x in std)), f"[0, {top}]"
+    raise CheckpointError(
+        f"{what}: mean {_numbers(mean)}, std {_numbers(std)}; expected 1 or 3 values each, for pixels in [0, 1] (std "
+        "up to 1) or in [0, 255] (std above 1)"
+    )
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in values) + ")"
 
 
 def timm_image_processor(size: int, mean: Sequence[float], std: Sequence[float], crop_pct: float) -> Any:
@@ -152,13 +214,6 @@ def read_labels(source: str | None) -> list[str] | None:
     return [str(name) for name in content]
 
 
-def check_together(model: Any, image_processor: Any) -> Preprocessing:
-    """Raise ``ValueError`` unless what the processor makes goes into the model; what it does to an image, if so."""
-    preprocessing = Preprocessing.from_processor(image_processor)
-    preprocessing.check_fits(model.config)
-    return preprocessing
-
-
 def save_converted(model: Any, image_processor: Any, record: Mapping[str, Any], folder: Path | str) -> Path:
     """Model, image processor and ``conversion.json`` as a new folder, whole or not there at all.
 
@@ -178,56 +233,3 @@ def save_converted(model: Any, image_processor: Any, record: Mapping[str, Any], 
         make_lasting(whole)
         whole.replace(folder)
     return folder
-
-
-def sha256(path: Path | str) -> str:
-    """The file's hash, so that a folder can name what it was made of."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _renamed(weights: Mapping[str, Tensor], kind: Architecture) -> dict[str, Tensor]:
-    """timm's names to those of transformers from 5.12 on, q, k and v apart; every tensor has memory of its own."""
-    base = "deit" if kind.distilled else "vit"
-    names = {
-        "cls_token": f"{base}.embeddings.cls_token",
-        "dist_token": f"{base}.embeddings.distillation_token",
-        "pos_embed": f"{base}.embeddings.position_embeddings",
-        "patch_embed.proj": f"{base}.embeddings.patch_embeddings.projection",
-        "norm": f"{base}.layernorm",
-        "head": "cls_classifier" if kind.distilled else "classifier",
-        "head_dist": "distillation_classifier",
-    }
-    names |= {
-        f"blocks.{layer}.{part}": f"{base}.layers.{layer}.{ours}"
-        for layer in range(kind.depth)
-        for part, ours in _LAYER_PARTS.items()
-    }
-    found: dict[str, Tensor] = {}
-    for key, value in weights.items():
-        module, _, leaf = key.rpartition(".")
-        if module.endswith(".attn.qkv"):
-            layer = module.split(".")[1]
-            for part, piece in zip("qkv", value.chunk(3), strict=True):  # rows: all of q, then all of k, all of v
-                found[f"{base}.layers.{layer}.attention.{part}_proj.{leaf}"] = piece.clone()
-        else:
-            found[names[key] if key in names else f"{names[module]}.{leaf}"] = value.clone()
-    return found
-
-
-def _in_unit_range(
-    mean: Sequence[float], std: Sequence[float], what: str
-) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """(mean, std) of pixels in [0, 1], and the range of pixels they were for."""
-    if len(mean) == len(std) and len(mean) in (1, 3) and all(math.isfinite(x) for x in (*mean, *std)) and min(std) > 0:
-        for top in (1, 255):
-            if max(std) <= top and (top == 1 or min(std) > 1) and min(mean) >= 0 and max(mean) <= top:
-                return tuple(x / top for x in mean), tuple(x / top for x in std), f"[0, {top}]"
-    raise CheckpointError(
-        f"{what}: mean {_numbers(mean)}, std {_numbers(std)}; expected 1 or 3 values each, for pixels in [0, 1] (std "
-        "up to 1) or in [0, 255] (std above 1)"
-    )
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{value:g}" for value in values) + ")"

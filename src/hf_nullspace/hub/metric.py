@@ -5,7 +5,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from hf_nullspace.core.files import write_whole
+from hf_nullspace.core.files import write_text
 
 MODULE = "robustness"
 # What the module takes from the package: NumPy and the standard library are all that these files need.
@@ -45,11 +45,4 @@ def write_space(folder: Path | str, repo_id: str) -> list[Path]:
     texts["requirements.txt"] = "".join(f"{line}\n" for line in REQUIREMENTS)
     if more := re.findall(r"^\s*(?:from|import) (hf_nullspace\S*)", module, re.M):
         raise ValueError(f"the metric imports {', '.join(more)}, which the Space would not have: add it to PARTS")
-    return [_write(Path(folder) / file, text) for file, text in sorted(texts.items())]
-
-
-def _write(path: Path, text: str) -> Path:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    return write_whole(path, write)
+    return [write_text(Path(folder) / file, text) for file, text in sorted(texts.items())]

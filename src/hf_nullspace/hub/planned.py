@@ -1,13 +1,14 @@
 """The card of a model that a shipped configuration would make: what it will be, and that it is not there yet."""
 
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_nullspace.hub.card import TAGS, from_template
-from hf_nullspace.hub.run_folder import source
+from hf_nullspace.cards.card import TAGS, from_template
+from hf_nullspace.cards.run_folder import source
 
 
 def planned_card(config: Path) -> ModelCard:
@@ -43,19 +44,11 @@ def planned_card(config: Path) -> ModelCard:
 
 def header(text: str) -> tuple[str, dict[str, str]]:
     """The comment at the top of a configuration: its first sentences, and its parts (command, hardware, ...)."""
-    lines = []
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line[1:])
-    about: list[str] = []
-    claims: dict[str, str] = {}
-    part = None
-    for line in lines:
-        if match := re.fullmatch(r"\s+([a-z]+)\s{2,}(\S.*)", line):
-            part, claims[match[1]] = match[1], match[2]
-        elif part is None:
-            about.append(line.strip())
+    parts = {"": ""}
+    part = ""
+    for line in takewhile(lambda line: line.startswith("#"), text.splitlines()):
+        if match := re.fullmatch(r"#\s+([a-z]+)\s{2,}(\S.*)", line):
+            part, parts[match[1]] = match[1], match[2]
         else:
-            claims[part] += f" {line.strip()}"
-    return " ".join(filter(None, about)), claims
+            parts[part] = f"{parts[part]} {line[1:].strip()}".strip()
+    return parts.pop(""), parts

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from hf_nullspace.cards.run_folder import HISTORY_NAME, REPORTS, SETTINGS_NAME, Report, RunFolder
 from hf_nullspace.data.columns import class_names
 from hf_nullspace.data.image_set import ImageSet
 from hf_nullspace.data.label_maps import align_labels
 from hf_nullspace.data.sources import load_image_dataset
-from hf_nullspace.hub.run_folder import HISTORY_NAME, REPORTS, SETTINGS_NAME, Report, RunFolder
 from hf_nullspace.models.loading import load_image_processor, load_model, load_model_config
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, bank_file_name
@@ -61,41 +61,33 @@ class Recheck:
 
 def what_is_missing(run: Path) -> list[str]:
     """Every file that a release needs and the folder lacks, each with how to make it; [] if it is complete."""
-    run, found = Path(run), []
+    run = Path(run)
     if not run.is_dir():
         return [f"{run} is no folder; give the --output_dir of recipes/finetune.py"]
-    if not (run / "config.json").is_file():
-        found.append("config.json: the model's; save it with trainer.save_model()")
-    index = run / "model.safetensors.index.json"
-    weights = {"model.safetensors"}
+    folder, index = RunFolder(run), run / "model.safetensors.index.json"
+    weights = ["model.safetensors"]
     if index.is_file():
-        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    found += [
-        f"{name}: the weights; save them with trainer.save_model()"
-        for name in sorted(weights)
-        if not (run / name).is_file()
-    ]
-    if not (run / "preprocessor_config.json").is_file():
-        found.append(
-            "preprocessor_config.json: without it nobody knows how images are prepared; save it with "
-            "image_processor.save_pretrained(RUN), or give the trainer processing_class=image_processor"
-        )
-    if not any((run / name).is_file() for name in REPORTS):
-        found.append(
-            f"{' or '.join(REPORTS)}: measure with recipes/finetune.py, or recipes/evaluate_robustness.py with "
-            "--model_name_or_path RUN --output_dir RUN/robustness"
-        )
-    folder = RunFolder(run)
-    if folder.settings.get("training", {}).get("objective") == "nullspace" and not folder.history:
-        found.append(f"{HISTORY_NAME}: {SETTINGS_NAME} speaks of noises; let recipes/finetune.py go on, it writes both")
+        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    needed = {
+        "config.json": "the model's; save it with trainer.save_model()",
+        **dict.fromkeys(weights, "the weights; save them with trainer.save_model()"),
+        "preprocessor_config.json": "without it nobody knows how images are prepared; save it with "
+        "image_processor.save_pretrained(RUN), or give the trainer processing_class=image_processor",
+        " or ".join(REPORTS): "measure with recipes/finetune.py, or recipes/evaluate_robustness.py with "
+        "--model_name_or_path RUN --output_dir RUN/robustness",
+    }
     if folder.history:
         noises = [WEIGHTS_NAME, *(f"noises/{bank_file_name(entry['round'])}" for entry in folder.history)]
-        found += [
-            f"{name}: {HISTORY_NAME} names its round; take it from a copy of the run, or run again"
-            for name in noises
-            if not (run / name).is_file()
-        ]
-    return found
+        needed |= dict.fromkeys(noises, f"{HISTORY_NAME} names its round; take it from a copy of the run, or run again")
+    missing = [
+        f"{name}: {how_to_make_it}"
+        for name, how_to_make_it in needed.items()
+        if not any((run / file).is_file() for file in name.split(" or "))
+    ]
+    if folder.settings.get("training", {}).get("objective") == "nullspace" and not folder.history:
+        problem = f"{SETTINGS_NAME} speaks of noises; let recipes/finetune.py go on, it writes both"
+        missing.append(f"{HISTORY_NAME}: {problem}")
+    return missing
 
 
 def recheck(run: Path, count: int = IMAGES, dataset_name: str | None = None) -> list[Recheck]:
@@ -107,8 +99,9 @@ def recheck(run: Path, count: int = IMAGES, dataset_name: str | None = None) -> 
     Raises:
         ReleaseError: if nothing is recorded that could be measured again, or the data are not there.
     """
-    report, context = recorded(Path(run))
-    wanted = to_measure(report)
+    report, wanted = recorded(run)
+    # A report is read without the paths of this machine; the context is read again with them.
+    context = json.loads((run / report.file).read_text(encoding="utf-8")).get("context", {})
     try:
         model = load_model(str(run)).eval()
         preprocessing = Preprocessing.from_processor(load_image_processor(str(run)))
@@ -132,25 +125,21 @@ def recheck(run: Path, count: int = IMAGES, dataset_name: str | None = None) -> 
     return found
 
 
-def recorded(run: Path) -> tuple[Report, Mapping[str, Any]]:
-    """The first report with something that can be measured again, and its context with the paths as they are here."""
+def recorded(run: Path) -> tuple[Report, list[tuple[ConditionResult, Condition]]]:
+    """The first report with something to measure again: clean images, the generated corruption that was quickest."""
     for report in RunFolder(run).reports:
-        if to_measure(report):
-            return report, json.loads((run / report.file).read_text(encoding="utf-8")).get("context", {})
-    raise ReleaseError(f"the results in {run} have neither clean images nor a generated corruption to measure again; "
-                       "add some with recipes/evaluate_robustness.py --output_dir RUN/robustness")  # fmt: skip
-
-
-def to_measure(report: Report) -> list[tuple[ConditionResult, Condition]]:
-    """Clean images, and the generated corruption that took the least time."""
-    results = report.results[report.subject]
-    chosen: list[tuple[ConditionResult, Condition]] = [(r, Clean()) for r in results if r.condition == "clean"]
-    corrupted = [r for r in results if r.condition.startswith("generated ") and cell(r)]
-    if corrupted:
-        quickest = min(corrupted, key=lambda r: r.seconds)
-        _, corruption, severity = cell(quickest) or ("", "", 0)
-        chosen.append((quickest, Corrupted(corruption, severity)))
-    return chosen
+        results = report.results[report.subject]
+        chosen: list[tuple[ConditionResult, Condition]] = [(r, Clean()) for r in results if r.condition == "clean"]
+        cells = [(r, found) for r in results if r.condition.startswith("generated ") and (found := cell(r))]
+        if cells:
+            quickest, (_, corruption, severity) = min(cells, key=lambda pair: pair[0].seconds)
+            chosen.append((quickest, Corrupted(corruption, severity)))
+        if chosen:
+            return report, chosen
+    raise ReleaseError(
+        f"the results in {run} have neither clean images nor a generated corruption to measure again; "
+        "add some with recipes/evaluate_robustness.py --output_dir RUN/robustness"
+    )
 
 
 def recorded_images(

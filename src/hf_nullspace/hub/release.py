@@ -3,7 +3,6 @@
 Also the records that the project keeps of its own releases, and the cards that are rendered from them.
 """
 
-import hashlib
 import json
 import re
 import tempfile
@@ -11,15 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from hf_nullspace.core.files import write_json
+from hf_nullspace.cards.card import EVAL_RESULTS, model_card, write_card
+from hf_nullspace.cards.run_folder import COST_NAME, HISTORY_NAME, REPORTS, SETTINGS_NAME, portable
+from hf_nullspace.cards.staging import published_copy
+from hf_nullspace.core.files import damaged_files, size_and_hash, write_json, write_text
 from hf_nullspace.core.uploads import push_folder
-from hf_nullspace.hub.card import EVAL_RESULTS, model_card, write_card, write_text
 from hf_nullspace.hub.planned import planned_card
 from hf_nullspace.hub.recheck import ReleaseError
-from hf_nullspace.hub.run_folder import COST_NAME, HISTORY_NAME, REPORTS, SETTINGS_NAME, portable
-from hf_nullspace.hub.staging import published_copy
 from hf_nullspace.noise.artifact import CONFIG_NAME
 from hf_nullspace.training.publishing import REPLACED, published_files
 
@@ -37,9 +35,7 @@ def stage(run: Path, folder: Path, repo_id: str, *, license: str | None = None, 
     return [published_copy(run / name, folder / name) for name in published_files(run)]
 
 
-def push_and_verify(
-    folder: Path, repo_id: str, *, private: bool | None, repeat: str, repo_type: str = "model", token: str | None = None
-) -> str:
+def push_and_verify(folder: Path, repo_id: str, *, private: bool | None, repeat: str, repo_type: str = "model") -> str:
     """Push a staged folder as one commit, pull that commit into a fresh cache, compare every file; returns its address.
 
     Raises:
@@ -54,49 +50,34 @@ def push_and_verify(
         private=private,
         commit_message="Release",
         replace=(*REPLACED, f"{EVAL_RESULTS}/*") if repo_type == "model" else (),
-        token=token,
         afterwards=f"Nothing was changed; repeat the release with {repeat}",
     )
     with tempfile.TemporaryDirectory() as cache:
         try:
-            pulled = snapshot_download(
-                repo_id, repo_type=repo_type, revision=pushed.oid, cache_dir=cache, token=token or None
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            pulled = snapshot_download(repo_id, repo_type=repo_type, revision=pushed.oid, cache_dir=cache)
+        except OSError as error:  # the Hub's errors are OSErrors, too
             raise ReleaseError(
                 f"{repo_id} was pushed (commit {pushed.oid}), but cannot be pulled back: {error}. Repeat with {repeat}"
             ) from error
-        wrong = differing_files(folder, Path(pulled))
-    if wrong:
+        sent = {path.relative_to(folder).as_posix(): size_and_hash(path) for path in _files(folder)}
+        lacking = damaged_files(pulled, sent)
+    if lacking:
         raise ReleaseError(
-            f"{repo_id} at commit {pushed.oid} is not what was sent: {', '.join(wrong)}. Repeat with {repeat}"
+            f"{repo_id} at commit {pushed.oid} is not what was sent: it lacks {', '.join(lacking)}. "
+            f"Repeat with {repeat}"
         )
     return str(pushed.commit_url)
 
 
-def differing_files(sent: Path, pulled: Path) -> list[str]:
-    """Files of ``sent`` that are missing in ``pulled`` or have another SHA-256 there."""
-    wrong = []
-    for path in sorted(path for path in sent.rglob("*") if path.is_file()):
-        name = path.relative_to(sent)
-        if not (pulled / name).is_file():
-            wrong.append(f"{name} (missing)")
-        elif sha256(path) != sha256(pulled / name):
-            wrong.append(f"{name} (changed)")
-    return wrong
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def listing(folder: Path) -> list[str]:
     """A line with size and name for every file of a folder, and their sum."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = [path.stat().st_size for path in paths]
-    lines = [f"{size:>12,}  {path.relative_to(folder)}" for size, path in zip(sizes, paths, strict=True)]
-    return [*lines, f"{sum(sizes):>12,}  bytes in {len(paths)} files"]
+    sizes = {path.relative_to(folder): path.stat().st_size for path in _files(folder)}
+    lines = [f"{size:>12,}  {name}" for name, size in sizes.items()]
+    return [*lines, f"{sum(sizes.values()):>12,}  bytes in {len(sizes)} files"]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 # ---- what the project keeps of its own
@@ -124,10 +105,8 @@ def keep_records(run: Path, name: str, records: Path, **released: str | None) ->
 
 def render_cards(records: Path, configs: Iterable[Path], cards: Path) -> list[Path]:
     """Write ``cards/NAME.md`` for every run of ``records``, and for every configuration that was not run yet."""
-    texts: dict[str, str] = {}
-    for config in sorted(configs):
-        texts[config.stem] = str(planned_card(config))
+    found = {config.stem: planned_card(config) for config in sorted(configs)}
     for folder in sorted(path.parent for path in records.glob(f"*/{RELEASE_NAME}")):
         released = json.loads((folder / RELEASE_NAME).read_text(encoding="utf-8"))
-        texts[folder.name] = str(model_card(folder, **released))
-    return [write_text(cards / f"{name}.md", text) for name, text in texts.items()]
+        found[folder.name] = model_card(folder, **released)
+    return [write_text(cards / f"{name}.md", str(card).rstrip() + "\n") for name, card in found.items()]

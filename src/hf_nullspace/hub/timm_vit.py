@@ -54,37 +54,6 @@ class Architecture:
     qkv_bias: bool
     distilled: bool
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the model under timm's name, with its shape."""
-        width, tokens = self.width, (self.image // self.patch) ** 2 + (2 if self.distilled else 1)
-        found: dict[str, tuple[int, ...]] = {
-            "cls_token": (1, 1, width),
-            "pos_embed": (1, tokens, width),
-            "patch_embed.proj.weight": (width, self.channels, self.patch, self.patch),
-            "patch_embed.proj.bias": (width,),
-            "norm.weight": (width,),
-            "norm.bias": (width,),
-            "head.weight": (self.classes, width),
-            "head.bias": (self.classes,),
-        }
-        if self.distilled:
-            found |= {"dist_token": (1, 1, width), "head_dist.weight": (self.classes, width)}
-            found |= {"head_dist.bias": (self.classes,)}
-        for layer in range(self.depth):
-            start = f"blocks.{layer}"
-            found[f"{start}.attn.qkv.weight"] = (3 * width, width)
-            if self.qkv_bias:
-                found[f"{start}.attn.qkv.bias"] = (3 * width,)
-            for part, (rows, *columns) in {
-                "norm1": (width,),
-                "attn.proj": (width, width),
-                "norm2": (width,),
-                "mlp.fc1": (self.mlp, width),
-                "mlp.fc2": (width, self.mlp),
-            }.items():
-                found |= {f"{start}.{part}.weight": (rows, *columns), f"{start}.{part}.bias": (rows,)}
-        return found
-
 
 def read_architecture(
     tensors: Mapping[str, Tensor], heads: int | None = None, name: str | None = None
@@ -95,8 +64,8 @@ def read_architecture(
     ``name``, else those of timm's ViT of this width.
 
     Raises:
-        CheckpointError: for a model that cannot be expressed, tensors that are missing, too many or of a wrong shape,
-            or if nothing says how many heads there are.
+        CheckpointError: for a model that cannot be expressed, for tensors without which nothing can be said, or if
+            nothing says how many heads there are.
     """
     for key in tensors:
         for pattern, reason in _REFUSED.items():
@@ -114,17 +83,15 @@ def read_architecture(
     if side != other_side or grid * grid != patches or grid == 0:
         raise CheckpointError(
             f"patch_embed.proj.weight {tuple(patch.shape)} and pos_embed {tuple(position.shape)}: expected square "
-            f"patches, and a square number of them beside {'CLS and distillation token' if distilled else 'the CLS'}"
-            f"{'' if distilled else ' token'}"
+            "patches, and a square number of them beside "
+            f"{'CLS and distillation token' if distilled else 'the CLS token'}"
         )
-    layers = [int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))]
-    number, source = _heads(width, heads, name)
-    if number < 1 or width % number:
-        raise CheckpointError(f"heads={number}: the width {width} is no multiple of that. Give --heads")
+    named = {} if name is None else _sizes_of(name)
+    heads, source = _heads(width, heads, name, named)
     found = Architecture(
         width=width,
-        depth=max(layers) + 1,
-        heads=number,
+        depth=1 + max(int(match[1]) for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))),
+        heads=heads,
         mlp=fc1.shape[0],
         patch=side,
         image=grid * side,
@@ -133,8 +100,10 @@ def read_architecture(
         qkv_bias=any(key.endswith(".attn.qkv.bias") for key in tensors),
         distilled=distilled,
     )
-    _check_name(found, name)
-    _check_shapes(tensors, found.shapes())
+    has = vars(found)
+    wrong = [f"{key} {has[key]} (not {value})" for key, value in named.items() if has[key] != value and key != "heads"]
+    if wrong:
+        raise CheckpointError(f"the weights are not those of {name}: they have {', '.join(wrong)}")
     return found, source
 
 
@@ -150,51 +119,33 @@ def _tensor(tensors: Mapping[str, Tensor], key: str, dimensions: int, why: str =
     return tensor
 
 
-def _heads(width: int, heads: int | None, name: str | None) -> tuple[int, str]:
-    if heads is not None:
-        return heads, "as given"
-    if name is not None and (match := _NAME.fullmatch(name)):
-        return SIZES[match[1]][2], f"those of {name}"
-    for size_width, _, size_heads in SIZES.values():
-        if size_width == width:
-            return size_heads, f"those of timm's ViT of width {width}; no tensor says it"
-    raise CheckpointError(
-        f"the number of attention heads is in no tensor, and timm has no usual ViT of width {width}: give --heads"
-    )
-
-
-def _check_name(found: Architecture, name: str | None) -> None:
-    if name is None:
-        return
+def _sizes_of(name: str) -> dict[str, int]:
+    """What timm's name of a model says of its :class:`Architecture`."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise CheckpointError(
             f"architecture {name!r}: expected a name such as vit_base_patch16_224 or deit_small_distilled_patch16_224 "
             f"({', '.join(SIZES)}). Leave it out: sizes are read from the shapes"
         )
-    width, depth, _ = SIZES[match[1]]
-    expected = {"width": width, "depth": depth, "patch": int(match[3]), "image": int(match[4])}
-    expected["distilled"] = match[2] is not None
-    wrong = [
-        f"{key} {getattr(found, key)} (not {value})" for key, value in expected.items() if getattr(found, key) != value
-    ]
-    if wrong:
-        raise CheckpointError(f"the weights are not those of {name}: they have {', '.join(wrong)}")
+    size, distilled, patch, image = match.groups()
+    width, depth, heads = SIZES[size]
+    sizes = {"width": width, "depth": depth, "patch": int(patch), "image": int(image)}
+    return sizes | {"distilled": distilled is not None, "heads": heads}
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"{key} is missing, expected {shape}" for key, shape in expected.items() if key not in tensors]
-    problems += [f"{key} {tuple(value.shape)} is not known" for key, value in tensors.items() if key not in expected]
-    for key, shape in expected.items():
-        value = tensors.get(key)
-        if value is None:
-            continue
-        if tuple(value.shape) != shape:
-            problems.append(f"{key} has the shape {tuple(value.shape)}, expected {shape}")
-        elif not value.is_floating_point():
-            problems.append(f"{key} holds {value.dtype}, expected floating-point numbers")
-        elif not value.isfinite().all():
-            problems.append(f"{key} holds NaN or infinity")
-    if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise CheckpointError(f"not converted: {'; '.join(problems[:6])}{more}")
+def _heads(width: int, given: int | None, name: str | None, named: Mapping[str, int]) -> tuple[int, str]:
+    """The number of heads, and where it is from."""
+    usual = {size_width: size_heads for size_width, _, size_heads in SIZES.values()}
+    if given is not None:
+        number, source = given, "as given"
+    elif named:
+        number, source = named["heads"], f"those of {name}"
+    elif width in usual:
+        number, source = usual[width], f"those of timm's ViT of width {width}; no tensor says it"
+    else:
+        raise CheckpointError(
+            f"the number of attention heads is in no tensor, and timm has no usual ViT of width {width}: give --heads"
+        )
+    if number < 1 or width % number:
+        raise CheckpointError(f"heads={number}: the width {width} is no multiple of that. Give --heads")
+    return number, source

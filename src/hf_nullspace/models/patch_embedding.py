@@ -1,11 +1,11 @@
 """The patch embedding of any ViT-like model, and the one persistent hook that adds noise to its output.
 
 The noise v (1, N, D) is added to the output u (B, N, D) of the patch projection, before CLS token and position
-embedding (equation 5 of the paper). A forward hook on the module needs no second forward implementation and survives
-renames inside the encoder; it is registered once, before the first compiled call, because a compiled model ignores a
-hook that is added later.
+embedding (equation 5 of the paper). A forward hook needs no second forward implementation. It is registered once,
+before the first compiled call, because a compiled model ignores a hook that is added later.
 """
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +15,10 @@ from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-# Models whose `get_input_embeddings()` does not answer with the patch embedding, and where it is instead.
+# Where the patch embedding is, if `get_input_embeddings()` returns another module.
 _PATCH_EMBEDDING_PATHS = {"CLIPForImageClassification": "vision_model.embeddings.patch_embedding"}
 
 
@@ -25,46 +27,45 @@ class NotAViTError(ValueError):
 
 
 def find_patch_embedding(model: nn.Module) -> nn.Module:
-    """The module whose output are the patch embeddings u (B, N, D), or (B, D, h, w) for a bare convolution.
-
-    Works through wrappers that forward attributes (DDP's ``module``, ``torch.compile``'s ``_orig_mod``, PEFT).
+    """The module that outputs the patch embeddings u (B, N, D), or (B, D, h, w) for a bare convolution.
 
     Raises:
         NotAViTError: if there is none, or it does not project patches (no convolution in it).
     """
     inner = unwrap(model)
-    name = type(inner).__name__
-    if name in _PATCH_EMBEDDING_PATHS:
-        try:
-            return inner.get_submodule(_PATCH_EMBEDDING_PATHS[name])
-        except AttributeError as error:
-            raise NotAViTError(_not_a_vit(name)) from error
+    path = _PATCH_EMBEDDING_PATHS.get(type(inner).__name__)
     try:
-        found = cast(Any, inner).get_input_embeddings()
+        found = inner.get_submodule(path) if path else cast(Any, inner).get_input_embeddings()
     except (AttributeError, NotImplementedError, TypeError) as error:
-        raise NotAViTError(_not_a_vit(name)) from error
+        raise _not_a_vit(inner) from error
     if not isinstance(found, nn.Module) or patch_projection(found) is None:
-        raise NotAViTError(_not_a_vit(name))
+        raise _not_a_vit(inner)
     return found
 
 
-def _not_a_vit(name: str) -> str:
-    return (
-        f"{name} has no patch embedding; the nullspace is defined for ViT-like models "
-        "(ViT, DeiT, BEiT, DINOv2, ViTMSN, Swin, SigLIP, CLIP and their kin). "
-        "Pass patch_embedding=<the module whose output are the patch embeddings>."
+def _not_a_vit(model: nn.Module) -> NotAViTError:
+    return NotAViTError(
+        f"{type(model).__name__} has no patch embedding; the nullspace is defined for ViT-like models "
+        "(ViT, DeiT, BEiT, DINOv2, ViTMSN, Swin, SigLIP, CLIP and similar ones). "
+        "Pass patch_embedding=<the module that outputs the patch embeddings>."
     )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP, DataParallel, ``torch.compile`` and PEFT wrappers."""
+    children = dict(model.named_children())
     for attribute in ("module", "_orig_mod"):
-        inner = model._modules.get(attribute)
-        if isinstance(inner, nn.Module) and len(model._modules) == 1:
-            return unwrap(inner)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        if children.keys() == {attribute}:
+            return unwrap(children[attribute])
+    if hasattr(model, "get_base_model"):  # of PEFT, which need not be installed
         return cast(Any, model).get_base_model()
     return model
+
+
+def model_type(model: nn.Module) -> str | None:
+    """What the config of a model of transformers calls its family."""
+    inner = unwrap(model)
+    return inner.config.model_type if isinstance(inner, PreTrainedModel) else None
 
 
 def patch_projection(patch_embedding: nn.Module) -> nn.Conv2d | None:
@@ -76,9 +77,7 @@ def patch_projection(patch_embedding: nn.Module) -> nn.Conv2d | None:
 class NoiseMode(Enum):
     """Which images of the batch get the noise."""
 
-    OFF = "off"
     ALL = "all"
-    SECOND_HALF = "second half"
     LAST_PART = "last part"
 
 
@@ -92,19 +91,16 @@ class EmbeddingShape:
 
 
 class PatchEmbeddingNoise:
-    """A persistent forward hook that adds ``noise`` to the patch embeddings, according to ``mode``.
+    """A persistent forward hook that adds ``noise`` to the patch embeddings of the images that ``mode`` selects.
 
-    The noise is (1, N, D), one for all images, or (b, N, D), one for each of the b images that ``mode`` selects.
-
-    The noise is kept as it is given (float32 in training) and cast to the dtype and device of the embeddings where it
-    is added, so that gradients reach it. While the mode is ``OFF`` nothing is touched, bit for bit.
+    The noise is (1, N, D), one for all of them, or (b, N, D), one for each. It is cast to the dtype and device of the
+    embeddings where it is added, so that gradients reach it. Without a noise nothing is touched, bit for bit.
     """
 
     def __init__(self, model: nn.Module, patch_embedding: nn.Module | None = None) -> None:
         self.module = patch_embedding if patch_embedding is not None else find_patch_embedding(model)
-        self.mode = NoiseMode.OFF
-        self.parts = 2
         self.noise: Tensor | None = None
+        self.parts = 1
         self._handle = self.module.register_forward_hook(self._hook)
 
     def remove(self) -> None:
@@ -113,51 +109,41 @@ class PatchEmbeddingNoise:
 
     @contextmanager
     def adding(self, noise: Tensor, mode: NoiseMode = NoiseMode.ALL, parts: int = 2) -> Iterator[Self]:
-        """Add ``noise`` inside the block: to every image, to the second half, or to the last of ``parts``."""
-        before = self.noise, self.mode, self.parts
-        self.noise, self.mode, self.parts = noise, mode, parts
+        """Add ``noise`` inside the block: to every image, or to the last of ``parts`` equal parts of the batch."""
+        before = self.noise, self.parts
+        self.noise, self.parts = noise, 1 if mode is NoiseMode.ALL else parts
         try:
             yield self
         finally:
-            self.noise, self.mode, self.parts = before
+            self.noise, self.parts = before
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self.mode is NoiseMode.OFF or self.noise is None:
+        if self.noise is None:
             return None
-        embeddings = output[0] if isinstance(output, tuple) else output
-        noisy = _add(embeddings, self.noise, self.mode, self.parts)
-        return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
+        if isinstance(output, tuple):
+            return (_add(output[0], self.noise, self.parts), *output[1:])
+        return _add(output, self.noise, self.parts)
 
 
-def _add(embeddings: Tensor, noise: Tensor, mode: NoiseMode, parts: int) -> Tensor:
-    is_map = embeddings.dim() == 4  # (B, D, h, w): a bare convolution
-    if is_map:
-        expected = (1, embeddings.shape[2] * embeddings.shape[3], embeddings.shape[1])
-    else:
-        expected = (1, *embeddings.shape[1:])
-    if tuple(noise.shape[1:]) != expected[1:]:
+def _add(embeddings: Tensor, noise: Tensor, parts: int) -> Tensor:
+    expected = 1, *patches_and_features(embeddings)
+    if noise.shape[1:] != expected[1:]:
         raise ValueError(
             f"noise of shape {tuple(noise.shape)} does not fit patch embeddings that need {expected} "
             "(1, patches, features). It belongs to another model or image size; "
             "NullspaceNoise.interpolate() adapts it to another image size of the same model."
         )
+    if len(embeddings) % parts:
+        raise ValueError(f"a batch of {len(embeddings)} is not {parts} views of as many images; pass all views")
+    first = len(embeddings) - len(embeddings) // parts
+    if len(noise) not in (1, len(embeddings) - first):
+        raise ValueError(
+            f"{len(noise)} noises for {len(embeddings) - first} images; expected one for all, or one for each"
+        )
     noise = noise.to(dtype=embeddings.dtype, device=embeddings.device)
-    if is_map:
+    if embeddings.dim() == 4:
         noise = noise.transpose(1, 2).reshape(len(noise), *embeddings.shape[1:])
-    if mode is NoiseMode.ALL:
-        return _sum(embeddings, noise)
-    if mode is NoiseMode.LAST_PART and embeddings.shape[0] % parts:
-        raise ValueError(f"a batch of {embeddings.shape[0]} is not {parts} views of as many images; pass all views")
-    if mode is NoiseMode.SECOND_HALF and embeddings.shape[0] % 2:
-        raise ValueError(f"a batch of {embeddings.shape[0]} has no second half; pass the clean and the noisy images")
-    first = embeddings.shape[0] - embeddings.shape[0] // (parts if mode is NoiseMode.LAST_PART else 2)
-    return torch.cat([embeddings[:first], _sum(embeddings[first:], noise)])
-
-
-def _sum(embeddings: Tensor, noise: Tensor) -> Tensor:
-    if len(noise) not in (1, len(embeddings)):
-        raise ValueError(f"{len(noise)} noises for {len(embeddings)} images; expected one for all, or one for each")
-    return embeddings + noise
+    return torch.cat([embeddings[:first], embeddings[first:] + noise]) if first else embeddings + noise
 
 
 class LearnedNoise(Protocol):
@@ -172,14 +158,14 @@ class LearnedNoise(Protocol):
 def patch_embedding_noise(
     model: nn.Module, noise: Tensor | LearnedNoise, patch_embedding: nn.Module | None = None
 ) -> Iterator[nn.Module]:
-    """Run ``model`` with ``noise`` on its patch embeddings; leaves no trace, also after an exception.
+    """Run ``model`` with ``noise`` on its patch embeddings inside the block.
 
-    ``noise`` is a NullspaceNoise, and a warning is given if it was learned on other weights than the model's; or a
-    tensor (1, N, D), of which that is not known. There is a warning, too, if no forward pass inside had the noise.
+    ``noise`` is a NullspaceNoise or a tensor (1, N, D). There is a warning if a NullspaceNoise was learned on other
+    weights than the model's, and if no forward pass inside the block had the noise.
 
     Raises:
         NotAViTError: if the model has no patch embedding.
-        RuntimeError: if the model is compiled: once it ran, it ignores hooks that are added later.
+        RuntimeError: if the model is compiled.
         ValueError: in the forward pass, if the noise has another shape than the embeddings.
     """
     if not isinstance(noise, Tensor):
@@ -187,25 +173,23 @@ def patch_embedding_noise(
         noise = noise.tensor
     hook = PatchEmbeddingNoise(model, patch_embedding)
     name = type(unwrap(model)).__name__
-    added: set[bool] = set()
-    watch = hook.module.register_forward_hook(lambda *given: added.add(True), prepend=True)
+    calls: set[bool] = set()
     try:
         if _is_compiled(model, hook.module):
             raise RuntimeError(
                 f"{name} is compiled, and a compiled model that ran before ignores a noise: put it on the model that "
                 "torch.compile was given (model._orig_mod) and call that one, or load the model again"
             )
-        with hook.adding(noise):
+        with hook.adding(noise), hook.module.register_forward_hook(lambda *given: calls.add(True), prepend=True):
             yield model
-        if not added:
+        if not calls:
             warnings.warn(
                 f"no forward pass of {name} inside of patch_embedding_noise had the noise: call this model there, and "
-                "not a compiled one made of it",
+                "not one that torch.compile made of it",
                 stacklevel=3,
             )
     finally:
         hook.remove()
-        watch.remove()
 
 
 def _is_compiled(model: nn.Module, module: nn.Module) -> bool:
@@ -214,45 +198,49 @@ def _is_compiled(model: nn.Module, module: nn.Module) -> bool:
     return any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in parts)
 
 
+@contextmanager
+def embeddings_inside(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what the patch embedding ``module`` gives in every forward pass inside the block."""
+    seen: list[Tensor] = []
+    with module.register_forward_hook(
+        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    ):
+        yield seen
+
+
+def patches_and_features(embeddings: Tensor) -> tuple[int, int]:
+    """N and D of patch embeddings (B, N, D), or (B, D, h, w) with N = h * w."""
+    if embeddings.dim() == 4:
+        return embeddings.shape[2] * embeddings.shape[3], embeddings.shape[1]
+    return embeddings.shape[1], embeddings.shape[2]
+
+
 @torch.no_grad()
 def embedding_shape(model: nn.Module, pixel_values: Tensor, patch_embedding: nn.Module | None = None) -> EmbeddingShape:
     """Shape of the patch embeddings for images like ``pixel_values`` (B, C, H, W); only the first image is used.
 
     Raises:
-        NotAViTError: if the model has no patch embedding.
-        ValueError: if the images do not fit the model (the message of the model itself).
+        NotAViTError: if the model has no patch embedding, or its patches overlap.
     """
     module = patch_embedding if patch_embedding is not None else find_patch_embedding(model)
     projection = patch_projection(module)
     if projection is None:
-        raise NotAViTError(_not_a_vit(type(unwrap(model)).__name__))
+        raise _not_a_vit(unwrap(model))
     weight = projection.weight
     image = pixel_values[:1].to(device=weight.device, dtype=weight.dtype)
-    sharded = hasattr(weight, "full_tensor")  # FSDP2, which wants its root, the whole model, to be called first
-    output = _output_inside(model, module, image) if sharded else module(image)
-    embeddings = output[0] if isinstance(output, tuple) else output
-    rows, columns = (
-        size // kernel for size, kernel in zip(pixel_values.shape[-2:], projection.kernel_size, strict=True)
-    )
-    if embeddings.dim() == 4:
-        features, rows, columns = embeddings.shape[1:]
-        return EmbeddingShape(rows * columns, features, (rows, columns))
-    patches, features = embeddings.shape[1:]
-    if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], tuple):
-        rows, columns = output[1]  # Swin pads the image to a multiple of the patch
+    with embeddings_inside(module) as seen:
+        if isinstance(weight, DTensor):  # FSDP2 wants its root, the whole model, to be called first
+            model(pixel_values=image)
+        else:
+            module(image)
+    patches, features = patches_and_features(seen[0])
+    sides = [*zip(pixel_values.shape[-2:], projection.kernel_size, strict=True)]
+    rows, columns = (side // kernel for side, kernel in sides)
+    if rows * columns != patches:  # Swin pads the image to a multiple of the patch
+        rows, columns = (math.ceil(side / kernel) for side, kernel in sides)
     if rows * columns != patches:
         raise NotAViTError(
             f"the patch embedding of {type(unwrap(model)).__name__} gives {patches} tokens for a grid of "
             f"{rows} x {columns}; tokens other than patches have to be added after it"
         )
     return EmbeddingShape(patches, features, (rows, columns))
-
-
-def _output_inside(model: nn.Module, module: nn.Module, pixel_values: Tensor) -> Any:
-    outputs: list[Any] = []
-    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
-        model(pixel_values=pixel_values)
-    finally:
-        handle.remove()
-    return outputs[0]

@@ -10,27 +10,26 @@ backward pass to the noise: 2 forward-equivalents, where the authors' step takes
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from hf_nullspace import __version__
-from hf_nullspace.core.seeds import derive_seed
-from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, embedding_shape
+from hf_nullspace.core.seeds import generator_of
+from hf_nullspace.core.settings import check_choices, check_numbers
+from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise
+from hf_nullspace.noise.algorithm1 import LOSSES
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, provenance_of
-from hf_nullspace.noise.calibration import NoiseNotCalibratedError, find_factor
-from hf_nullspace.noise.endings import scaled_ending, warn, worst
-from hf_nullspace.noise.influence import centre, centred_norm
-from hf_nullspace.noise.learning import NoiseHistory
-from hf_nullspace.noise.probe import Probe, frozen
+from hf_nullspace.noise.calibration import scale_into, scale_to_influence
+from hf_nullspace.noise.history import NoiseHistory, scaled_ending, warn, worst
+from hf_nullspace.noise.influence import centre
+from hf_nullspace.noise.probe import Probe, probing
 
 _EXPONENT, _SLOWEST, _FASTEST = 0.25, 0.7, 1.3
 """The radius is multiplied by (epsilon / influence)^0.25 after a step, within [0.7, 1.3]."""
-_ORDER = 2  # keeps the order of the pool apart from other numbers of the same seed
+_ORDER = 2  # keeps the order of the pool apart from other random numbers of the same seed
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,9 @@ class BoundarySettings:
     """The influence on held-out images ends in [(1 - tolerance) * epsilon, epsilon]."""
 
     def __post_init__(self) -> None:
-        def require(condition: bool, name: str, expected: str) -> None:
-            if not condition:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
-
-        require(0 < self.epsilon <= 2, "epsilon", "a number in (0, 2]")
-        require(self.steps >= 1, "steps", "at least 1 noise step (T)")
-        require(0 < self.learning_rate < math.inf, "learning_rate", "a positive number")
-        require(0 < self.noise_limit < math.inf, "noise_limit", "a positive number (A)")
-        require(self.pool_images >= 0, "pool_images", "a number >= 0")
-        require(self.count >= 1, "count", "at least 1 noise")
-        require(self.loss in ("l2", "squared_l2"), "loss", "'l2' or 'squared_l2'")
-        require(0 < self.tolerance < 1, "tolerance", "a share in (0, 1)")
+        ranges = {"epsilon": "(0, 2]", "steps": "int [1, inf)", "learning_rate": "(0, inf)", "noise_limit": "(0, inf)"}
+        check_numbers(self, ranges | {"pool_images": "int [0, inf)", "count": "int [1, inf)", "tolerance": "(0, 1)"})
+        check_choices(self, {"loss": LOSSES})
 
 
 def follow_boundary(
@@ -85,18 +75,15 @@ def follow_boundary(
 ) -> tuple[list[NullspaceNoise], NoiseHistory]:
     """Learn ``settings.count`` noises v (1, N, D) of influence epsilon and large centred norm (equation 9).
 
-    The model is in eval mode and frozen meanwhile, as before afterwards, and no parameter gets a gradient.
+    The model, ``held_out``, ``hook`` and ``chunk_size`` are those of :func:`hf_nullspace.noise.probe.probing`.
 
     Args:
-        model: an image classifier; ``model(pixel_values=...)`` gives ``logits``. A DDP model is unwrapped.
         batches: minibatches ``pixel_values`` (b, C, H, W); on several processes this rank's share of each. The pool is
             filled from the first of them; without a pool every step takes one.
         seed: of the start and of the order of the pool; noises are determined by seed, batches and model.
         held_out: batches on which the noises are scaled to epsilon at the end (this rank's share).
         start: directions (m, N, D) to start from, such as earlier noises; only the first ``count`` are used, and
             missing ones are random.
-        hook: the persistent hook of a model that has one; else one is put on for the time.
-        chunk_size: at most so many images go through the model at once.
         provenance: where the model comes from, if the caller knows more than its config says.
         on_step: called with (steps done, mean influence on the minibatch), for a progress bar.
 
@@ -108,179 +95,153 @@ def follow_boundary(
     settings = settings or BoundarySettings()
     if not held_out:
         raise ValueError("noises are scaled to epsilon on held-out images: pass held_out=[pixel_values, ...]")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    begin = time.perf_counter()
-    parameter = next(model.parameters())
-    own_hook = hook is None
-    hook = hook or PatchEmbeddingNoise(model)
-    shape = embedding_shape(model, held_out[0], hook.module)
-    history = NoiseHistory()
-    try:
-        with frozen(model):
-            probe = Probe(model, hook, held_out, chunk_size, spare=held_out[0][:1])
-            pool = _Pool(probe, iter(batches), settings, seed)
-            noises = _Noises(
-                _directions(start, settings.count, shape.patches, shape.features, seed).to(
-                    parameter.device, torch.promote_types(torch.float32, parameter.dtype)
-                ),
-                settings,
-            )
-            noises.reach_epsilon(probe)
-            _follow(probe, pool, noises, settings, history, on_step)
-            influence, endings = noises.scale(probe)
-    finally:
-        if own_hook:
-            hook.remove()
+    begin, history = time.perf_counter(), NoiseHistory()
+    with probing(model, held_out, hook=hook, chunk_size=chunk_size) as probe:
+        pool = Pool(probe, iter(batches), settings.pool_images, seed)
+        directions = start_directions(start, settings.count, probe.shape, seed).to(probe.device, probe.noise_dtype)
+        noises = Noises(directions, settings)
+        noises.reach_epsilon(probe)
+        descend_on_the_boundary(probe, noises, pool, settings, history, on_step)
+        influence, endings = noises.scale(probe)
+        grid, images = probe.shape.grid, probe.held_out_images
     history.stopped, history.held_out_influence = worst(endings), influence[0]
     history.seconds = time.perf_counter() - begin
-    known = provenance or provenance_of(model)
+    known = provenance or provenance_of(probe.model)
     warn(history.stopped, min(influence), settings.epsilon, history.steps, known.round)
-    made = asdict(known) | {
-        "seed": seed,
-        "epsilon": settings.epsilon,
-        "influence_images": probe.held_out_images,
-        "steps": history.steps,
-        "settings": {"learner": "boundary", **asdict(settings)},
-        "library": f"hf_nullspace {__version__}",
-    }
+    provenance = replace(
+        known,
+        seed=seed,
+        epsilon=settings.epsilon,
+        influence_images=images,
+        steps=history.steps,
+        settings={"learner": "boundary", **asdict(settings)},
+        library=f"hf_nullspace {__version__}",
+    )
     found = [
-        NullspaceNoise(
-            tensor[None].cpu(), shape.grid, NoiseProvenance(**(made | {"influence": reached, "stopped": ending}))
-        )
+        NullspaceNoise(tensor[None].cpu(), grid, replace(provenance, influence=reached, stopped=ending))
         for tensor, reached, ending in zip(noises.tensor().detach(), influence, endings, strict=True)
     ]
     return found, history
 
 
-def _directions(start: Tensor | None, count: int, patches: int, features: int, seed: int) -> Tensor:
+def descend_on_the_boundary(
+    probe: Probe,
+    noises: "Noises",
+    pool: "Pool",
+    settings: BoundarySettings,
+    history: NoiseHistory,
+    on_step: Callable[[int, float], None] | None = None,
+) -> None:
+    """Every step: the directions move down the gradient of E||z' - z||, the radii follow the influence."""
+    rate = settings.learning_rate / math.sqrt(noises.directions[0].numel())  # a unit vector's elements are that large
+    optimizer = torch.optim.Adam([noises.directions], lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.steps)
+    for step in range(settings.steps):
+        x, clean = pool.draw()
+        noise = noises.tensor()
+        v = noise.detach().requires_grad_()
+        probe.step = step
+        influence, loss, gradient = probe.measure(x, v, LOSSES[settings.loss], clean)
+        history.record(v.detach()[:1], influence, loss)
+        (noises.directions.grad,) = torch.autograd.grad(noise, [noises.directions], gradient)
+        optimizer.step()
+        schedule.step()
+        noises.follow(influence)
+        history.steps += 1
+        if on_step is not None:
+            on_step(history.steps, history.influence[-1])
+
+
+def start_directions(start: Tensor | None, count: int, shape: EmbeddingShape, seed: int) -> Tensor:
     """(count, N, D): the given ones, and random ones for those that are missing; the same on every device and rank."""
-    random = torch.randn(count, patches, features, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(count, shape.patches, shape.features, generator=generator)
     if start is None:
         return random
     if start.shape[1:] != random.shape[1:]:
-        raise ValueError(f"start of shape {tuple(start.shape)}: expected (m, {patches}, {features})")
+        raise ValueError(f"start of shape {tuple(start.shape)}: expected (m, {shape.patches}, {shape.features})")
     start = start[:count].detach().cpu()
     return torch.cat([start, random[len(start) :].to(start.dtype)])
 
 
-class _Noises:
+class Noises:
     """M noises as unit directions (M, N, D) without the tokens' means, and radii; long tokens are cut."""
 
     def __init__(self, directions: Tensor, settings: BoundarySettings) -> None:
-        self.directions = self._units(directions).requires_grad_()
+        self.directions = _units(centre(directions.detach())).requires_grad_()
         self.radii = [1.0] * len(directions)
         self.settings = settings
         self.longest = settings.noise_limit * math.sqrt(directions.shape[-1] / 3)
         self.all_cut = 10 * self.longest * math.sqrt(directions.shape[1])
         """A radius at which nearly every token is as long as it may be."""
 
-    @staticmethod
-    def _units(directions: Tensor) -> Tensor:
-        directions = centre(directions.detach())
-        return directions / torch.linalg.vector_norm(directions, dim=(1, 2), keepdim=True)
-
-    def _cut(self, noises: Tensor) -> Tensor:
-        lengths = torch.linalg.vector_norm(noises, dim=-1, keepdim=True)
-        return noises * (self.longest / lengths.clamp(min=1e-12)).clamp(max=1)
-
     def tensor(self) -> Tensor:
         """(M, N, D), differentiable in the directions."""
-        units = self.directions / torch.linalg.vector_norm(self.directions, dim=(1, 2), keepdim=True)
+        units = _units(self.directions)
         return self._cut(units * units.new_tensor(self.radii)[:, None, None])
 
-    def moved(self, influence: Sequence[float]) -> None:
+    def follow(self, influence: Sequence[float]) -> None:
         """After a step of the directions: unit vectors again, and radii after the influence from before the step."""
         with torch.no_grad():
-            self.directions.copy_(self._units(self.directions))
+            self.directions.copy_(_units(centre(self.directions)))
         for index, found in enumerate(influence):
             change = (self.settings.epsilon / max(found, 1e-8)) ** _EXPONENT
             self.radii[index] = min(self.radii[index] * min(max(change, _SLOWEST), _FASTEST), self.all_cut)
-
-    @torch.no_grad()
-    def _ask(self, probe: Probe, index: int, batches: int | None, radius: float) -> float:
-        noise = self._cut(self.directions[index : index + 1] * radius)
-        return probe.held_out_influence(noise, batches)
 
     def reach_epsilon(self, probe: Probe) -> None:
         """Radii at which the noises have roughly the influence epsilon, on the first held-out batch."""
         start = self.longest * math.sqrt(self.directions.shape[1]) / 8
         for index in range(len(self.radii)):
-            self.radii[index] = self._reach(probe, index, 1, self.settings.epsilon, start, 0.25)[0]
+            influence_at = self._influence_at(probe, index, 1)
+            self.radii[index] = scale_to_influence(
+                influence_at, self.settings.epsilon, start=start, tolerance=0.25, largest=self.all_cut
+            ).factor
 
     def scale(self, probe: Probe) -> tuple[list[float], list[str]]:
         """Radii at which the influence on the held-out images is in [(1 - tolerance) * epsilon, epsilon].
 
-        A noise whose tokens are all as long as they may be, and still inside, stays as it is. Gives the influence of
-        every noise, and how it ended.
+        Gives the influence of every noise, and its ending. A noise that is inside at every length gets the largest.
         """
-        half = self.settings.tolerance / 2
-        aim, near = self.settings.epsilon * (1 - half), half / (1 - half) * 0.999
-        found = [self._reach(probe, index, None, aim, radius, near) for index, radius in enumerate(self.radii)]
-        self.radii = [radius for radius, _ in found]
-        epsilon, least = self.settings.epsilon, 1 - self.settings.tolerance
-        endings = [
-            scaled_ending(influence, epsilon, at_bound=radius >= self.all_cut, least=least)
-            for radius, influence in found
-        ]
-        return [influence for _, influence in found], endings
+        epsilon, tolerance = self.settings.epsilon, self.settings.tolerance
+        influence, endings = [], []
+        for index, radius in enumerate(self.radii):
+            influence_at = self._influence_at(probe, index, None)
+            scaled = scale_into(influence_at, epsilon, start=radius, largest=self.all_cut, tolerance=tolerance)
+            self.radii[index] = scaled.factor
+            influence.append(scaled.influence)
+            at_bound = scaled.factor >= self.all_cut
+            endings.append(scaled_ending(scaled.influence, epsilon, at_bound=at_bound, least=1 - tolerance))
+        return influence, endings
 
-    def _reach(
-        self, probe: Probe, index: int, batches: int | None, aim: float, start: float, tolerance: float
-    ) -> tuple[float, float]:
-        """A radius of noise ``index`` with the influence ``aim``, and that; else the largest radius inside of it."""
-        asking = partial(self._ask, probe, index, batches)
-        try:
-            return find_factor(asking, aim, start=start, tolerance=tolerance, largest=self.all_cut)[:2]
-        except NoiseNotCalibratedError as error:  # all lengths are inside, or in few bits the influence jumps
-            if error.inside[0] == 0:
-                raise
-            return error.inside
+    def _influence_at(self, probe: Probe, index: int, batches: int | None) -> Callable[[float], float]:
+        """Of noise ``index``: radius -> influence on the first ``batches`` held-out ones, or on all."""
 
+        @torch.no_grad()
+        def influence_at(radius: float) -> float:
+            return probe.held_out_influence(self._cut(self.directions[index : index + 1] * radius), batches)
 
-def _follow(
-    probe: Probe,
-    pool: "_Pool",
-    noises: _Noises,
-    settings: BoundarySettings,
-    history: NoiseHistory,
-    on_step: Callable[[int, float], None] | None,
-) -> None:
-    count, patches, features = noises.directions.shape
-    rate = settings.learning_rate / math.sqrt(patches * features)  # a unit vector's elements are that large
-    optimizer = torch.optim.Adam([noises.directions], lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.steps)
-    for step in range(settings.steps):
-        batch, clean = pool.draw()
-        noise = noises.tensor()
-        leaf = noise.detach().requires_grad_()
-        probe.step = step
-        influence, loss, gradient = probe.measure(batch, leaf, squared=settings.loss == "squared_l2", clean=clean)
-        history.influence.append(sum(influence) / count)
-        history.loss.append(sum(loss) / count)
-        history.norm.append(float(torch.linalg.vector_norm(leaf.detach()[0])))
-        history.centred_norm.append(float(centred_norm(leaf.detach()[:1])))
-        (noises.directions.grad,) = torch.autograd.grad(noise, [noises.directions], gradient)
-        optimizer.step()
-        schedule.step()
-        noises.moved(influence)
-        history.steps += 1
-        if on_step is not None:
-            on_step(history.steps, history.influence[-1])
+        return influence_at
+
+    def _cut(self, noises: Tensor) -> Tensor:
+        lengths = torch.linalg.vector_norm(noises, dim=-1, keepdim=True)
+        return noises * (self.longest / lengths.clamp(min=1e-12)).clamp(max=1)
 
 
-class _Pool:
-    """A fixed number of batches whose clean logits are known, in an order that is drawn anew each time through."""
+def _units(directions: Tensor) -> Tensor:
+    return directions / torch.linalg.vector_norm(directions, dim=(1, 2), keepdim=True)
 
-    def __init__(self, probe: Probe, stream: Iterator[Tensor], settings: BoundarySettings, seed: int) -> None:
-        self._probe, self._stream, self._seed = probe, stream, seed
+
+class Pool:
+    """Batches with their known clean logits, in an order that is drawn anew each time through."""
+
+    def __init__(self, probe: Probe, stream: Iterator[Tensor], images: int, seed: int) -> None:
+        self._stream, self._seed = stream, seed
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._order: list[int] = []
         self._times = 0
-        images = 0
-        while images < settings.pool_images:
+        while images > 0:
             batch = self._next()
-            images += max(probe.over_processes(len(batch), "sum"), 1)
+            images -= max(probe.over_processes(len(batch)), 1)
             self._kept.append((batch, probe.clean_logits(batch)))
 
     def draw(self) -> tuple[Tensor, Tensor | None]:
@@ -288,13 +249,12 @@ class _Pool:
         if not self._kept:
             return self._next(), None
         if not self._order:
-            generator = torch.Generator().manual_seed(derive_seed(self._seed, _ORDER, self._times))
+            generator = generator_of(self._seed, _ORDER, self._times)
             self._order = torch.randperm(len(self._kept), generator=generator).tolist()
             self._times += 1
         return self._kept[self._order.pop()]
 
     def _next(self) -> Tensor:
-        found = list(islice(self._stream, 1))
-        if not found:
-            raise ValueError("the batches ran out; repeat the data, or lower pool_images")
-        return found[0]
+        for batch in self._stream:
+            return batch
+        raise ValueError("the batches ran out; repeat the data, or lower pool_images")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
-from hf_nullspace.noise.probe import Probe, frozen
+from hf_nullspace.noise.probe import probing
 
 GRID = tuple(step / 10 for step in range(11))  # A.5: [0, 1] in steps of 0.1
 
@@ -129,17 +129,10 @@ def _influences(
     """The influence of each of ``count`` noises, and the number of images."""
     if not batches or not count:
         raise ValueError(f"{len(batches)} batches of images and {count} noises: expected at least one of each")
-    own_hook = hook is None
-    hook = hook or PatchEmbeddingNoise(model)
-    try:
-        with frozen(model):
-            probe = Probe(model, hook, batches, chunk_size, spare=batches[0][:1])
-            found = []
-            for index, noise in enumerate(noises):
-                found.append(probe.held_out_influence(noise))
-                if on_step is not None:
-                    on_step(index + 1, count)
-    finally:
-        if own_hook:
-            hook.remove()
+    found = []
+    with probing(model, batches, hook=hook, chunk_size=chunk_size) as probe:
+        for index, noise in enumerate(noises):
+            found.append(probe.held_out_influence(noise))
+            if on_step is not None:
+                on_step(index + 1, count)
     return torch.tensor(found, dtype=torch.float64), probe.held_out_images

@@ -1,8 +1,5 @@
 """What a noise does to the predictions, and how large it is."""
 
-import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -53,33 +50,3 @@ def permuted(noise: Tensor, generator: torch.Generator, *, raw: bool = False) ->
         return shuffled
     shuffled = centre(shuffled)
     return shuffled * (centred_norm(noise) / torch.linalg.vector_norm(shuffled))
-
-
-def scale_to_influence(
-    influence_at: Callable[[float], float], epsilon: float, *, upper: float = 1.0, steps: int = 20
-) -> float:
-    """A factor in [0, upper] at which the influence is at most ``epsilon``, by bisection; forward passes only.
-
-    ``influence_at(factor)`` is the influence of the noise times that factor; it is 0 at 0. The influence need not be
-    monotone: the answer is near a place where it crosses ``epsilon``, on the side where it is below.
-
-    Raises:
-        FloatingPointError: if an influence is NaN.
-    """
-
-    def is_inside(factor: float) -> bool:
-        influence = influence_at(factor)
-        if math.isnan(influence):
-            raise FloatingPointError(f"the influence of the noise times {factor:g} is NaN: check the model's logits")
-        return influence <= epsilon
-
-    if is_inside(upper):
-        return upper
-    inside, outside = 0.0, upper
-    for _ in range(steps):
-        middle = (inside + outside) / 2
-        if is_inside(middle):
-            inside = middle
-        else:
-            outside = middle
-    return inside

@@ -38,7 +38,7 @@ class NoiseProvenance:
     steps: int | None = None
     """Gradient steps t that were taken."""
     stopped: str | None = None
-    """Why it ended: one of :data:`hf_nullspace.noise.endings.ENDINGS`."""
+    """Why it ended: one of :data:`hf_nullspace.noise.history.ENDINGS`."""
     settings: dict[str, Any] = field(default_factory=dict)
     library: str | None = None
 

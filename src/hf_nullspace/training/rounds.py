@@ -1,28 +1,32 @@
 """What an objective has at hand when a round begins: the present model, images of its own, and ways to make a noise."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from hf_nullspace import __version__
 from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise, embedding_shape
+from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
-from hf_nullspace.noise.calibration import Calibrated, calibrate_each
-from hf_nullspace.noise.endings import warn, worst
-from hf_nullspace.noise.learning import NoiseHistory, NoiseSettings, learn_noise
+from hf_nullspace.noise.calibration import Calibrated, calibrate
+from hf_nullspace.noise.history import NoiseHistory, warn, worst
 
 _LARGEST = 2.0
 """By how much an earlier noise is scaled up at most, if the model has got used to it."""
 
 
-class Made(NamedTuple):
-    """The noises of a round, the new one first, and what happened while that was made."""
+class RoundNoises(NamedTuple):
+    """The noises of a round, the new one first, and what happened while that was learned."""
 
     noises: tuple[NullspaceNoise, ...]
     history: NoiseHistory
@@ -67,7 +71,7 @@ class Round:
         with torch.no_grad():
             return embedding_shape(self.model, example, self.hook.module)
 
-    def learn(self, *, alone: bool = False) -> Made:
+    def learn(self, *, alone: bool = False) -> RoundNoises:
         """Noises learned on the present model, and earlier ones scaled to epsilon on it, up to ``bank_size``.
 
         Learned by Algorithm 1 (lines 3 to 14), or by following the boundary, as the settings say. ``alone``: without
@@ -92,13 +96,12 @@ class Round:
                 raise ValueError("held_out_images=0: noises are scaled to epsilon on held-out images; keep some")
             learned, history = follow_boundary(self.model, self._images[1], settings, start=start, **options)
         else:
-            needs_held_out = settings.stop_on == "held_out" or settings.on_limit == "rescale"
-            if needs_held_out and not self.held_out:
+            if settings.needs_held_out and not self.held_out:
                 raise ValueError("held_out_images=0: this preset tests epsilon on held-out images; keep some")
             start = None if start is None else start[:1]
             noise, history = learn_noise(self.model, self._images[1], settings, start=start, **options)
             learned = [noise]
-        return Made((*learned, *(() if alone else self.kept(self.bank_size - len(learned)))), history)
+        return RoundNoises((*learned, *(() if alone else self.kept(self.bank_size - len(learned)))), history)
 
     def kept(self, count: int) -> tuple[NullspaceNoise, ...]:
         """The ``count`` newest of the round before (or all, if there are fewer), scaled to epsilon on this model."""
@@ -117,16 +120,16 @@ class Round:
             for noise, scaled in zip(kept, found, strict=True)
         )
 
-    def _calibrated(self, directions: Sequence[Tensor], largest: float | None = None) -> list[Calibrated]:
+    def _calibrated(self, directions: Sequence[Tensor], largest: float = math.inf) -> list[Calibrated]:
         epsilon = self.settings.epsilon
         if epsilon is None:
             raise ValueError("epsilon is not set; a noise is scaled to an influence: set epsilon")
         if not self.held_out:
             raise ValueError("held_out_images=0: a noise is scaled on held-out images; keep some")
         options: dict[str, Any] = {"hook": self.hook, "chunk_size": self.chunk_size, "largest": largest}
-        return calibrate_each(self.model, directions, epsilon, self.held_out, must_reach=False, **options)
+        return calibrate(self.model, directions, epsilon, self.held_out, **options)
 
-    def scaled(self, directions: Sequence[Tensor], made: str, history: NoiseHistory | None = None) -> Made:
+    def scaled(self, directions: Sequence[Tensor], made: str, history: NoiseHistory | None = None) -> RoundNoises:
         """Each of ``directions`` (1, N, D) scaled to the influence epsilon on the held-out images.
 
         ``made`` says in the provenance where they come from; ``history`` is that of their making, if any. Where no
@@ -159,4 +162,38 @@ class Round:
                 library=f"hf_nullspace {__version__}",
             )
             noises.append(NullspaceNoise(scaled.noise.detach().cpu(), self.shape.grid, provenance))
-        return Made(tuple(noises), history)
+        return RoundNoises(tuple(noises), history)
+
+
+class WithoutDDP:
+    """The training model to be asked without a backward pass to its parameters, which DDP's forward would expect."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._compiled: tuple[nn.Module, Any] | None = None  # what DDP wraps, and that compiled
+
+    def __call__(self, model: nn.Module) -> Any:
+        """``model``, or what DDP wraps; compiled if the model is."""
+        wrapped = model._modules.get("_orig_mod", model)
+        if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            return model
+        if wrapped is model:
+            return model.module
+        if self._compiled is None or self._compiled[0] is not wrapped.module:
+            options = self._accelerator.state.dynamo_plugin.to_kwargs()
+            self._compiled = wrapped.module, torch.compile(wrapped.module, **options)
+        return self._compiled[1]
+
+
+@contextmanager
+def noise_progress(
+    title: str, steps: int, *, epsilon: float | None, hidden: bool
+) -> Iterator[Callable[[int, float], None]]:
+    """A bar over the steps of a noise; gives what to call with (steps done, influence)."""
+    with tqdm(total=steps, desc=title, leave=False, disable=hidden) as bar:
+
+        def show(step: int, influence: float) -> None:
+            bar.set_postfix(influence=f"{influence:.4f}", epsilon=epsilon, refresh=False)
+            bar.update(step - bar.n)
+
+        yield show

@@ -1,0 +1,171 @@
+"""From per-image results to averages, paired differences with intervals, and what a design can see. NumPy only.
+
+Everything is computed from the study's JSON content, so that it can be computed again from a committed file. Intervals
+are over images: these are resampled jointly for all arms and conditions, the seeds averaged. The spread over seeds
+stands beside them.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_nullspace.robustness.records import from_bits
+from hf_nullspace.robustness.scores import percentile
+from study.design import Slice
+
+Array = NDArray[np.float64]
+Z = 1.96
+Z_POWER = 1.96 + 0.8416
+"""A difference of this many standard errors has an interval without zero in 80% of studies."""
+
+
+class Results:
+    """The runs of a study on its report slice, by arm and seed."""
+
+    def __init__(self, content: Mapping[str, Any]):
+        report = content["study"]["report"]
+        where = Slice("report", report["first"], report["stop"])
+        self.conditions: dict[str, int | None] = content["study"]["conditions"]
+        self.places = {title: np.array(where.places(limit)) for title, limit in self.conditions.items()}
+        self.correct: dict[str, dict[int | None, dict[str, NDArray[np.bool_]]]] = {}
+        for run in content["runs"]:
+            bits = {t: from_bits(found, len(self.places[t])) for t, found in run["correct_bits"].items()}
+            self.correct.setdefault(run["arm"], {})[run["seed"]] = bits
+
+    def seeds(self, arm: str, titles: Iterable[str] = ()) -> list[int | None]:
+        """Those that an arm was trained with, and measured under all of ``titles``; ``[None]`` for the checkpoint."""
+        return [seed for seed, found in self.correct[arm].items() if all(title in found for title in titles)]
+
+    def accuracy(self, arm: str, seed: int | None, weights: Mapping[str, float]) -> float:
+        """Weighted mean accuracy in [0, 1] of one run."""
+        return float(sum(weight * self.correct[arm][seed][title].mean() for title, weight in weights.items()))
+
+    def change(self, arm: str, reference: str, title: str) -> Array:
+        """Per image, in [-1, 1]: arm minus reference under one condition, averaged over the seeds that both have.
+
+        NaN where they have none in common.
+        """
+        own, others = self.seeds(arm, [title]), self.seeds(reference, [title])
+        if None not in own + others:
+            own = others = [seed for seed in own if seed in others]
+        if not own or not others:
+            return np.full(len(self.places[title]), np.nan)
+        ours = [self.correct[arm][seed][title].astype(float) for seed in own]
+        theirs = [self.correct[reference][seed][title].astype(float) for seed in others]
+        return np.mean(ours, axis=0) - np.mean(theirs, axis=0)
+
+
+def differences(
+    results: Results,
+    groups: Mapping[str, Mapping[str, float]],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """(arm, reference) -> group -> [arm minus reference, low, high], in points with 95% intervals.
+
+    Percentile bootstrap over the images of all conditions together; a condition on fewer images takes those of them
+    that were drawn, as often as they were. A group has no entry where an arm and the reference share no seed.
+    """
+    everything = np.unique(np.concatenate(list(results.places.values())))
+    where = {title: np.searchsorted(everything, places) for title, places in results.places.items()}
+    titles = [title for title in results.conditions if any(title in weights for weights in groups.values())]
+    changes = {t: np.stack([results.change(*pair, t) for pair in pairs], axis=1) for t in titles}
+    rng = np.random.default_rng(seed)
+    draws = {title: np.full((resamples, len(pairs)), np.nan) for title in titles}
+    equal = np.full(len(everything), 1 / len(everything))
+    for first in range(0, resamples, 100):
+        some = slice(first, min(first + 100, resamples))
+        counts = rng.multinomial(len(everything), equal, size=some.stop - some.start).astype(float)
+        for title in titles:
+            mine = counts[:, where[title]]
+            drawn = mine.sum(1, keepdims=True)
+            np.divide(mine @ changes[title], drawn, out=draws[title][some], where=drawn > 0)
+    found: dict[tuple[str, str], dict[str, list[float]]] = {pair: {} for pair in pairs}
+    for group, weights in groups.items():
+        sampled = np.stack([weight * draws[title] for title, weight in weights.items()]).sum(0)
+        value = sum(weight * changes[title].mean(0) for title, weight in weights.items())
+        for column, pair in enumerate(pairs):
+            if np.isnan(value[column]):
+                continue
+            # A condition of few images has none of them in some draws.
+            drawn = sampled[np.isfinite(sampled[:, column]), column]
+            interval = percentile(float(value[column]), drawn, 0.95)
+            found[pair][group] = [round(100 * x, 4) for x in (interval.value, interval.low, interval.high)]
+    return found
+
+
+def table(results: Results, groups: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Arm -> group -> mean accuracy over the seeds in %, their standard deviation (None for one), and each seed's.
+
+    A group has no entry where no seed of the arm was measured under all of its conditions.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for arm in results.correct:
+        found[arm] = {}
+        for group, weights in groups.items():
+            each = [100 * results.accuracy(arm, seed, weights) for seed in results.seeds(arm, weights)]
+            if not each:
+                continue
+            spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
+            found[arm][group] = {
+                "mean": round(float(np.mean(each)), 4),
+                "spread": None if spread is None else round(spread, 4),
+                "seeds": [round(value, 4) for value in each],
+            }
+    return found
+
+
+def power(
+    control: Mapping[str, NDArray[np.bool_]],
+    others: Mapping[str, Mapping[str, NDArray[np.bool_]]],
+    weights: Mapping[str, float],
+    images: Mapping[str, int],
+) -> dict[str, Any]:
+    """The smallest differences that the report can see, in points, from what the selection slice shows of the noise.
+
+    Two fine-tunings of one checkpoint disagree on a share p of the images (the discordance). The difference of their
+    accuracies on n images has a standard error of at most sqrt(p / n), so its 95% interval leaves zero out from about
+    1.96 sqrt(p / n) on. For the average the spread of the per-image mean over its conditions takes the place of p: it
+    knows how much the conditions share. One seed; more seeds see smaller differences.
+
+    Args:
+        control, others: condition -> one bool per selection image, of the control and of each other arm.
+        weights: of the conditions in the average.
+        images: condition -> how many images the report has of it.
+
+    Raises:
+        ValueError: if there is no other arm, or the conditions are on different selection images.
+    """
+    if not others:
+        raise ValueError("power compares arms with the control; there is no other arm")
+    if len({len(values) for arm in (control, *others.values()) for values in arm.values()}) != 1:
+        raise ValueError("the conditions of the average are on different numbers of selection images")
+    per_condition = {}
+    for title in weights:
+        p = float(np.mean([(arm[title] != control[title]).mean() for arm in others.values()]))
+        per_condition[title] = {"discordance": round(p, 5), "smallest": smallest(p, images[title])}
+    change = [
+        sum(weight * (arm[t].astype(float) - control[t]) for t, weight in weights.items()) for arm in others.values()
+    ]
+    spread = float(np.sqrt(np.mean([np.var(values) for values in change])))
+    n = min(images[title] for title in weights)
+    return {
+        "selection_images": len(next(iter(control.values()))),
+        "report_images": n,
+        "seeds": 1,
+        "average": {
+            "spread_per_image": round(spread, 5),
+            "smallest": smallest(spread**2, n),
+            "smallest_with_80_percent_power": round(smallest(spread**2, n) * Z_POWER / Z, 4),
+        },
+        "conditions": per_condition,
+    }
+
+
+def smallest(p: float, n: int) -> float:
+    """The difference in points whose 95% interval just leaves out zero: 1.96 sqrt(p / n)."""
+    return round(100 * Z * float(np.sqrt(p / n)), 4)

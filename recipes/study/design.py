@@ -1,0 +1,259 @@
+"""What a study compares: arms, seeds, learning rates, conditions, and which images may be looked at when.
+
+An arm is an objective with its settings. The learning rate of each arm is chosen on a selection slice of the test
+images with one seed; then every arm is trained with every seed and measured on the report slice, once.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+
+from hf_nullspace.command_line import UsageError
+from hf_nullspace.robustness.plans import BASE, Planned, parse_entry
+from hf_nullspace.robustness.suite import Corrupted
+from study.arguments import CompareArguments
+
+CELLS = "cells"
+"""In an average: the mean over all generated corruption cells of the study."""
+BEFORE = "before"
+"""The checkpoint that every run starts from, measured like an arm."""
+_OWN_KEYS = ("seeds", "learning_rate_of")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of the test images, ``first`` <= place < ``stop``; "selection" or "report"."""
+
+    name: str
+    first: int
+    stop: int
+
+    def places(self, limit: int | None) -> tuple[int, ...]:
+        """At most ``limit`` evenly spaced places."""
+        size = self.stop - self.first
+        count = size if limit is None else min(limit, size)
+        return tuple(sorted({self.first + round(place) for place in np.linspace(0, size - 1, count)}))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An objective with its settings (fields of NullspaceConfig), and the seeds it is trained with."""
+
+    name: str
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    learning_rate_of: str | None = None
+    """Takes the learning rate that was chosen for another arm instead of one of its own."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: an arm, a learning rate, a seed. Or, without a rate, the checkpoint before."""
+
+    arm: str
+    learning_rate: float | None = None
+    seed: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where it lies, below the study's folder."""
+        if self.learning_rate is None:
+            return f"runs/{slug(self.arm)}"
+        return f"runs/{slug(self.arm)}/lr-{self.learning_rate:g}/seed-{self.seed}"
+
+    def __str__(self) -> str:
+        return self.arm if self.learning_rate is None else f"{self.arm}, lr {self.learning_rate:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The whole design; :func:`make_study` checks it."""
+
+    arms: Mapping[str, Arm]
+    control: str
+    learning_rates: tuple[float, ...]
+    plan: tuple[Planned, ...]
+    average: Mapping[str, float]
+    """Condition -> weight, of the number that learning rates are chosen by and the study is judged by."""
+    groups: Mapping[str, Mapping[str, float]]
+    """What the table shows: name -> condition -> weight; the average, every attack, the mean of the cells."""
+    condition_seeds: Mapping[str, tuple[int, ...]]
+    """Condition -> the seeds whose runs it is measured on, for those that are too dear for all."""
+    report: Slice
+    selection: Slice | None
+    selection_limit: int | None
+    seed: int
+    """Of corruptions and random starts."""
+
+    def plan_of(self, run: Run) -> list[Planned]:
+        """What a run is measured on; the checkpoint before on everything."""
+        return [p for p in self.plan if run.seed is None or run.seed in self.condition_seeds.get(p.title, (run.seed,))]
+
+    def selecting(self) -> list[Arm]:
+        """The arms that get a learning rate of their own."""
+        return [arm for arm in self.arms.values() if arm.learning_rate_of is None]
+
+    def selection_runs(self) -> list[Run]:
+        """Every rate of every arm that chooses, with the arm's first seed; none if there is nothing to choose."""
+        if self.selection is None:
+            return []
+        return [Run(arm.name, rate, arm.seeds[0]) for arm in self.selecting() for rate in self.learning_rates]
+
+    def selection_plan(self) -> list[Planned]:
+        """The conditions of the average, all on the same images: ``selection_limit`` of them, or the whole slice."""
+        return [Planned(BASE, p.condition, self.selection_limit) for p in self.plan if p.title in self.average]
+
+    def report_runs(self, chosen: Mapping[str, float]) -> list[Run]:
+        """The checkpoint before, and every arm with every seed, with the learning rates that were chosen.
+
+        Seed by seed, so that a study that is stopped has all arms with some seeds.
+        """
+        return [Run(BEFORE)] + [
+            Run(arm.name, chosen[arm.learning_rate_of or arm.name], seed)
+            for seed in self.arms[self.control].seeds
+            for arm in self.arms.values()
+            if seed in arm.seeds
+        ]
+
+    def chosen(self, averages: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
+        """The best learning rate of each arm that chooses, by its average; of equals the first."""
+        if self.selection is None:
+            return {arm.name: self.learning_rates[0] for arm in self.selecting()}
+        return {arm.name: max(self.learning_rates, key=averages[arm.name].__getitem__) for arm in self.selecting()}
+
+
+def make_study(args: CompareArguments) -> Study:
+    """The design that the options say.
+
+    Raises:
+        UsageError: if something is unknown or contradicts something else.
+    """
+    content = mapping_of("arms", args.arms)
+    if not content or not args.seeds or not args.learning_rates:
+        raise UsageError("a study needs arms, seeds and learning_rates: at least one of each")
+    arms = {name: _arm(name, entry or {}, tuple(args.seeds)) for name, entry in content.items()}
+    choosing = {name for name, arm in arms.items() if arm.learning_rate_of is None}
+    if args.control not in choosing:
+        raise UsageError(
+            f"control={args.control!r}: expected an arm with a learning rate of its own; arms: {list(arms)}"
+        )
+    for arm in arms.values():
+        if arm.learning_rate_of not in {None, *choosing}:
+            raise UsageError(f"arm {arm.name!r}: learning_rate_of={arm.learning_rate_of!r} is no arm that chooses one")
+        if not set(arm.seeds) <= set(arms[args.control].seeds):
+            raise UsageError(f"arm {arm.name!r}: seeds {arm.seeds}; differences need the seeds of the control as well")
+    if BEFORE in arms or len({slug(name) for name in arms}) < len(arms):
+        raise UsageError(f"arms {list(arms)}: two share a folder's name, or one is called {BEFORE!r}")
+    plan, condition_seeds = _plan(args.conditions, args.limit)
+    titles = [planned.title for planned in plan]
+    cells = [planned.title for planned in plan if isinstance(planned.condition, Corrupted)]
+    if not titles or len(set(titles)) < len(titles) or any(planned.images != BASE for planned in plan):
+        raise UsageError(f"conditions {titles}: expected some, each once, all on the test images of the study")
+    if args.selection is None and len(args.learning_rates) > 1:
+        raise UsageError(f"learning_rates {list(args.learning_rates)}: choosing one needs a selection slice")
+    report = _slice("report", args.report)
+    selection = None if args.selection is None else _slice("selection", args.selection)
+    if selection is not None and report.first < selection.stop and selection.first < report.stop:
+        raise UsageError(
+            f"report {args.report} and selection {args.selection} share images; a choice may not be made on them"
+        )
+    weights = _weights(args.average, titles, cells)
+    if limited := weights.keys() & condition_seeds.keys():
+        raise UsageError(f"{', '.join(sorted(limited))}: in the average, so it is measured on every seed")
+    if wrong := {seed for chosen in condition_seeds.values() for seed in chosen} - set(arms[args.control].seeds):
+        raise UsageError(
+            f"conditions with seeds {sorted(wrong)}, which the control {args.control!r} is not trained with"
+        )
+    groups = {"average": weights} | {title: {title: 1.0} for title in titles if title not in cells}
+    if cells:
+        groups["mean of the cells"] = dict.fromkeys(cells, 1 / len(cells))
+    return Study(
+        arms,
+        args.control,
+        tuple(args.learning_rates),
+        plan,
+        weights,
+        groups,
+        condition_seeds,
+        report,
+        selection,
+        args.selection_limit,
+        args.eval_seed,
+    )
+
+
+def mapping_of(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping, or JSON of one.
+
+    Raises:
+        UsageError: if it is neither.
+    """
+    try:
+        content = json.loads(value) if isinstance(value, str) else dict(value)
+    except ValueError as error:
+        raise UsageError(f"{name}: {value!r} is no JSON ({error}); expected a mapping in YAML or JSON") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{name}: {value!r}; expected a mapping in YAML or JSON")
+    return content
+
+
+def _plan(conditions: Iterable[str], limit: int | None) -> tuple[tuple[Planned, ...], dict[str, tuple[int, ...]]]:
+    """The conditions, and the seeds of those that name some."""
+    plan: list[Planned] = []
+    seeds: dict[str, tuple[int, ...]] = {}
+    for text in conditions:
+        try:
+            entry = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"conditions: {text!r} is no YAML: {error}") from error
+        own = entry.pop("seeds", None) if isinstance(entry, dict) else None
+        found = parse_entry(entry, limit, "conditions")
+        plan += found
+        if own is not None:
+            if not isinstance(own, list) or not own or not all(isinstance(seed, int) for seed in own):
+                raise UsageError(f"conditions: {text}: seeds: {own!r}; expected a list of seeds")
+            seeds |= {planned.title: tuple(own) for planned in found}
+    return tuple(plan), seeds
+
+
+def _arm(name: str, entry: Mapping[str, Any], seeds: tuple[int, ...]) -> Arm:
+    if not isinstance(entry, Mapping):
+        raise UsageError(f"arm {name!r}: {entry!r}; expected a mapping with an objective")
+    settings = {key: value for key, value in entry.items() if key not in _OWN_KEYS}
+    if "objective" not in settings or "learning_rate" in settings or "seed" in settings:
+        raise UsageError(f"arm {name!r}: {dict(entry)}: expected an objective, and neither learning_rate nor seed")
+    return Arm(name, settings, tuple(entry.get("seeds", seeds)), entry.get("learning_rate_of"))
+
+
+def _weights(average: Sequence[str], titles: Sequence[str], cells: Sequence[str]) -> dict[str, float]:
+    """Condition -> its weight in the average; equal weights of the entries."""
+    weights: dict[str, float] = {}
+    for entry in average:
+        exact, beginning = ([t for t in titles if t == entry], [t for t in titles if t.startswith(entry)])
+        found = cells if entry == CELLS else exact or beginning
+        if not found or (entry != CELLS and len(found) > 1):
+            raise UsageError(
+                f"average: {entry!r} is {len(found)} of the conditions {titles}; expected one, or {CELLS!r}"
+            )
+        for title in found:
+            weights[title] = weights.get(title, 0.0) + 1 / len(average) / len(found)
+    if not weights:
+        raise UsageError("average: expected conditions of the study; learning rates are chosen by it")
+    return weights
+
+
+def _slice(name: str, text: str) -> Slice:
+    match = re.fullmatch(r"(\d+):(\d+)", str(text))
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UsageError(f"{name}: {text!r}; expected places among the test images, such as 0:8000")
+    return Slice(name, int(match[1]), int(match[2]))
+
+
+def slug(name: str) -> str:
+    """A name as a folder's: letters, digits, dots, dashes."""
+    return re.sub(r"[^\w.+=-]+", "-", name).strip("-")

@@ -1,0 +1,123 @@
+"""Adversarial training, the baselines of table 2: Madry and TRADES, with the attack inside of every training step.
+
+Attacks live in pixels in [0, 1]. While one runs, the model is in eval mode and frozen, and no noise is added to its
+embeddings; no parameter gets a gradient from it. Its random numbers depend on (seed, step, the image's place in the
+batch) alone, so a resumed run, and one on more processes, attacks the same images in the same way.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.robustness.attacks.base import Attack, seeded_like
+from hf_nullspace.robustness.attacks.gradient import PGD, BoundedAttack
+from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.training.objectives import Batch, Objective, View
+
+_OUTSIDE = 0.01  # how far from [0, 1] pixels may be rounded that came in bfloat16
+
+
+@dataclass(frozen=True, repr=False)
+class DivergencePGD(BoundedAttack):
+    """The inner attack of TRADES (Zhang et al. 2019): ascend KL(clean || adversarial) from x + 0.001 N(0, 1).
+
+    L-inf; the labels play no part. ``step`` defaults to eps / 4.
+    """
+
+    eps: float = 8 / 255
+    step: float | None = None
+    steps: int = 10
+    start: float = 0.001
+    seeded = True
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"step": self.eps / 4 if self.step is None else self.step}
+
+    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int] | None) -> Tensor:
+        assert seeds is not None
+        step = self.settings()["step"]
+        with torch.no_grad():
+            clean = model(pixels).softmax(-1)
+        adversarial = (pixels + self.start * seeded_like(pixels, seeds, "normal")).clamp(0, 1)
+        for _ in range(self.steps):
+            adversarial = adversarial.detach().requires_grad_()
+            loss = kl_div(log_softmax(model(adversarial), -1), clean, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, adversarial)
+            adversarial = self.project(adversarial.detach() + step * gradient.sign(), pixels)
+        return adversarial
+
+
+class Adversarial(Objective):
+    """What both have in common: a view that an attack made."""
+
+    needs_pixels = True
+
+    def __init__(self, attack: Attack) -> None:
+        self.attack = attack
+
+    def adversarial(self, batch: Batch) -> Tensor:
+        """The attacked images, as the model takes them, in the dtype of the batch."""
+        assert batch.preprocessing is not None
+        pixels = pixels_of(batch.images, batch.preprocessing)
+        model = PixelModel(batch.model, batch.preprocessing.mean, batch.preprocessing.std)
+        attacked = self.attack(model, pixels, batch.labels, seeds=batch.seeds())
+        return batch.preprocessing.normalize(attacked).to(batch.images.dtype)
+
+
+class Madry(Adversarial):
+    """Min-max on adversarial images only: CE(z_adv, y) (Madry et al. 2018). One view per image."""
+
+    def views(self, batch: Batch) -> dict[str, View]:
+        return {"adversarial": View(self.adversarial(batch))}
+
+    def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return batch.cross_entropy(logits["adversarial"])
+
+
+class Trades(Adversarial):
+    """CE(z, y) + beta * KL(p || p_adv), the clean side not detached (Zhang et al. 2019)."""
+
+    def __init__(self, attack: Attack, beta: float) -> None:
+        super().__init__(attack)
+        self.beta = beta
+
+    def views(self, batch: Batch) -> dict[str, View]:
+        return {"clean": View(batch.images), "divergent": View(self.adversarial(batch))}
+
+    def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        dtype = torch.promote_types(torch.float32, logits["clean"].dtype)
+        clean, adversarial = (log_softmax(logits[name].to(dtype), -1) for name in ("clean", "divergent"))
+        divergence = kl_div(adversarial, clean, reduction="none", log_target=True).sum(-1)
+        return batch.cross_entropy(logits["clean"]) + self.beta * batch.mean(divergence)
+
+
+def pixels_of(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Pixels in [0, 1], float32 or wider, of what the model takes.
+
+    Raises:
+        ValueError: if they lie outside: the images were normalised by something else than the image processor.
+    """
+    pixels = preprocessing.denormalize(images.to(torch.promote_types(torch.float32, images.dtype)))
+    low, high = (value.item() for value in torch.aminmax(pixels))
+    if not (low >= -_OUTSIDE and high <= 1 + _OUTSIDE):
+        raise ValueError(
+            f"the training images are pixels in [{low:.4g}, {high:.4g}] by the mean {preprocessing.mean} and std "
+            f"{preprocessing.std} of the image processor; expected [0, 1]: the images were normalised in another way, "
+            "and an attack in pixels needs the same one"
+        )
+    return pixels.clamp(0, 1)
+
+
+def madry(args: Any) -> Objective:
+    """``objective="madry"``, with the attack of the run's settings."""
+    return Madry(PGD(**args.attack_settings()))
+
+
+def trades(args: Any) -> Objective:
+    """``objective="trades"``, with the attack of the run's settings."""
+    return Trades(DivergencePGD(**args.attack_settings()), args.trades_beta)

@@ -1,0 +1,106 @@
+"""The sections of a card by their edges: which columns and rows there are, and how few and many are said."""
+
+import itertools
+
+import pytest
+from made_runs import CONDITIONS, SETTINGS, answers, finetuned, results
+
+from hf_nullspace.cards import tables
+from hf_nullspace.cards.run_folder import RunFolder
+from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES
+from hf_nullspace.robustness.suite import ConditionResult
+
+
+def report_of(folder, measured, settings=SETTINGS):
+    (report,) = RunFolder(finetuned(folder, measured, settings)).reports
+    return report
+
+
+def test_two_others_are_compared_with_and_of_more_the_first_and_the_control(tmp_path):
+    drawn = {name: answers(seed) for seed, name in enumerate(("before", "other", "plain", "third", "nullspace"))}
+
+    def compared(*names):
+        return tables.compared(report_of(tmp_path / "-".join(names), results(**{name: drawn[name] for name in names})))
+
+    assert compared("nullspace") == []
+    assert compared("before", "nullspace") == ["before"]
+    assert compared("before", "plain", "nullspace") == ["before", "plain"]
+    assert compared("before", "other", "plain", "third", "nullspace") == ["before", "plain"]
+    assert compared("before", "other", "third", "nullspace") == ["before", "third"]
+
+
+def many(count):
+    """Clean images and ``count`` cells of generated corruptions, of one checkpoint and its base."""
+    rows = [ConditionResult("clean", answers(0), seconds=1.0, seed=1)]
+    for corruption, severity in list(itertools.product(CORRUPTIONS, SEVERITIES))[:count]:
+        known = {"corruption": corruption, "severity": severity, "generated": "so"}
+        title = f"generated {corruption} {severity}"
+        rows.append(ConditionResult(title, answers(len(rows)), seconds=1.0, seed=1, protocol=known))
+    return {"before": rows, "nullspace": rows}
+
+
+@pytest.mark.parametrize(("cells", "folded"), [(39, False), (40, True), (45, True)])
+def test_a_table_of_more_than_forty_rows_folds_its_cells(tmp_path, cells, folded):
+    rest, second = tables.result_tables(report_of(tmp_path, many(cells)))
+    assert bool(second) == folded
+    assert rest.count("\n| generated ") == (0 if folded else cells)
+    assert second.count("\n| generated ") == (cells if folded else 0)
+    assert "| clean | 400 |" in rest
+
+
+@pytest.mark.parametrize(
+    ("conditions", "words"),
+    [(1, "the interval contains zero"), (2, "all 2 intervals contain zero"), (3, "all 3 intervals contain zero")],
+)
+def test_no_difference_is_said_of_one_and_of_several(tmp_path, conditions, words):
+    rows = dict.fromkeys(list(CONDITIONS)[:conditions], answers(1))
+    (line, *_) = tables.verdict(report_of(tmp_path, results(plain=rows, nullspace=rows)))
+    assert line.endswith(f"**no difference was measured**; {words}.")
+
+
+def test_the_verdict_counts_both_sides_and_the_rest(tmp_path):
+    titles = [f"c{index:02}" for index in range(16)]
+    hard = {title: answers(index, 0.3) for index, title in enumerate(titles)}
+    easy = {title: row | answers(50, 0.3) for title, row in hard.items()}
+    better = hard | {title: easy[title] for title in titles[:13]}
+    (line, *_) = tables.verdict(report_of(tmp_path / "a", results(plain=hard, nullspace=better)))
+    assert "of 16 conditions (points): better in 13 (c00 (+" in line
+    assert ", c11 (+" in line
+    assert "c12" not in line
+    assert " and 1 more); in the other 3 no difference was measured" in line
+    (line, *_) = tables.verdict(report_of(tmp_path / "b", results(plain=easy, nullspace=hard)))
+    assert "worse in 16 (c00 (-" in line
+    assert " and 4 more). About one" in line
+    assert "better" not in line
+
+
+@pytest.mark.parametrize(("count", "most", "text"), [(2, 3, "a, b"), (3, 3, "a, b, c"), (4, 3, "a, b, c and 1 more"),
+                                                     (6, 3, "a, b, c and 3 more")])  # fmt: skip
+def test_few_of_many_names(count, most, text):
+    assert tables._few(list("abcdef")[:count], most) == text
+
+
+@pytest.mark.parametrize(("given", "precision"), [({}, "float32"), ({"bf16": True}, "bf16"), ({"fp16": True}, "fp16")])
+@pytest.mark.parametrize(("crop", "flip", "augmentation"), [(1.0, False, "none"), (1.0, True, "flip"),
+                         (0.6, False, "random crop of at least 0.6 of the area"),
+                         (0.6, True, "random crop of at least 0.6 of the area and flip")])  # fmt: skip
+def test_settings_in_words(tmp_path, given, precision, crop, flip, augmentation):
+    settings = SETTINGS | {"training": SETTINGS["training"] | given}
+    settings["data"] = SETTINGS["data"] | {"crop_scale": crop, "horizontal_flip": flip}
+    text = tables.settings_table(RunFolder(finetuned(tmp_path, results(nullspace=answers(0)), settings)))
+    assert f"| precision | {precision} |" in text
+    assert f"| augmentation | {augmentation} |" in text
+
+
+def test_a_folder_of_weights_alone_has_no_tables(tmp_path):
+    assert tables.settings_table(RunFolder(tmp_path)) == tables.cost_table(RunFolder(tmp_path)) == ""
+    assert tables.settings_yaml(RunFolder(tmp_path)) == ""
+
+
+def test_the_cost_of_one_noise_and_of_several(tmp_path):
+    folder = finetuned(tmp_path, results(nullspace=answers(0)))
+    text = tables.cost_table(RunFolder(folder))
+    assert "| optimizer steps | 10 |" in text
+    assert "| influence on held-out images | 0.0200 to 0.0300 |" in text
+    assert "| centred norm of the noises | 5.00 to 6.00 |" in text
+    assert "| 6 (wall clock) |" in text

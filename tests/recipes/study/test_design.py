@@ -1,0 +1,111 @@
+"""A study's design: what is trained, chosen and looked at; what contradicts itself is an error."""
+
+import pytest
+
+from hf_nullspace.command_line import UsageError
+from study.arguments import CompareArguments
+from study.design import Run, Slice, make_study
+
+GIVEN = {
+    "arms": {
+        "plain": {"objective": "plain"},
+        "nullspace": {"objective": "nullspace"},
+        "sweep, 0.1": {"objective": "nullspace", "epsilon": 0.1, "seeds": [7], "learning_rate_of": "nullspace"},
+    },
+    "control": "plain",
+    "seeds": [7, 8, 9],
+    "learning_rates": [1e-4, 1e-3],
+    "conditions": ["clean", "{attack: FGSM, eps: 1/255, limit: 50}", "{corruption: [fog, snow], severity: [1, 5]}"],
+    "average": ["clean", "FGSM", "cells"],
+    "report": "0:300",
+    "selection": "300:400",
+    "selection_limit": 40,
+    "limit": 100,
+}
+
+
+def study(**changed):
+    return make_study(CompareArguments(**(GIVEN | changed)))
+
+
+def test_what_is_trained_and_measured():
+    ours = study()
+    assert [str(run) for run in ours.selection_runs()] == [
+        "plain, lr 0.0001, seed 7",
+        "plain, lr 0.001, seed 7",
+        "nullspace, lr 0.0001, seed 7",
+        "nullspace, lr 0.001, seed 7",
+    ]
+    report = ours.report_runs({"plain": 1e-3, "nullspace": 1e-4})
+    assert report[0] == Run("before")
+    assert [run.seed for run in report[1:]] == [7, 7, 7, 8, 8, 9, 9]
+    assert report[3] == Run("sweep, 0.1", 1e-4, 7)
+    assert report[3].folder == "runs/sweep-0.1/lr-0.0001/seed-7"
+    assert [planned.limit for planned in ours.plan] == [100, 50, 100, 100, 100, 100]
+    assert {planned.limit for planned in ours.selection_plan()} == {40}
+
+
+def test_a_dear_condition_may_have_fewer_seeds():
+    conditions = [*GIVEN["conditions"], "{attack: CW, limit: 20, seeds: [8]}"]
+    ours = study(conditions=conditions)
+    plans = {
+        run: [planned.title for planned in ours.plan_of(run)]
+        for run in ours.report_runs(dict.fromkeys(ours.arms, 1e-3))
+    }
+    for run, titles in plans.items():
+        assert len(titles) == (7 if run.seed in (None, 8) else 6)
+        assert any(title.startswith("CW") for title in titles) == (run.seed in (None, 8))
+    with pytest.raises(UsageError, match=r"seeds \[5\], which the control 'plain' is not trained with"):
+        study(conditions=[*GIVEN["conditions"], "{attack: CW, seeds: [5]}"])
+    with pytest.raises(UsageError, match="clean: in the average, so it is measured on every seed"):
+        study(conditions=["{clean: null, seeds: [7]}", *GIVEN["conditions"][1:]])
+    with pytest.raises(UsageError, match="seeds: 7; expected a list of seeds"):
+        study(conditions=[*GIVEN["conditions"], "{attack: CW, seeds: 7}"])
+
+
+def test_the_average_weighs_its_entries_equally():
+    weights = study().average
+    assert weights["clean"] == weights["FGSM(eps=1/255)"] == pytest.approx(1 / 3)
+    assert weights["generated fog 1"] == pytest.approx(1 / 12)
+    assert sum(weights.values()) == pytest.approx(1)
+    assert list(study().groups) == ["average", "clean", "FGSM(eps=1/255)", "mean of the cells"]
+
+
+def test_the_best_learning_rate_is_chosen():
+    averages = {"plain": {1e-4: 50.0, 1e-3: 51.0}, "nullspace": {1e-4: 50.0, 1e-3: 50.0}}
+    assert study().chosen(averages) == {"plain": 1e-3, "nullspace": 1e-4}
+    assert study(learning_rates=[1e-4], selection=None).chosen({}) == {"plain": 1e-4, "nullspace": 1e-4}
+
+
+def test_places_are_evenly_spaced_and_within_the_slice():
+    places = Slice("report", 100, 200).places(11)
+    assert places == (100, 110, 120, 130, 140, 150, 159, 169, 179, 189, 199)
+    assert Slice("report", 5, 8).places(None) == Slice("report", 5, 8).places(99) == (5, 6, 7)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"selection": "250:400"}, "share images"),
+        ({"selection": None}, "choosing one needs a selection slice"),
+        ({"report": "300"}, "expected places among the test images"),
+        ({"control": "vanilla"}, "control='vanilla'"),
+        ({"control": "sweep, 0.1"}, "expected an arm with a learning rate of its own"),
+        ({"average": ["clean", "PGD"]}, "'PGD' is 0 of the conditions"),
+        ({"average": ["generated"]}, "'generated' is 4 of the conditions"),
+        ({"conditions": ["clean", "clean"]}, "each once"),
+        ({"conditions": ["{set: imagenet-a}"]}, "all on the test images"),
+        ({"conditions": ["{attack: PDG}"]}, "did you mean PGD"),
+        ({"seeds": []}, "at least one of each"),
+        ({"arms": {"plain": {"epsilon": 1}}}, "expected an objective"),
+        ({"arms": {"plain": {"objective": "plain", "learning_rate": 1}}}, "neither learning_rate nor seed"),
+        ({"arms": GIVEN["arms"] | {"x": {"objective": "random", "seeds": [5]}}}, "seeds of the control"),
+        ({"arms": GIVEN["arms"] | {"x": {"objective": "random", "learning_rate_of": "y"}}}, "is no arm that chooses"),
+        ({"arms": GIVEN["arms"] | {"before": {"objective": "random"}}}, "is called 'before'"),
+        ({"arms": GIVEN["arms"] | {"null space": {"objective": "random"}, "null,space": {"objective": "random"}}},
+         "share a folder's name"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_errors(changed, message):
+    with pytest.raises(ValueError, match=message):
+        study(**changed)
