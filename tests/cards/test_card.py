@@ -83,11 +83,11 @@ def test_the_verdict_says_where_nothing_was_measured(tmp_path, three):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({}, "fine-tuned from `ORG/base` at revision `c0ffee` on `uoft-cs/cifar10` with nullspace noise. Every 5 steps a "
-             "noise on the patch embeddings is learned that the model of that moment hardly sees (mean squared shift of "
-             "the probabilities below epsilon = 0.03); every training batch then goes"),
-        ({"steps_per_round": None, "epsilon": None}, "noise. At intervals a noise on the patch embeddings is learned that "
-                                                     "the model of that moment hardly sees; every"),
+        ({}, "fine-tuned from `ORG/base` at revision `c0ffee` on `uoft-cs/cifar10` with nullspace noise. Every 5 steps "
+             "a noise on the patch embeddings is learned that the model of that moment hardly sees (mean squared shift "
+             "of the probabilities below epsilon = 0.03); every training batch then goes"),
+        ({"steps_per_round": None, "epsilon": None}, "noise. At intervals a noise on the patch embeddings is learned "
+                                                     "that the model of that moment hardly sees; every"),
         ({"objective": "plain"}, "on `uoft-cs/cifar10` without noise: every batch twice as it is, the control of a"),
         ({"objective": "madry"}, "on `uoft-cs/cifar10` with adversarial images (Madry et al. 2018)."),
         ({"objective": "a new one"}, "on `uoft-cs/cifar10` with the objective `a new one` of hf-nullspace."),
