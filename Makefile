@@ -34,7 +34,7 @@ sse4 := MKL_ENABLE_INSTRUCTIONS=SSE4_2
 oldest := $(default) $(sse4) ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem
 NUMERIC := tests/linear tests/noise tests/models tests/explain tests/recipes/study \
 	$(addprefix tests/robustness/test_, auto_attack.py carlini_wagner.py checks.py corruption_functions.py \
-		gradient_attacks.py patch_fool.py pixel_model.py scores.py)
+		every_attack.py gradient_attacks.py patch_fool.py pixel_model.py scores.py)
 
 define numeric_tests
 	$($(1)) OMP_NUM_THREADS=$(2) MKL_NUM_THREADS=$(2) OPENBLAS_NUM_THREADS=$(2) OMP_WAIT_POLICY=passive \

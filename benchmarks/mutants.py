@@ -3,50 +3,40 @@
     make mutants
     python benchmarks/mutants.py --count 40 --seed 5 --only linear/ --name ""
 
-cosmic-ray makes the mutants. mutmut (3.8, tried on linear/) does not, because it changes nothing but the bodies of
-functions without a decorator: no constant of a module, no default of a dataclass, no property; and those were the
-changes that tests did not notice. Its changes of strings fill a sample with messages instead. Of cosmic-ray's own
-runner, which starts an interpreter for each mutant, 8 of 10 seconds were the imports of torch and transformers: here,
-as in mutmut, one process that has imported them forks for each mutant.
+cosmic-ray makes the mutants: mutmut changes nothing but the bodies of functions without a decorator, so no constant, no
+default of a dataclass, no property, and these were the changes that tests did not notice. cosmic-ray's own runner
+starts an interpreter for each mutant, most of its time for imports; here one process forks (``forked_tests.py``).
 
 The files are ``FILES``. A place in the code (an operator, a number, a comparison, a condition, a decorator, a loop) is
 drawn at most once, the files by their number of places; then one change of that place. The draw is a hash of the seed
 and of the place's own text, so a change elsewhere in the code draws the same mutants again. Annotations are left out.
-A mutant lies in a copy of the tree: yours is never touched. First comes the test that noticed it in an earlier run,
-then those that run its line (coverage says which, from one run without mutants), of its file and the quickest of
-others, then all tests of its file, until one fails. In the end every test that noticed something has to pass without a
-mutant. A result is kept in ``--session`` until its file, or the test that noticed it, or (of a survivor) one of its
-tests changes; so a second start goes on. A survivor needs a test, or in ``mutants_reasons.json`` the reason why it
-changes nothing.
+
+A mutant is written into a copy of the tree; your files are never touched. First runs the test that noticed it before,
+then those that run its line (coverage knows them from one run without mutants), of its file and the quickest of others,
+then all tests of its file, until one fails. In the end every test that noticed something has to pass without a mutant.
+A result is kept in ``--session`` until its file, or the test that noticed it, or (of a survivor) one of its tests
+changes, so a second start goes on. A survivor needs a test, or in ``mutants_reasons.json`` the reason why it changes
+nothing.
 """
 
 import argparse
 import ast
-import compileall
-import contextlib
 import hashlib
-import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-import warnings
 from collections import Counter, defaultdict
 from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-import pytest
+from forked_tests import PACKAGE, RECIPES, ROOT, WHOLE, Run, copied, import_libraries, without_a_mutant
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = "src/hf_nullspace"
-RECIPES = "recipes"  # the study's analysis is there
 REASONS = Path(__file__).with_name("mutants_reasons.json")
 FILES = (
     *("noise/*.py", "linear/*.py", "cards/*.py", "hub/*.py", "study/analysis.py"),
@@ -60,7 +50,7 @@ TESTS = {
     "linear/": ["invisible/test_images.py"],
     "noise/": ["noise/test_noise_on_hub.py", "noise/test_algorithm1.py", "training/test_rounds.py"],
     "noise/bank.py": ["training/test_noise_bank.py"],
-    "noise/plots.py": ["noise/test_pictures.py"],
+    "noise/pictures.py": ["noise/test_pictures.py"],
     "cards/": ["cards/test_card.py", "hub/test_release.py", "cards/test_model_cards.py"],
     "hub/": ["cards/test_card.py", "hub/test_release.py", "cards/test_model_cards.py"],
     "hub/timm_vit.py": ["hub/test_convert.py", "test_published_tables.py"],
@@ -72,19 +62,11 @@ TESTS = {
     "robustness/scores.py": ["robustness/test_metric.py"],
     "robustness/corruptions.py": ["robustness/test_corruption_functions.py", "test_published_tables.py"],
     "robustness/corruption_functions.py": ["robustness/test_corruptions.py", "test_published_tables.py"],
-    "robustness/attacks/base.py": [
-        "robustness/test_attack_settings.py",
-        "robustness/test_gradient_attacks.py",
-        "robustness/test_carlini_wagner.py",
-    ],
+    "robustness/attacks/": ["robustness/test_every_attack.py", "robustness/test_gradient_attacks.py"],
+    "robustness/attacks/base.py": ["robustness/test_carlini_wagner.py", "robustness/test_patch_fool.py"],
     "robustness/attacks/auto.py": ["robustness/test_auto_attack.py"],
-    "robustness/attacks/gradient.py": ["robustness/test_gradient_attacks.py"],
 }
 MOST_OTHERS = 40  # tests of other files that run a line; of some lines it is every second test
-WHOLE = "whole"  # a context: what a fixture of a whole file ran, on behalf of every test of that file
-
-
-# ---- the sample
 
 
 def annotations(tree):
@@ -178,155 +160,6 @@ def tests_of(name):
     own = sorted((ROOT / "tests" / folder / Path(name).parts[0]).rglob(f"test_{Path(name).name}"))
     more = [ROOT / "tests" / test for prefix, tests in TESTS.items() if name.startswith(prefix) for test in tests]
     return list(dict.fromkeys(path.relative_to(ROOT).as_posix() for path in [*own, *more]))
-
-
-# ---- running tests in a copy of the tree
-
-
-def copied(folder):
-    """A copy of what git knows and of what it does not ignore, compiled."""
-    names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
-        check=True, text=True,
-    ).stdout  # fmt: skip
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    for code in ("src", RECIPES):
-        compileall.compile_dir(str(folder / code), quiet=1)
-    return folder
-
-
-def import_libraries():
-    """Everything that the package and its tests import from elsewhere, once, before the forks."""
-    wanted = set()
-    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                wanted |= {(alias.name, "") for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                wanted |= {(node.module, alias.name) for alias in node.names}
-    own = {"hf_nullspace", "figures", "study", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for module, name in sorted(wanted):
-            if module.partition(".")[0] not in own:
-                try:
-                    getattr(importlib.import_module(module), name or "__name__", None)
-                except Exception:  # an optional one, or one that a test expects to fail
-                    continue
-    import torch
-
-    torch.set_num_threads(1)
-
-
-class Watcher:
-    """A pytest plugin: the first test that failed; and with ``coverage``, on whose behalf a line runs."""
-
-    def __init__(self, coverage=None):
-        self.coverage, self.failed, self.test, self.seconds = coverage, [], "", defaultdict(float)
-        self.tests = []
-
-    def pytest_collection_finish(self, session):
-        self.tests = [item.nodeid for item in session.items]
-
-    def pytest_runtest_logreport(self, report):
-        self.seconds[report.nodeid] += report.duration
-        if report.failed:
-            self.failed.append(report.nodeid)
-
-    def pytest_collectreport(self, report):
-        if report.failed:
-            self.failed.append(report.nodeid)
-
-    def pytest_runtest_logstart(self, nodeid, location):
-        self.test = nodeid
-        self.on_behalf_of(nodeid)
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef, request):
-        if fixturedef.scope != "function":
-            self.on_behalf_of(f"{WHOLE} {self.test.partition('::')[0]}")
-        found = yield
-        self.on_behalf_of(self.test)
-        return found
-
-    def on_behalf_of(self, context):
-        if self.coverage:
-            self.coverage.switch_context(context)
-
-
-def child(folder, tests, answer, lines):
-    """In the forked process: run ``tests`` in the copy, write what happened, and leave."""
-    os.setsid()
-    os.chdir(folder)
-    for number, place in ((0, os.devnull), (1, "log"), (2, "log")):
-        os.dup2(os.open(place, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
-    sys.path.insert(0, str(folder / "src"))
-    os.environ["PYTHONPATH"] = str(folder / "src")
-    sys.dont_write_bytecode = lines is None
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    measured = None
-    if lines is not None:
-        import coverage
-
-        sources = [str(folder / PACKAGE), str(folder / RECIPES)]
-        measured = coverage.Coverage(source=sources, data_file=str(lines), config_file=False)
-        measured.start()
-    watcher = Watcher(measured)
-    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    code = pytest.main([*options, *tests], plugins=[watcher])
-    if measured:
-        measured.stop()
-        measured.save()
-    found = {name: getattr(watcher, name) for name in ("failed", "seconds", "tests")}
-    answer.write_text(json.dumps(found | {"code": int(code)}))
-    os._exit(0)
-
-
-class Run:
-    """Tests that run in a process of their own, with a limit in seconds."""
-
-    def __init__(self, folder, tests, limit, lines=None):
-        self.answer = folder / "answer.json"
-        self.answer.unlink(missing_ok=True)
-        self.begun, self.limit = time.monotonic(), limit
-        self.pid = os.fork()
-        if not self.pid:
-            try:
-                child(folder, tests, self.answer, lines)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(70)
-
-    def result(self):
-        """None while it runs; else (outcome, test): "noticed", "survived" or "timeout"."""
-        done, _ = os.waitpid(self.pid, os.WNOHANG)
-        late = time.monotonic() - self.begun > self.limit
-        if not done and not late:
-            return None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # what the tests have started, too
-        if not done:
-            os.waitpid(self.pid, 0)
-            return "timeout", None
-        if not self.answer.is_file():
-            return "noticed", "the interpreter ended"
-        found = json.loads(self.answer.read_text())
-        return ("survived", None) if found["code"] == 0 else ("noticed", (found["failed"] or ["no test ran"])[0])
-
-
-def without_a_mutant(folder, tests, lines=None):
-    """What happens to ``tests`` in the tree as it is."""
-    run = Run(folder, tests, 3600, lines)
-    while run.result() is None:
-        time.sleep(0.1)
-    if not run.answer.is_file():
-        raise SystemExit(f"the tests do not run without a mutant:\n{(folder / 'log').read_text()[-3000:]}")
-    return json.loads(run.answer.read_text())
 
 
 def learn(folder, tests, lines):

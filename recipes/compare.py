@@ -16,18 +16,17 @@ import os
 import platform
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
-from hf_nullspace.command_line import UsageError, option, parse, run
+from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.core.files import only_run_in
-from hf_nullspace.core.settings import check_numbers, check_output_dir
 from hf_nullspace.noise.artifact import model_hash
-from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
+from hf_nullspace.training.base_model import train_base_model
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import (
     DataArguments,
@@ -38,62 +37,12 @@ from hf_nullspace.training.loading import (
     training_images,
 )
 from hf_nullspace.training.preflight import check_images, lack_of_room
+from study.arguments import CompareArguments
 from study.design import Run, Study, make_study, mapping_of
-from study.estimate import overview, seconds_left, work
-from study.flow import content_of, standing, work_through
 from study.images import ImageStore
-from study.pieces import Workshop
 from study.report import complete, write_study
-
-
-@dataclass
-class CompareArguments:
-    """The design of the study, and how much of it to do now."""
-
-    _group_title: ClassVar[str] = "Study"
-
-    output_dir: str = option("outputs/study", "Folder of the study; started again it goes on there.")
-    arms: str = option("{}", "Name -> fields of NullspaceConfig, and 'seeds' or 'learning_rate_of' (mapping, or JSON).")
-    control: str = option("plain", "The arm that the others are compared with.")
-    training: str = option("{}", "Fields of NullspaceConfig for all arms (mapping, or JSON).")
-    seeds: list[int] = option([0, 1, 2], "Seeds of every arm; the first also chooses the learning rate.")
-    learning_rates: list[float] = option([1e-4], "The grid that the learning rate of each arm is chosen from.")
-    conditions: list[str] = option(["clean"], "What is measured: entries as in a suite's YAML.")
-    average: list[str] = option(
-        ["clean", "FGSM(eps=1/255", "PGD(eps=1/255", "cells"],
-        "Conditions (or how they begin) in the average, and 'cells': the mean of the generated corruptions.",
-    )
-    report: str = option("0:8000", "Test images that are reported, FIRST:STOP.")
-    selection: str | None = option(None, "Test images that learning rates are chosen on, FIRST:STOP.")
-    selection_limit: int | None = option(None, "At most so many images of the selection per condition.")
-    limit: int | None = option(None, "At most so many report images of a condition that has no limit of its own.")
-    eval_seed: int = option(0, "Seed of corruptions and random starts.")
-    eval_batch_size: int = option(256, "Images per forward pass of a measurement.")
-    bf16: bool = option(False, "Train in bfloat16 (autocast).")
-    eval_bf16: bool = option(False, "Measure in bfloat16 (autocast).")
-    use_cpu: bool = option(False, "Do not use a GPU.")
-    base_epochs: float = option(30, "Small ViT, where no model is named: epochs of its training.")
-    base_learning_rate: float = option(2e-3, "Small ViT: learning rate of its training.")
-    base_batch_size: int = option(64, "Small ViT: images per step of its training.")
-    resamples: int = option(2000, "Bootstrap samples of the intervals.")
-    only: list[str] = option([], "Do only these arms now ('before' is the checkpoint itself).")
-    max_minutes: float | None = option(None, "Begin nothing after so many minutes; a training ends at a checkpoint.")
-    dry_run: bool = option(False, "Print what is finished, what is left and an estimate of the time; do nothing.")
-    overwrite: bool = option(False, "Train runs anew whose settings have changed.")
-    render: str | None = option(
-        None, "A results.json: write its tables and pictures into output_dir, and do nothing else."
-    )
-
-    def __post_init__(self) -> None:
-        at_least_1 = dict.fromkeys(("selection_limit", "limit", "eval_batch_size", "resamples"), "int [1, inf)")
-        seeds = dict.fromkeys(("seeds", "eval_seed"), "int [0, 4294967295]")
-        check_numbers(
-            self, BASE_RANGES | at_least_1 | seeds | {"learning_rates": "(0, inf)", "max_minutes": "[0, inf)"}
-        )
-        check_output_dir(self.output_dir)
-        for name in ("seeds", "learning_rates", "only"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise UsageError(f"{name}={getattr(self, name)}: expected each once")
+from study.schedule import content_of, what_is_left, work_through
+from study.tasks import Runner
 
 
 def main() -> None:
@@ -102,19 +51,7 @@ def main() -> None:
         render(Path(args.render), Path(args.output_dir), args.resamples)
         return
     deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
-    study = make_study(
-        args.arms,
-        control=args.control,
-        seeds=args.seeds,
-        learning_rates=args.learning_rates,
-        conditions=args.conditions,
-        average=args.average,
-        report=args.report,
-        selection=args.selection,
-        selection_limit=args.selection_limit,
-        limit=args.limit,
-        seed=args.eval_seed,
-    )
+    study = make_study(args)
     if unknown := set(args.only) - {*study.arms, "before"}:
         raise UsageError(f"--only {', '.join(sorted(unknown))}: no such arm; arms: before, {', '.join(study.arms)}")
     with only_run_in(args.output_dir):
@@ -128,7 +65,7 @@ def work_on(
     data_args: DataArguments,
     deadline: float | None,
 ) -> None:
-    """Load, do the pieces that are left, report."""
+    """Load, do the tasks that are left, report."""
     training = {"logging_steps": 40, "save_total_limit": 2} | mapping_of("training", args.training)
     output = Path(args.output_dir)
 
@@ -139,18 +76,20 @@ def work_on(
     test_set = evaluation_images(
         load_rows(data_args, data_args.eval_split), classifier, None, skip_corrupt=data_args.skip_corrupt_images
     )
-
     for part in (study.report, study.selection):
         if part is not None and part.stop > len(test_set):
             raise UsageError(f"{part.name} {part.first}:{part.stop}, but the test split has {len(test_set)} images")
 
     def config_of(one: Run, folder: Path) -> NullspaceConfig:
-        rate = {"learning_rate": one.learning_rate, "seed": one.seed, "output_dir": str(folder)}
+        own = {"learning_rate": one.learning_rate, "seed": one.seed, "output_dir": str(folder)}
         machine = {"bf16": args.bf16, "use_cpu": args.use_cpu, "report_to": "none", "disable_tqdm": True}
         try:
-            return NullspaceConfig(**machine, **(training | dict(study.arms[one.arm].settings) | rate))
+            return NullspaceConfig(**machine, **(training | dict(study.arms[one.arm].settings) | own))
         except (TypeError, ValueError) as error:
             raise UsageError(f"arm {one.arm!r}: {error}") from error
+
+    def images_of(seed: int) -> Any:
+        return training_images(data_args, train_rows, classifier, seed)
 
     def trainer_of(one: Run, folder: Path) -> NullspaceTrainer:
         config = config_of(one, folder)
@@ -158,53 +97,48 @@ def work_on(
         return NullspaceTrainer(
             copy.deepcopy(classifier.model),
             config,
-            train_dataset=training_images(data_args, train_rows, classifier, config.seed),
+            train_dataset=images_of(config.seed),
             data_collator=collate,
             processing_class=classifier.image_processor,
         )
 
-    first, *others = [
-        config_of(one, output / "base")
-        for one in study.report_runs(dict.fromkeys(study.arms, args.learning_rates[0]))[1:]
-    ]
-    images = training_images(data_args, train_rows, classifier, args.seeds[0])
-    for config in (first, *others):
+    runs = study.report_runs(dict.fromkeys(study.arms, args.learning_rates[0]))[1:]
+    configs = [config_of(one, output / "base") for one in runs]
+    images = images_of(args.seeds[0])
+    for config in configs:
         check_images(config, len(images))
-    if warning := lack_of_room(classifier.model, first, trainings=1 + len(others)):
+    if warning := lack_of_room(classifier.model, configs[0], trainings=len(configs)):
         say(warning)
     if model_args.model_name_or_path is None:
         train_base_model(
-            classifier, images, output / "base", first, epochs=args.base_epochs,
+            classifier, images, output / "base", configs[0], epochs=args.base_epochs,
             learning_rate=args.base_learning_rate, batch_size=args.base_batch_size, say=say,
         )  # fmt: skip
-    shop = Workshop(
+    base = model_hash(classifier.model)
+    runner = Runner(
         output,
         ImageStore(output / "images", test_set, args.eval_seed),
         trainer_of,
         lambda: copy.deepcopy(classifier.model),
-        (classifier.preprocessing.mean, classifier.preprocessing.std),
-        shared_settings={"base": model_hash(classifier.model), "data": asdict(data_args)},
-        device=first.device,
+        shared_settings={"base": base, "data": asdict(data_args)},
+        device=configs[0].device,
         dtype="bf16" if args.eval_bf16 else "float32",
         batch_size=args.eval_batch_size,
-        seed=args.eval_seed,
         overwrite=args.overwrite,
         attn_implementation=model_args.attn_implementation,
     )
 
     # Work
     if args.dry_run:
-        show_what_is_left(study, shop, lambda one: None if one.seed is None else config_of(one, output / one.folder))
+        for line in what_is_left(study, runner, lambda one: config_of(one, output / one.folder)):
+            say(line)
         return
-    if not work_through(study, shop, only=args.only, deadline=deadline, say=say):
+    if not work_through(study, runner, only=args.only, deadline=deadline, say=say):
         return
 
     # Report
-    described = {
-        "settings": without_paths(asdict(args) | asdict(model_args) | asdict(data_args)),
-        "base": model_hash(classifier.model),
-    }
-    content = content_of(study, shop, described | where_it_ran(first))
+    described = {"settings": without_paths(asdict(args) | asdict(model_args) | asdict(data_args)), "base": base}
+    content = content_of(study, runner, described | where_it_ran(configs[0]))
     show(write_study(complete(content, resamples=args.resamples), output))
 
 
@@ -212,10 +146,10 @@ def render(results: Path, output: Path, resamples: int) -> None:
     """Tables and pictures again from the outcomes of every image, which ``results`` holds."""
     try:
         content = json.loads(results.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "study" not in content:
+            raise ValueError("it has no 'study'")
     except (OSError, ValueError) as error:
         raise UsageError(f"render={str(results)!r}: no results.json of a study ({error})") from error
-    if not isinstance(content, dict) or "study" not in content:
-        raise UsageError(f"render={str(results)!r}: no results.json of a study (it has no 'study')")
     show(write_study(complete(content, resamples=resamples), output))
 
 
@@ -230,21 +164,6 @@ def without_paths(settings: dict[str, Any]) -> dict[str, Any]:
         name: Path(value).name if isinstance(value, str) and ("/" in value) and os.path.exists(value) else value
         for name, value in settings.items()  # os.path: text that is too long for a path is none
     }
-
-
-def show_what_is_left(study: Any, shop: Workshop, config_of: Any) -> None:
-    """The pieces in their order, and the time that those take which are not finished."""
-    progress = standing(study, shop)
-    if progress.chosen is None:
-        say("The learning rates are not chosen yet; the report's are shown with the middle one")
-    pieces = list(dict.fromkeys(progress.selection + progress.report))
-    loads = [(piece, work(piece, config_of(piece.run))) for piece in pieces]
-    for line in overview(loads, shop):
-        say(line)
-    seconds, timed = seconds_left(loads, shop)
-    left = sum(shop.finished(piece) is None for piece in pieces)
-    basis = "by the speed of the finished pieces" if timed else "nothing was timed yet"
-    say(f"{left} of {len(pieces)} pieces left, about {seconds / 60:.0f} minutes ({basis})")
 
 
 def where_it_ran(config: NullspaceConfig) -> dict[str, Any]:

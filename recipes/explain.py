@@ -10,23 +10,21 @@ the explanation stays, as for an image and its invisible change; LRP divides by 
 by the rounding to 8 bits alone. Writes explain.png and explain.json (the maps).
 """
 
-import difflib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.files import only_run_in, write_json
-from hf_nullspace.core.settings import check_output_dir
+from hf_nullspace.core.settings import check_output_dir, nearest
 from hf_nullspace.explain.grid import BATCH, TITLES, all_maps, correlation_text, correlations_with_first, plot_grid
 from hf_nullspace.explain.maps import check_has_cls
-from hf_nullspace.models.loading import load_image_processor
-from hf_nullspace.models.loading import load_model as load_checkpoint
+from hf_nullspace.invisible.images import read_image
+from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.preprocessing import Preprocessing
 
 
@@ -36,14 +34,12 @@ class ExplainArguments:
 
     _group_title: ClassVar[str] = "Explanation"
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of a ViT or DeiT."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    image: list[str] | None = field(default=None, metadata={"help": "Image files; the others are held to the first."})
-    method: list[str] = field(default_factory=lambda: list(TITLES), metadata={"help": "Some of " + ", ".join(TITLES)})
-    target_class: str | None = field(
-        default=None, metadata={"help": "Class to explain, by name or number. Unset: what each image is predicted as."}
-    )
-    output_dir: str = field(default="outputs/explain", metadata={"help": "Folder for the PNG and the JSON."})
+    model_name_or_path: str | None = option(None, "Hub id or folder of a ViT or DeiT.")
+    model_revision: str | None = option(None, "Branch, tag or commit of the model.")
+    image: list[str] | None = option(None, "Image files; the others are compared with the first.")
+    method: list[str] = option(list(TITLES), "Some of " + ", ".join(TITLES))
+    target_class: str | None = option(None, "Class to explain, by name or number. Unset: the prediction of each image.")
+    output_dir: str = option("outputs/explain", "Folder for the PNG and the JSON.")
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is None or not self.image:
@@ -63,10 +59,13 @@ def main() -> None:
 def explain(args: ExplainArguments, output: Path) -> None:
     """Load, look, keep."""
     # Load
-    model, preprocessing = load_model(args.model_name_or_path, args.model_revision)
+    where = args.model_name_or_path, args.model_revision
+    model, preprocessing = load_model(*where).eval(), Preprocessing.from_processor(load_image_processor(*where))
+    check_has_cls(model)
+    preprocessing.check_fits(model.config)
     labels: dict[int, str] = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
     target = class_number(args.target_class, labels)
-    pixels = torch.stack([preprocessing.pixels_from_image(load_image(name)) for name in args.image])
+    pixels = torch.stack([preprocessing.pixels_from_image(read_image(name)) for name in args.image])
     pixel_values = preprocessing.normalize(pixels).to(model.dtype)
 
     # Look
@@ -78,43 +77,19 @@ def explain(args: ExplainArguments, output: Path) -> None:
     rows = [
         {
             "image": name,
-            "prediction": labels[int(prediction)],
-            "confidence": float(confidence),
-            "explained_class": labels[int(explained)],
+            "prediction": labels[int(predictions[index])],
+            "confidence": float(confidences[index]),
+            "explained_class": labels[int(targets[index])],
+            "correlation_with_first": compared,
+            "maps": {method: one[index].tolist() for method, one in maps.items()},
         }
-        for name, prediction, confidence, explained in zip(args.image, predictions, confidences, targets, strict=True)
+        for index, (name, compared) in enumerate(zip(args.image, correlations_with_first(maps), strict=True))
     ]
-    for index, (row, compared) in enumerate(zip(rows, correlations_with_first(maps), strict=True)):
-        row["correlation_with_first"] = compared
-        row["maps"] = {name: one[index].tolist() for name, one in maps.items()}
     write_json(output / "explain.json", {"command": asdict(args), "images": rows})
     plot_grid(pixels, [f"{row['prediction']} {row['confidence']:.3f}" for row in rows], maps, output / "explain.png")
     for row in rows:
         print(describe(row, compared=row is not rows[0]))
     print(f"explain.json and explain.png are in {output}")
-
-
-# ---- load
-
-
-def load_model(name: str, revision: str | None) -> tuple[PreTrainedModel, Preprocessing]:
-    """The classifier in eval mode, and what its image processor does."""
-    model, processor = load_checkpoint(name, revision).eval(), load_image_processor(name, revision)
-    check_has_cls(model)
-    preprocessing = Preprocessing.from_processor(processor)
-    preprocessing.check_fits(model.config)
-    return model, preprocessing
-
-
-def load_image(name: str) -> Image.Image:
-    try:
-        with Image.open(name) as image:
-            image.load()
-            return image
-    except UnidentifiedImageError as error:
-        raise UsageError(f"{name} is not an image that Pillow can read") from error
-    except OSError as error:
-        raise UsageError(f"cannot read the image {name}: {error.strerror or error}") from error
 
 
 def class_number(name: str | None, id2label: dict[int, str]) -> int | None:
@@ -126,22 +101,14 @@ def class_number(name: str | None, id2label: dict[int, str]) -> int | None:
         return by_name[name]
     if name.isdecimal() and int(name) in id2label:
         return int(name)
-    near = difflib.get_close_matches(name, list(by_name), n=3) or list(by_name)[:3]
-    raise UsageError(
-        f"target_class={name!r}: the model has the classes 0 to {len(id2label) - 1}, named {', '.join(near)}, ..."
-    )
-
-
-# ---- look
+    hint = nearest(name, by_name, most=3)
+    raise UsageError(f"target_class={name!r}: the model has the classes 0 to {len(id2label) - 1}{hint}")
 
 
 @torch.no_grad()
 def probabilities(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     """(B, K)."""
     return torch.cat([model(pixel_values=part).logits.float().softmax(-1) for part in pixel_values.split(BATCH)])
-
-
-# ---- say
 
 
 def describe(row: dict[str, Any], compared: bool) -> str:

@@ -3,8 +3,8 @@
     python recipes/watermark.py --model_name_or_path M --image cat.png --mark logo.png
     python recipes/watermark.py --model_name_or_path M --image cat.png --target dog.png --output_dir outputs/cat-as-dog
 
-M is an image classifier (Hub id or folder) whose patch embedding has a nullspace. The images are first brought to the
-size that M's image processor leaves alone, and it is said so. A mark covers where it is not transparent. Writes
+M is an image classifier (Hub id or folder) with a nullspace of its patch embedding. The images are first resized to the
+size that M's image processor leaves alone; this size is printed. A mark covers where it is not transparent. Writes
 source.png (the image in that size), result.png, side_by_side.png and watermark.json: what the model says of the two
 files, read back through its own image processor; the error of its embeddings at every stage; how close the result
 came to the wish. Where rounding to 8 bits changes the prediction, the wanted change is scaled down until it stays.
@@ -13,13 +13,13 @@ marked or target image, of random noise that the model sees as much of, and of n
 --explanation_picture true draws them as explanations.png.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.files import only_run_in, write_json
 from hf_nullspace.core.settings import check_numbers, check_output_dir
 from hf_nullspace.explain.agreement import METHODS, Explanations, explain_change
@@ -29,12 +29,12 @@ from hf_nullspace.invisible.images import (
     closeness,
     difference,
     marked,
+    read_image,
     side_by_side,
     strongest_invisible,
     write_png,
 )
 from hf_nullspace.models.loading import load_image_processor, load_model
-from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import rgb_image
 
 
@@ -44,23 +44,20 @@ class WatermarkArguments:
 
     _group_title: ClassVar[str] = "Watermark"
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of an image classifier."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
-    image: str | None = field(default=None, metadata={"help": "The image that is changed."})
-    mark: str | None = field(default=None, metadata={"help": "A mark to put on it, transparent where it is not."})
-    target: str | None = field(default=None, metadata={"help": "Instead: an image that it should look like."})
-    output_dir: str = field(default="outputs/watermark", metadata={"help": "Folder for the PNGs and the JSON."})
-    strength: float = field(default=1.0, metadata={"help": "Largest share of the wanted change to try, in (0, 1]."})
-    max_confidence_change: float = field(
-        default=1.0, metadata={"help": "Scale the change down until the confidence moves by no more, too; in [0, 1]."}
+    model_name_or_path: str | None = option(None, "Hub id or folder of an image classifier.")
+    model_revision: str | None = option(None, "Branch, tag or commit of the model.")
+    image: str | None = option(None, "The image that is changed.")
+    mark: str | None = option(None, "A mark to put on it, transparent where it is not.")
+    target: str | None = option(None, "Instead: an image that it should look like.")
+    output_dir: str = option("outputs/watermark", "Folder for the PNGs and the JSON.")
+    strength: float = option(1.0, "Largest share of the wanted change to try, in (0, 1].")
+    max_confidence_change: float = option(
+        1.0, "Scale the change down until the confidence moves by no more, too; in [0, 1]."
     )
-    iterations: int = field(default=500, metadata={"help": "Steps of the solver, at most."})
-    method: list[str] = field(
-        default_factory=lambda: list(METHODS),
-        metadata={"help": "How the images are explained: some of " + ", ".join(TITLES)},
-    )
-    explanation_picture: bool = field(default=False, metadata={"help": "Write explanations.png, too."})
-    seed: int = field(default=0, metadata={"help": "Seed of the random noises that explanations are held to."})
+    iterations: int = option(500, "Steps of the solver, at most.")
+    method: list[str] = option(list(METHODS), "How the images are explained: some of " + ", ".join(TITLES))
+    explanation_picture: bool = option(False, "Write explanations.png, too.")
+    seed: int = option(0, "Seed of the random noises that explanations are compared with.")
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is None or self.image is None:
@@ -85,7 +82,10 @@ def hide(args: WatermarkArguments, output: Path) -> None:
     """Load, solve, check the saved file, keep."""
     # Load
     image, other = load_image(args.image), load_image(args.mark or args.target)
-    judge, labels = load_judge(args.model_name_or_path, args.model_revision)
+    where = args.model_name_or_path, args.model_revision
+    model = load_model(*where).eval()
+    judge = Judge.from_model(model, load_image_processor(*where))
+    labels = [str(model.config.id2label[kind]) for kind in range(model.config.num_labels)]
     source = judge.fit(image)
     wish = judge.fit(other) if args.target else marked(source, other)
     sizes = [f"{Path(args.image).name} is {times(image.size)}"]
@@ -149,25 +149,10 @@ def hide(args: WatermarkArguments, output: Path) -> None:
 
 
 def load_image(name: str) -> Image.Image:
-    """An image file, any mode that has an RGB version; a mark's transparency is kept."""
-    try:
-        with Image.open(name) as file:
-            image = file.copy()
-    except UnidentifiedImageError as error:
-        raise UsageError(f"{name} is no image that Pillow can read") from error
-    except OSError as error:
-        raise UsageError(f"cannot read the image {name}: {error.strerror or error}") from error
+    """An image file; a mark's transparency is kept."""
+    image = read_image(name)
     transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     return image.convert("RGBA") if transparent else rgb_image(image)
-
-
-def load_judge(name: str, revision: str | None) -> tuple[Judge, list[str]]:
-    """The model with its image processor, and the names of its classes."""
-    model, processor = load_model(name, revision).eval(), load_image_processor(name, revision)
-    find_patch_embedding(model)
-    return Judge.from_model(model, processor), [
-        str(model.config.id2label[kind]) for kind in range(model.config.num_labels)
-    ]
 
 
 def describe_explanations(found: Explanations) -> str:

@@ -6,7 +6,6 @@
 
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -22,10 +21,9 @@ from PIL import Image
 
 from bad_input import namespace
 from bad_models import save_bad_models, save_good
-from hf_nullspace.command_line import run
+from recipe_calls import RECIPES, call_recipe
 from timm_style import timm_weights
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 TABLES = Path(__file__).parent / "bad_input"
 LONGEST = 20  # seconds
 TINY = '{"rounds": 1, "steps_per_round": 1, "global_batch_size": 4, "noise_batch_size": 4, "held_out_images": 4}'
@@ -144,19 +142,6 @@ def places(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="session")
-def mains():
-    """Recipe -> its main; each file is run once."""
-    loaded = {}
-
-    def main_of(recipe):
-        if recipe not in loaded:
-            loaded[recipe] = runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"]
-        return loaded[recipe]
-
-    return main_of
-
-
 @contextmanager
 def at_most(seconds):
     def too_long(number, frame):
@@ -180,16 +165,13 @@ def offline(monkeypatch, folder):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-def in_this_process(main, recipe, words, capsys):
-    arguments, sys.argv = sys.argv, [recipe, *words]
+def in_this_process(recipe, words, capsys):
     try:
         with at_most(LONGEST):
-            run(main)
+            call_recipe(recipe, *words)
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
-    finally:
-        sys.argv = arguments
     return code, capsys.readouterr().err
 
 
@@ -201,7 +183,7 @@ def in_its_own(recipe, words):
 
 
 @pytest.mark.parametrize(("call", "words", "expected"), rows("command_line.txt"))
-def test_on_the_command_line(call, words, expected, places, mains, tmp_path, monkeypatch, capsys):
+def test_on_the_command_line(call, words, expected, places, tmp_path, monkeypatch, capsys):
     offline(monkeypatch, tmp_path)
     names = {name: str(place) for name, place in places.items()} | {"out": str(tmp_path / "out")}
     own = call.startswith("real ")
@@ -210,7 +192,7 @@ def test_on_the_command_line(call, words, expected, places, mains, tmp_path, mon
     text = words.removeprefix("~") if words.startswith("~") else f"{BASE[name]} {words}"
     words = [Template(word).substitute(names) for word in (*first, *shlex.split(text))]
     begin = time.perf_counter()
-    code, said = in_its_own(recipe, words) if own else in_this_process(mains(recipe), recipe, words, capsys)
+    code, said = in_its_own(recipe, words) if own else in_this_process(recipe, words, capsys)
     assert time.perf_counter() - begin < (10 * LONGEST if own else LONGEST)
     assert "Traceback" not in said
     if expected == "accepted":

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from figures.progress import TABLE_5
 from figures.table_4 import TABLE_4
+from figures.table_5 import TABLE_5
 from hf_nullspace.hub.convert import NORMALIZATIONS
 from hf_nullspace.hub.timm_vit import SIZES
 from hf_nullspace.robustness import published

@@ -1,5 +1,6 @@
 """Tiny random image classifiers of every family, built from a config; nothing is downloaded."""
 
+import numpy as np
 import torch
 from transformers import (
     BeitConfig,
@@ -10,6 +11,8 @@ from transformers import (
     DeiTForImageClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     SiglipConfig,
@@ -46,6 +49,9 @@ _BUILDERS = {
     ),
 }
 FAMILIES = tuple(_BUILDERS)
+_BUILDERS["dinov2_with_registers"] = lambda: Dinov2WithRegistersForImageClassification(
+    Dinov2WithRegistersConfig(**SIZES, **IMAGE, **LABELS, mlp_ratio=2, num_register_tokens=3)
+)
 
 
 def tiny_model(family: str = "vit", seed: int = 0) -> torch.nn.Module:
@@ -59,8 +65,43 @@ def tiny_model(family: str = "vit", seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Normal numbers, drawn from a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The cosine of the angle between two tensors of one shape."""
+    return torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0).item()
+
+
 def tiny_resnet() -> torch.nn.Module:
     """A classifier that is not a ViT."""
     return ResNetForImageClassification(
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], **LABELS)
     ).eval()
+
+
+def uniform(*shape, seed=0):
+    """Numbers in [0, 1), float64."""
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def images(count=3, dtype=torch.float64):
+    """``pixel_values`` of the tiny models."""
+    return normal(count, 3, 16, 16, seed=1).to(dtype)
+
+
+def numpy_patches(pixels):
+    """Images (..., 16, 16, 3) as patches (..., 16, 48), in the order of the embeddings, by NumPy."""
+    shape = np.shape(pixels)[:-3]
+    first = len(shape)
+    parts = np.reshape(pixels, (*shape, 4, 4, 4, 4, 3))
+    order = (first + axis for axis in (0, 2, 4, 1, 3))
+    return parts.transpose(*range(first), *order).reshape(*shape, 16, 48)
+
+
+def numpy_projection(model):
+    """theta (24, 48) and the bias (24,) of a tiny ViT or DeiT, float64."""
+    projection = getattr(model, model.config.model_type).embeddings.patch_embeddings.projection
+    return projection.weight.detach().double().numpy().reshape(24, 48), projection.bias.detach().double().numpy()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.trainer import NullspaceTrainer
@@ -99,15 +99,21 @@ class RoundRecorder(TrainerCallback):
             self.rounds.append((state.global_step, logs["noise/round"]))
 
 
-def trained(folder, model=None, data=None, **given):
-    """A trainer after its run; in float64 unless model and data are given."""
-    names = ("callbacks", "compute_loss_func", "compute_metrics", "eval_dataset")
+def trained(folder, model=None, data=None, resume=False, **given):
+    """A trainer after its run, or the rest of it from a checkpoint; in float64 unless model and data are given."""
+    names = ("callbacks", "compute_loss_func", "compute_metrics", "eval_dataset", "processing_class")
     named = {name: given.pop(name) for name in names if name in given}
     data = data if data is not None else Images(dtype=torch.float64)
     model = model if model is not None else tiny_model().double()
     trainer = NullspaceTrainer(model, config(folder, **given), train_dataset=data, **named)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     return trainer
+
+
+def plain_arguments(folder, **given):
+    """Settings of transformers' own Trainer for four steps."""
+    short = {"max_steps": 4, "per_device_train_batch_size": 8, "use_cpu": True, "disable_tqdm": True}
+    return TrainingArguments(str(folder), report_to="none", **short, **given)
 
 
 def train_batches(recorder):
@@ -116,6 +122,19 @@ def train_batches(recorder):
     clean, noisy = passes[::2], passes[1::2]
     assert all(torch.equal(a, b) for a, b in zip(clean, noisy, strict=True))
     return clean
+
+
+def labelled(batches, data):
+    """(images, their labels) of every batch of ``data``."""
+    return [
+        (x, torch.stack([data.labels[(data.pixel_values == image).flatten(1).all(1)][0] for image in x]))
+        for x in batches
+    ]
+
+
+def logged(trainer, name):
+    """The values of this name in a trainer's log, in their order."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def accuracy(prediction):

@@ -1,9 +1,11 @@
 """What the figures are made from: options, model, images, and where the results go."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,18 +13,16 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import set_seed
 
-from figures.bench import Bench
-from figures.report import envelope
 from hf_nullspace.command_line import UsageError, option
 from hf_nullspace.core.files import write_json
-from hf_nullspace.core.settings import check_numbers
+from hf_nullspace.core.settings import check_numbers, fraction
 from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import hub_commit
 from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
 from hf_nullspace.robustness.progress import Progress
-from hf_nullspace.robustness.records import Records
+from hf_nullspace.robustness.records import Records, versions
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted
 from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
 from hf_nullspace.training.columns import class_names
@@ -91,9 +91,9 @@ class FigureArguments:
             UsageError: if a strength is no number, or a group would be empty.
         """
         try:
-            attacks = [Attacked(FGSM(float(Fraction(eps)))) for eps in self.fgsm]
-            attacks += [Attacked(PGD(float(Fraction(eps)))) for eps in self.pgd]
-        except (ValueError, ZeroDivisionError) as error:
+            attacks = [Attacked(FGSM(fraction(eps))) for eps in self.fgsm]
+            attacks += [Attacked(PGD(fraction(eps))) for eps in self.pgd]
+        except ValueError as error:
             raise UsageError(f"fgsm={self.fgsm}, pgd={self.pgd}: expected numbers like 1/255 ({error})") from error
         corrupted = [Corrupted(name, severity) for name in self.corruptions for severity in self.severities]
         if not attacks or not corrupted:
@@ -132,6 +132,11 @@ class Setting:
         """The folder of all results; it belongs to one model and one data set."""
         return Path(str(self.config.output_dir))
 
+    @property
+    def seeds(self) -> range:
+        """Of the fine-tunings of figure 3 and table 5."""
+        return range(self.config.seed, self.config.seed + self.args.runs)
+
     def say(self, text: str) -> None:
         """A line, once, that does not break the bar."""
         if self.state.is_main_process:
@@ -159,52 +164,55 @@ class Setting:
         if small or aligned:
             self.classifier = load_classifier(self.model_args, self._train_rows, self.say)
         else:
-            self.classifier = load_as_it_is(self.model_args, len(class_names(self._train_rows) or ()))
+            self.classifier = self._with_its_own_head()
         images = self.images(config.seed)
         if not data.streaming:
             check_images(config, len(images), BATCHES if aligned else ["noise_batch_size"])
         if small:
             train_base_model(
-                self.classifier,
-                images,
-                self.output / "base",
-                config,
-                epochs=args.base_epochs,
-                learning_rate=args.base_learning_rate,
-                batch_size=args.base_batch_size,
-                say=self.say,
-            )
+                self.classifier, images, self.output / "base", config, epochs=args.base_epochs,
+                learning_rate=args.base_learning_rate, batch_size=args.base_batch_size, say=self.say,
+            )  # fmt: skip
         elif self.classifier.labels.new_head:
             raise UsageError("the model's head is not for these classes; name a model that was trained on them")
         self.classifier.model.to(config.device).eval()
-        skip = self.data_args.skip_corrupt_images
-        self.eval_set = evaluation_images(rows, self.classifier, args.max_eval_images, skip_corrupt=skip)
+        self.eval_set = evaluation_images(
+            rows, self.classifier, args.max_eval_images, skip_corrupt=data.skip_corrupt_images
+        )
         mine = range(config.process_index, len(self.eval_set), config.world_size)
         size = config.per_device_eval_batch_size
         starts = range(0, len(mine), size)
         self.batches = [collate([self.eval_set[i] for i in mine[at : at + size]])["pixel_values"] for at in starts]
 
+    def _with_its_own_head(self) -> Classifier:
+        """The model as it is, whatever the classes of the images, whose labels are left as they are."""
+        name, revision = str(self.model_args.model_name_or_path), self.model_args.model_revision
+        model, processor = load_model(name, revision), load_image_processor(name, revision)
+        find_patch_embedding(model)
+        model.config._commit_hash = hub_commit(model, revision)
+        preprocessing = Preprocessing.from_processor(processor)
+        preprocessing.check_fits(model.config)
+        classes = max(model.config.num_labels or 0, len(class_names(self._train_rows) or ()))
+        names = {index: str(index) for index in range(classes)}
+        labels = LabelAlignment(names, {name: index for index, name in names.items()}, None, False, "")
+        return Classifier(model, processor, preprocessing, labels)
+
     def images(self, seed: int) -> Any:
         """The training images, augmented from ``seed``."""
         return training_images(self.data_args, self._train_rows, self.classifier, seed)
 
-    @contextlib.contextmanager
-    def bench(self, model: Any, steps_taken: list[int] | None = None) -> Iterator[Bench]:
-        """What noises of ``model`` are learned and measured with; finished points are kept in ``points/``."""
-        identity = {
-            "data": asdict(self.data_args),
-            "measured on": [float(batch.double().sum()) for batch in self.batches],
-        }
-        records, images = Records(self.output / "points"), self.images(self.config.seed)
-        known = [] if steps_taken is None else steps_taken
-        bench = Bench(model, images, self.batches, self.config, records, self.bar, identity, known)
-        try:
-            yield bench
-        finally:
-            bench.close()
+    @cached_property
+    def records(self) -> Records:
+        """The finished points."""
+        return Records(self.output / "points")
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a finished point depends on besides the model and its own settings."""
+        return {"data": asdict(self.data_args), "measured on": [float(batch.double().sum()) for batch in self.batches]}
 
     def keep(self, figure: str, found: dict[str, Any], quoted: Any, plot: Callable[[Path], Path]) -> None:
-        """FIGURE.json with command, versions, settings and protocol, and FIGURE.png."""
+        """FIGURE.json with command, versions, settings, protocol and what the paper says, and FIGURE.png."""
         if not self.state.is_main_process:
             return
         protocol: dict[str, Any] = {}
@@ -219,10 +227,26 @@ class Setting:
         every = self.config.to_dict()
         method = {name: every[name] for name in (*NullspaceConfig.__annotations__, "bf16") if name in every}
         written = {"figure": asdict(self.args), "model": asdict(self.model_args), "data": asdict(self.data_args)}
-        written["method"] = method
-        head = envelope(figure, settings=written, protocol=protocol, quoted=quoted)
+        head = {
+            "figure": figure,
+            "command": shlex.join(["python", "recipes/reproduce.py", *sys.argv[1:]]),
+            "versions": versions(),
+            "commit": commit(),
+            "protocol": protocol,
+            "settings": written | {"method": method},
+            "quoted_from_the_paper": quoted,
+        }
         path = write_json(self.output / f"{figure}.json", head | found)
         self.say(f"Numbers: {path}. Picture: {plot(self.output / f'{figure}.png')}")
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this file lies in; None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def claim(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
@@ -235,21 +259,3 @@ def claim(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
         claim_folder(folder, settings)
     except OtherRunError as error:
         raise UsageError(f"{str(error).partition(' Choose')[0]} Choose another --output_dir") from error
-
-
-def load_as_it_is(args: ModelArguments, classes: int = 0) -> Classifier:
-    """The model with its own head, whatever the ``classes`` of the images, whose labels are left as they are.
-
-    Raises:
-        NotAViTError: if the model has no patch embedding.
-        OSError: if there is no such model, or its files cannot be used.
-    """
-    name, revision = str(args.model_name_or_path), args.model_revision
-    model, processor = load_model(name, revision), load_image_processor(name, revision)
-    find_patch_embedding(model)
-    model.config._commit_hash = hub_commit(model, revision)
-    preprocessing = Preprocessing.from_processor(processor)
-    preprocessing.check_fits(model.config)
-    names = {index: str(index) for index in range(max(model.config.num_labels or 0, classes))}
-    labels = LabelAlignment(names, {name: index for index, name in names.items()}, None, False, "")
-    return Classifier(model, processor, preprocessing, labels)

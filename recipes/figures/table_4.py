@@ -1,14 +1,18 @@
 """Table 4: the dimension of the patch embedding's nullspace, of models or of configurations with random weights."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from figures.setting import Setting
+from hf_nullspace.command_line import UsageError
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.linear.patch import PatchNullspace
+from hf_nullspace.models.loading import load_model
 
 # Table 4 of the paper, quoted: (features D, patch size) and the dimension of the nullspace.
 TABLE_4 = {(192, 16): 576, (384, 32): 2688, (384, 16): 384, (768, 32): 2304, (768, 16): 2, (768, 8): 0,
@@ -17,32 +21,45 @@ RANDOM = "random weights"
 HEADER = "features  patch  dimension  paper  at tol/10  at 10 tol   s_min/s_max  model"
 
 
+def make(setting: Setting) -> None:
+    """The dimension of the nullspace of models and configurations."""
+    own = setting.model_args.model_name_or_path
+    setting.say(HEADER)
+    rows = []
+    for row in table_4([*setting.args.table4, *([own] if own else [])], load_model, seed=setting.config.seed):
+        rows.append(row)
+        setting.say(line_of(row))
+    setting.say(f"'paper' is quoted; {remark(rows) or 'all as in the paper'}")
+    quoted = {f"{features}:{patch}": dimension for (features, patch), dimension in TABLE_4.items()}
+    setting.keep("table4", {"rows": rows}, quoted, partial(plot_table_4, rows))
+
+
 def table_4(
     names: Sequence[str],
-    load_model: Callable[[str], nn.Module],
+    load: Callable[[str], nn.Module],
     *,
     stored_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """One row after the other: ``PatchNullspace.summary``, the model's name, and the paper's dimension or None.
 
-    A name is a model, for ``load_model``; a configuration ``D:patch`` of 3 channels, whose weights are drawn from
+    A name is a model, for ``load``; a configuration ``D:patch`` of 3 channels, whose weights are drawn from
     ``seed``; or "paper", the eight configurations of the paper.
 
     Raises:
-        ValueError: for a configuration with a zero.
+        UsageError: for a configuration with a zero.
     """
     papers = [f"{features}:{patch}" for features, patch in TABLE_4]
     for name in [one for given in names for one in (papers if given == "paper" else [given])]:
         features, _, patch = name.partition(":")
         if features.isdecimal() and patch.isdecimal():
             if not int(features) or not int(patch):
-                raise ValueError(f"table4: {name!r}; expected at least 1 feature and patches of at least 1 pixel")
+                raise UsageError(f"table4: {name!r}; expected at least 1 feature and patches of at least 1 pixel")
             generator = torch.Generator().manual_seed(seed)
             weight = torch.randn(int(features), 3, int(patch), int(patch), generator=generator)
             nullspace, kind = PatchNullspace.from_weight(weight, stored_dtype=stored_dtype), RANDOM
         else:
-            nullspace, kind = PatchNullspace.from_model(load_model(name), stored_dtype=stored_dtype), name
+            nullspace, kind = PatchNullspace.from_model(load(name), stored_dtype=stored_dtype), name
         row = {"model": kind, "paper": None, **nullspace.summary()}
         if row["patch"][0] == 3 and row["patch"][1] == row["patch"][2]:
             row["paper"] = TABLE_4.get((row["features"], row["patch"][1]))

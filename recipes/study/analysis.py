@@ -6,7 +6,6 @@ stands beside them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -49,72 +48,34 @@ class Results:
         NaN where they have none in common.
         """
         own, others = self.seeds(arm, [title]), self.seeds(reference, [title])
-        seeds = [seed for seed in own if seed in others]
-        if others == [None]:
-            seeds = own
-        if own == [None]:
-            seeds = others
-        if not seeds:
+        if None not in own + others:
+            own = others = [seed for seed in own if seed in others]
+        if not own or not others:
             return np.full(len(self.places[title]), np.nan)
-        ours = [self._of(arm, seed)[title].astype(float) for seed in seeds]
-        theirs = [self._of(reference, seed)[title].astype(float) for seed in seeds]
+        ours = [self.correct[arm][seed][title].astype(float) for seed in own]
+        theirs = [self.correct[reference][seed][title].astype(float) for seed in others]
         return np.mean(ours, axis=0) - np.mean(theirs, axis=0)
-
-    def _of(self, arm: str, seed: int | None) -> dict[str, NDArray[np.bool_]]:
-        return self.correct[arm].get(seed, self.correct[arm].get(None, {}))
 
 
 def differences(
     results: Results,
     groups: Mapping[str, Mapping[str, float]],
-    reference: str,
+    pairs: Sequence[tuple[str, str]],
     *,
     resamples: int = 2000,
     seed: int = 0,
-    confidence: float = 0.95,
-) -> dict[str, dict[str, list[float]]]:
-    """Arm -> group -> [difference to ``reference``, low, high], in points.
+) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """(arm, reference) -> group -> [arm minus reference, low, high], in points with 95% intervals.
 
     Percentile bootstrap over the images of all conditions together; a condition on fewer images takes those of them
     that were drawn, as often as they were. A group has no entry where an arm and the reference share no seed.
     """
-    pairs = [(arm, reference) for arm in results.correct if arm != reference]
-    found = _intervals(results, groups, pairs, resamples, seed, confidence)
-    return {arm: found[arm, reference] for arm, _ in pairs}
-
-
-def between_arms(
-    results: Results,
-    weights: Mapping[str, float],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> dict[str, dict[str, list[float]]]:
-    """Arm -> reference -> [difference of one weighted mean, low, high] for every two arms; as :func:`differences`."""
-    pairs = list(permutations(results.correct, 2))
-    found = _intervals(results, {"average": weights}, pairs, resamples, seed, confidence)
-    whole: dict[str, dict[str, list[float]]] = {arm: {} for arm in results.correct}
-    for (arm, reference), entry in found.items():
-        if "average" in entry:
-            whole[arm][reference] = entry["average"]
-    return whole
-
-
-def _intervals(
-    results: Results,
-    groups: Mapping[str, Mapping[str, float]],
-    pairs: Sequence[tuple[str, str]],
-    resamples: int,
-    seed: int,
-    confidence: float,
-) -> dict[tuple[str, str], dict[str, list[float]]]:
     everything = np.unique(np.concatenate(list(results.places.values())))
     where = {title: np.searchsorted(everything, places) for title, places in results.places.items()}
     titles = [title for title in results.conditions if any(title in weights for weights in groups.values())]
     changes = {t: np.stack([results.change(*pair, t) for pair in pairs], axis=1) for t in titles}
     rng = np.random.default_rng(seed)
-    draws = {title: np.empty((resamples, len(pairs))) for title in titles}
+    draws = {title: np.full((resamples, len(pairs)), np.nan) for title in titles}
     equal = np.full(len(everything), 1 / len(everything))
     for first in range(0, resamples, 100):
         some = slice(first, min(first + 100, resamples))
@@ -122,9 +83,7 @@ def _intervals(
         for title in titles:
             mine = counts[:, where[title]]
             drawn = mine.sum(1, keepdims=True)
-            draws[title][some] = np.divide(
-                mine @ changes[title], drawn, out=np.full((len(mine), len(pairs)), np.nan), where=drawn > 0
-            )
+            np.divide(mine @ changes[title], drawn, out=draws[title][some], where=drawn > 0)
     found: dict[tuple[str, str], dict[str, list[float]]] = {pair: {} for pair in pairs}
     for group, weights in groups.items():
         sampled = np.stack([weight * draws[title] for title, weight in weights.items()]).sum(0)
@@ -134,7 +93,7 @@ def _intervals(
                 continue
             # A condition of few images has none of them in some draws.
             drawn = sampled[np.isfinite(sampled[:, column]), column]
-            interval = percentile(float(value[column]), drawn, confidence)
+            interval = percentile(float(value[column]), drawn, 0.95)
             found[pair][group] = [round(100 * x, 4) for x in (interval.value, interval.low, interval.high)]
     return found
 
@@ -210,16 +169,3 @@ def power(
 def smallest(p: float, n: int) -> float:
     """The difference in points whose 95% interval just leaves out zero: 1.96 sqrt(p / n)."""
     return round(100 * Z * float(np.sqrt(p / n)), 4)
-
-
-def selection_averages(
-    correct: Mapping[str, Sequence[tuple[float, Mapping[str, NDArray[np.bool_]]]]], weights: Mapping[str, float]
-) -> dict[str, dict[float, float]]:
-    """Arm -> learning rate -> average in %, on the selection slice."""
-    return {
-        arm: {
-            rate: round(100 * float(sum(weight * found[t].mean() for t, weight in weights.items())), 4)
-            for rate, found in rates
-        }
-        for arm, rates in correct.items()
-    }

@@ -7,24 +7,22 @@ images with one seed; then every arm is trained with every seed and measured on 
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import yaml
 
+from hf_nullspace.command_line import UsageError
 from hf_nullspace.robustness.plans import BASE, Planned, parse_entry
 from hf_nullspace.robustness.suite import Corrupted
+from study.arguments import CompareArguments
 
 CELLS = "cells"
 """In an average: the mean over all generated corruption cells of the study."""
 BEFORE = "before"
 """The checkpoint that every run starts from, measured like an arm."""
 _OWN_KEYS = ("seeds", "learning_rate_of")
-
-
-class StudyError(ValueError):
-    """A study that contradicts itself; the message names the entry."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +80,17 @@ class Study:
     plan: tuple[Planned, ...]
     average: Mapping[str, float]
     """Condition -> weight, of the number that learning rates are chosen by and the study is judged by."""
-    report: Slice
-    selection: Slice | None = None
-    selection_limit: int | None = None
-    seed: int = 0
-    """Of corruptions and random starts."""
-    groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    groups: Mapping[str, Mapping[str, float]]
     """What the table shows: name -> condition -> weight; the average, every attack, the mean of the cells."""
-    condition_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    condition_seeds: Mapping[str, tuple[int, ...]]
     """Condition -> the seeds whose runs it is measured on, for those that are too dear for all."""
+    report: Slice
+    selection: Slice | None
+    selection_limit: int | None
+    seed: int
+    """Of corruptions and random starts."""
 
-    def plan_of(self, run: "Run") -> list[Planned]:
+    def plan_of(self, run: Run) -> list[Planned]:
         """What a run is measured on; the checkpoint before on everything."""
         return [p for p in self.plan if run.seed is None or run.seed in self.condition_seeds.get(p.title, (run.seed,))]
 
@@ -108,11 +106,7 @@ class Study:
 
     def selection_plan(self) -> list[Planned]:
         """The conditions of the average, all on the same images: ``selection_limit`` of them, or the whole slice."""
-        return [
-            Planned(BASE, planned.condition, self.selection_limit)
-            for planned in self.plan
-            if planned.title in self.average
-        ]
+        return [Planned(BASE, p.condition, self.selection_limit) for p in self.plan if p.title in self.average]
 
     def report_runs(self, chosen: Mapping[str, float]) -> list[Run]:
         """The checkpoint before, and every arm with every seed, with the learning rates that were chosen.
@@ -133,78 +127,63 @@ class Study:
         return {arm.name: max(self.learning_rates, key=averages[arm.name].__getitem__) for arm in self.selecting()}
 
 
-def make_study(
-    arms: str | Mapping[str, Any],
-    *,
-    control: str,
-    seeds: Sequence[int],
-    learning_rates: Sequence[float],
-    conditions: Iterable[str],
-    average: Sequence[str],
-    report: str,
-    selection: str | None,
-    selection_limit: int | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-) -> Study:
-    """A study from what a YAML file and options say.
-
-    Args:
-        arms: name -> fields of NullspaceConfig, ``seeds`` (instead of the study's), ``learning_rate_of``; or JSON.
-        conditions: entries as a suite's plan has them (``robustness.plans``), as YAML; with ``seeds``, a condition is
-            measured on the runs of those seeds alone, which one of the average cannot be.
-        average: titles of conditions, or beginnings that only one has, and "cells"; equal weights.
-        report, selection: "first:stop" among the test images; no selection: the one learning rate is taken.
-        limit: the most images of every condition that sets no limit of its own.
+def make_study(args: CompareArguments) -> Study:
+    """The design that the options say.
 
     Raises:
-        StudyError: if something is unknown or contradicts something else.
+        UsageError: if something is unknown or contradicts something else.
     """
-    content = mapping_of("arms", arms)
-    if not content or not seeds or not learning_rates:
-        raise StudyError("a study needs arms, seeds and learning_rates: at least one of each")
-    made = {name: _arm(name, entry or {}, tuple(seeds)) for name, entry in content.items()}
-    if control not in made or made[control].learning_rate_of is not None:
-        raise StudyError(f"control={control!r}: expected an arm with a learning rate of its own; arms: {list(made)}")
-    for arm in made.values():
-        if arm.learning_rate_of is not None and (
-            arm.learning_rate_of not in made or made[arm.learning_rate_of].learning_rate_of is not None
-        ):
-            raise StudyError(f"arm {arm.name!r}: learning_rate_of={arm.learning_rate_of!r} is no arm that chooses one")
-        if not set(arm.seeds) <= set(made[control].seeds):
-            raise StudyError(f"arm {arm.name!r}: seeds {arm.seeds}; differences need the seeds of the control as well")
-    if BEFORE in made or len({slug(name) for name in made}) < len(made):
-        raise StudyError(f"arms {list(made)}: two share a folder's name, or one is called {BEFORE!r}")
-    plan, condition_seeds = _plan(conditions, limit)
+    content = mapping_of("arms", args.arms)
+    if not content or not args.seeds or not args.learning_rates:
+        raise UsageError("a study needs arms, seeds and learning_rates: at least one of each")
+    arms = {name: _arm(name, entry or {}, tuple(args.seeds)) for name, entry in content.items()}
+    choosing = {name for name, arm in arms.items() if arm.learning_rate_of is None}
+    if args.control not in choosing:
+        raise UsageError(
+            f"control={args.control!r}: expected an arm with a learning rate of its own; arms: {list(arms)}"
+        )
+    for arm in arms.values():
+        if arm.learning_rate_of not in {None, *choosing}:
+            raise UsageError(f"arm {arm.name!r}: learning_rate_of={arm.learning_rate_of!r} is no arm that chooses one")
+        if not set(arm.seeds) <= set(arms[args.control].seeds):
+            raise UsageError(f"arm {arm.name!r}: seeds {arm.seeds}; differences need the seeds of the control as well")
+    if BEFORE in arms or len({slug(name) for name in arms}) < len(arms):
+        raise UsageError(f"arms {list(arms)}: two share a folder's name, or one is called {BEFORE!r}")
+    plan, condition_seeds = _plan(args.conditions, args.limit)
     titles = [planned.title for planned in plan]
-    if not titles or len(set(titles)) < len(titles) or any(planned.images != BASE for planned in plan):
-        raise StudyError(f"conditions {titles}: expected some, each once, all on the test images of the study")
-    if selection is None and len(learning_rates) > 1:
-        raise StudyError(f"learning_rates {list(learning_rates)}: choosing one needs a selection slice")
-    slices = [_slice("report", report)] + ([_slice("selection", selection)] if selection is not None else [])
-    if len(slices) == 2 and slices[0].first < slices[1].stop and slices[1].first < slices[0].stop:
-        raise StudyError(f"report {report} and selection {selection} share images; a choice may not be made on them")
-    weights = _weights(average, plan)
-    if limited := weights.keys() & condition_seeds.keys():
-        raise StudyError(f"{', '.join(sorted(limited))}: in the average, so it is measured on every seed")
-    if wrong := {seed for chosen in condition_seeds.values() for seed in chosen} - set(made[control].seeds):
-        raise StudyError(f"conditions with seeds {sorted(wrong)}, which the control {control!r} is not trained with")
     cells = [planned.title for planned in plan if isinstance(planned.condition, Corrupted)]
+    if not titles or len(set(titles)) < len(titles) or any(planned.images != BASE for planned in plan):
+        raise UsageError(f"conditions {titles}: expected some, each once, all on the test images of the study")
+    if args.selection is None and len(args.learning_rates) > 1:
+        raise UsageError(f"learning_rates {list(args.learning_rates)}: choosing one needs a selection slice")
+    report = _slice("report", args.report)
+    selection = None if args.selection is None else _slice("selection", args.selection)
+    if selection is not None and report.first < selection.stop and selection.first < report.stop:
+        raise UsageError(
+            f"report {args.report} and selection {args.selection} share images; a choice may not be made on them"
+        )
+    weights = _weights(args.average, titles, cells)
+    if limited := weights.keys() & condition_seeds.keys():
+        raise UsageError(f"{', '.join(sorted(limited))}: in the average, so it is measured on every seed")
+    if wrong := {seed for chosen in condition_seeds.values() for seed in chosen} - set(arms[args.control].seeds):
+        raise UsageError(
+            f"conditions with seeds {sorted(wrong)}, which the control {args.control!r} is not trained with"
+        )
     groups = {"average": weights} | {title: {title: 1.0} for title in titles if title not in cells}
     if cells:
         groups["mean of the cells"] = dict.fromkeys(cells, 1 / len(cells))
     return Study(
-        made,
-        control,
-        tuple(learning_rates),
+        arms,
+        args.control,
+        tuple(args.learning_rates),
         plan,
         weights,
-        slices[0],
-        slices[1] if len(slices) == 2 else None,
-        selection_limit,
-        seed,
         groups,
         condition_seeds,
+        report,
+        selection,
+        args.selection_limit,
+        args.eval_seed,
     )
 
 
@@ -212,14 +191,14 @@ def mapping_of(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
     """A mapping, or JSON of one.
 
     Raises:
-        StudyError: if it is neither.
+        UsageError: if it is neither.
     """
     try:
         content = json.loads(value) if isinstance(value, str) else dict(value)
     except ValueError as error:
-        raise StudyError(f"{name}: {value!r} is no JSON ({error}); expected a mapping in YAML or JSON") from error
+        raise UsageError(f"{name}: {value!r} is no JSON ({error}); expected a mapping in YAML or JSON") from error
     if not isinstance(content, dict):
-        raise StudyError(f"{name}: {value!r}; expected a mapping in YAML or JSON")
+        raise UsageError(f"{name}: {value!r}; expected a mapping in YAML or JSON")
     return content
 
 
@@ -231,49 +210,47 @@ def _plan(conditions: Iterable[str], limit: int | None) -> tuple[tuple[Planned, 
         try:
             entry = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise StudyError(f"conditions: {text!r} is no YAML: {error}") from error
+            raise UsageError(f"conditions: {text!r} is no YAML: {error}") from error
         own = entry.pop("seeds", None) if isinstance(entry, dict) else None
         found = parse_entry(entry, limit, "conditions")
         plan += found
         if own is not None:
             if not isinstance(own, list) or not own or not all(isinstance(seed, int) for seed in own):
-                raise StudyError(f"conditions: {text}: seeds: {own!r}; expected a list of seeds")
+                raise UsageError(f"conditions: {text}: seeds: {own!r}; expected a list of seeds")
             seeds |= {planned.title: tuple(own) for planned in found}
     return tuple(plan), seeds
 
 
 def _arm(name: str, entry: Mapping[str, Any], seeds: tuple[int, ...]) -> Arm:
     if not isinstance(entry, Mapping):
-        raise StudyError(f"arm {name!r}: {entry!r}; expected a mapping with an objective")
+        raise UsageError(f"arm {name!r}: {entry!r}; expected a mapping with an objective")
     settings = {key: value for key, value in entry.items() if key not in _OWN_KEYS}
     if "objective" not in settings or "learning_rate" in settings or "seed" in settings:
-        raise StudyError(f"arm {name!r}: {dict(entry)}: expected an objective, and neither learning_rate nor seed")
+        raise UsageError(f"arm {name!r}: {dict(entry)}: expected an objective, and neither learning_rate nor seed")
     return Arm(name, settings, tuple(entry.get("seeds", seeds)), entry.get("learning_rate_of"))
 
 
-def _weights(average: Sequence[str], plan: Sequence[Planned]) -> dict[str, float]:
-    titles = [planned.title for planned in plan]
-    cells = [planned.title for planned in plan if isinstance(planned.condition, Corrupted)]
+def _weights(average: Sequence[str], titles: Sequence[str], cells: Sequence[str]) -> dict[str, float]:
+    """Condition -> its weight in the average; equal weights of the entries."""
     weights: dict[str, float] = {}
     for entry in average:
-        found = cells if entry == CELLS else [t for t in titles if t == entry] or [
-            title for title in titles if title.startswith(entry)
-        ]  # fmt: skip
+        exact, beginning = ([t for t in titles if t == entry], [t for t in titles if t.startswith(entry)])
+        found = cells if entry == CELLS else exact or beginning
         if not found or (entry != CELLS and len(found) > 1):
-            raise StudyError(
+            raise UsageError(
                 f"average: {entry!r} is {len(found)} of the conditions {titles}; expected one, or {CELLS!r}"
             )
         for title in found:
             weights[title] = weights.get(title, 0.0) + 1 / len(average) / len(found)
     if not weights:
-        raise StudyError("average: expected conditions of the study; learning rates are chosen by it")
+        raise UsageError("average: expected conditions of the study; learning rates are chosen by it")
     return weights
 
 
 def _slice(name: str, text: str) -> Slice:
     match = re.fullmatch(r"(\d+):(\d+)", str(text))
     if match is None or int(match[1]) >= int(match[2]):
-        raise StudyError(f"{name}: {text!r}; expected places among the test images, such as 0:8000")
+        raise UsageError(f"{name}: {text!r}; expected places among the test images, such as 0:8000")
     return Slice(name, int(match[1]), int(match[2]))
 
 

@@ -5,18 +5,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from hf_nullspace.command_line import UsageError
 from hf_nullspace.core.files import DamagedFileError, read_json, size_and_hash, write_json, write_whole
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.corruptions import SMALL, corrupt
 from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet
 from hf_nullspace.robustness.records import images_fingerprint
-from hf_nullspace.robustness.suite import Clean, Condition, Corrupted
-
-
-class MixedSizesError(ValueError):
-    """The images of the set have different sizes, so they do not fit into one array."""
+from hf_nullspace.robustness.suite import Condition, Corrupted
 
 
 class KeptImages(ImageSet):
@@ -44,6 +40,7 @@ class ImageStore:
 
     def __init__(self, folder: Path | str, images: Any, seed: int):
         self.images, self.seed = images, seed
+        self.preprocessing: Preprocessing = images.preprocessing
         self.fingerprint = images_fingerprint(images)
         self.folder = Path(folder) / self.fingerprint
         self._labels: dict[int, int] = {}
@@ -53,43 +50,42 @@ class ImageStore:
         """The images at ``places`` for a condition: corrupted already, if it is a corruption.
 
         Raises:
-            ValueError: if the set has no such place.
-            MixedSizesError: if the images differ in size.
+            UsageError: if the set has no such place, or the images differ in size, so that no array holds them.
         """
         if not 0 <= places[0] <= places[-1] < len(self.images):
-            raise ValueError(f"places {places[0]} to {places[-1]}, but the test split has {len(self.images)} images")
-        corrupted = condition if isinstance(condition, Corrupted) else None
-        name = "clean" if corrupted is None else f"{corrupted.corruption}-{corrupted.severity}-seed-{self.seed}"
+            raise UsageError(f"places {places[0]} to {places[-1]}, but the test split has {len(self.images)} images")
+        name = "clean"
+        if isinstance(condition, Corrupted):
+            name = f"{condition.corruption}-{condition.severity}-seed-{self.seed}"
         path = self.folder / f"{places[0]}-{places[-1]}-{len(places)}" / f"{name}.npy"
         if path not in self._intact and not _intact(path):
-            array = self._made(places, corrupted)
+            array = self._array(places, condition)
             write_whole(path, lambda temporary: _save(temporary, array))
             write_json(path.with_suffix(".json"), size_and_hash(path))
         self._intact.add(path)
         for place in places:
             if place not in self._labels:  # a row of a data set takes a while
                 self._labels[place] = int(self.images.label(place))
-        labels = [self._labels[place] for place in places]
-        rows = ArrayRows(np.load(path, mmap_mode="r"), labels)
-        return KeptImages(rows, self.images.preprocessing, places, corrupted or Clean())
+        rows = ArrayRows(np.load(path, mmap_mode="r"), [self._labels[place] for place in places])
+        return KeptImages(rows, self.preprocessing, places, condition)
 
-    def _made(self, places: tuple[int, ...], corrupted: Corrupted | None) -> NDArray[np.uint8]:
-        made: NDArray[np.uint8] | None = None
+    def _array(self, places: tuple[int, ...], condition: Condition) -> NDArray[np.uint8]:
+        """(images, height, width, channels)."""
+        array: NDArray[np.uint8] = np.empty((0, 0, 0, 0), dtype=np.uint8)
         for row, place in enumerate(places):
-            image: Image.Image = self.images.raw_image(place)
-            if corrupted is not None:
-                image = corrupt(image, corrupted.corruption, corrupted.severity, seed=self.seed, index=place)
+            image = self.images.raw_image(place)
+            if isinstance(condition, Corrupted):
+                image = corrupt(image, condition.corruption, condition.severity, seed=self.seed, index=place)
             pixels = np.asarray(image)
-            if made is None:
-                made = np.empty((len(places), *pixels.shape), dtype=np.uint8)
-            if pixels.shape != made.shape[1:]:
-                raise MixedSizesError(
-                    f"image {place} is {pixels.shape[1]}x{pixels.shape[0]}, the first {made.shape[2]}x{made.shape[1]}: "
-                    "a study keeps its images in one array. Resize the set to one size first"
+            if row == 0:
+                array = np.empty((len(places), *pixels.shape), dtype=np.uint8)
+            if pixels.shape != array.shape[1:]:
+                raise UsageError(
+                    f"image {place} is {pixels.shape[1]}x{pixels.shape[0]}, the first {array.shape[2]}x"
+                    f"{array.shape[1]}: a study keeps its images in one array. Resize the set to one size first"
                 )
-            made[row] = pixels
-        assert made is not None
-        return made
+            array[row] = pixels
+        return array
 
 
 def _intact(path: Path) -> bool:
@@ -101,5 +97,5 @@ def _intact(path: Path) -> bool:
 
 
 def _save(path: Path, array: NDArray[np.uint8]) -> None:
-    with path.open("wb") as file:
+    with path.open("wb") as file:  # np.save would add a suffix to a path
         np.save(file, array)

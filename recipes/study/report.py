@@ -2,14 +2,17 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hf_nullspace.core.files import write_json, write_whole
-from hf_nullspace.core.text import cell, escape
-from study.analysis import Results, between_arms, differences, table
+from hf_nullspace.core.canvas import canvas, save_png
+from hf_nullspace.core.files import write_json, write_text
+from hf_nullspace.core.text import cell, escape, short, with_interval
+from hf_nullspace.core.text import table as markdown_table
+from study.analysis import Results, differences, table
 from study.design import BEFORE
 
 
@@ -19,13 +22,23 @@ def complete(content: dict[str, Any], *, resamples: int = 2000) -> dict[str, Any
     ``between_arms`` has the average's differences of every two arms.
     """
     results, study = Results(content), content["study"]
+    arms, groups = list(results.correct), study["groups"]
     each = {title: {title: 1.0} for title in study["conditions"]}
-    groups = study["groups"]
+
+    def against(reference: str, groups: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, list[float]]]:
+        pairs = [(arm, reference) for arm in arms if arm != reference]
+        return {arm: found for (arm, _), found in differences(results, groups, pairs, resamples=resamples).items()}
+
+    average = {"average": groups["average"]}
+    between = differences(results, average, list(permutations(arms, 2)), resamples=resamples)
     return content | {
         "table": table(results, groups),
-        "differences": differences(results, groups | each, study["control"], resamples=resamples),
-        "against_before": differences(results, groups, BEFORE, resamples=resamples),
-        "between_arms": between_arms(results, groups["average"], resamples=resamples),
+        "differences": against(study["control"], groups | each),
+        "against_before": against(BEFORE, groups),
+        "between_arms": {
+            arm: {other: found["average"] for (one, other), found in between.items() if one == arm and found}
+            for arm in arms
+        },
         "cost": costs(content["runs"]),
         "resamples": resamples,
     }
@@ -50,17 +63,12 @@ def costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 def write_study(content: Mapping[str, Any], folder: Path | str) -> dict[str, Path]:
     """Write ``results.json``, ``results.md``, ``cost.png`` and ``conditions.png`` into ``folder``."""
     folder = Path(folder)
-    text = markdown(content)
     return {
         "json": write_json(folder / "results.json", dict(content)),
-        "md": write_whole(folder / "results.md", lambda temporary: _write(temporary, text)),
+        "md": write_text(folder / "results.md", markdown(content)),
         "cost": plot_cost(content, folder / "cost.png"),
         "conditions": plot_conditions(content, folder / "conditions.png"),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -76,10 +84,10 @@ def markdown(content: Mapping[str, Any]) -> str:
     lines += ["", f"Paired differences to {escape(control)} in points, with 95% intervals over images.", ""]
     lines += _table(
         ["arm", *map(short, groups)],
-        [[arm, *(signed(entry.get(g)) for g in groups)] for arm, entry in content["differences"].items()],
+        [[arm, *(_interval(entry.get(g)) for g in groups)] for arm, entry in content["differences"].items()],
     )
     lines += ["", "The same for the average, between every two arms: the row's minus the column's.", ""]
-    lines += _table(["", *arms], [[arm, *(signed(between[arm].get(other)) for other in arms)] for arm in arms])
+    lines += _table(["", *arms], [[arm, *(_interval(between[arm].get(other)) for other in arms)] for arm in arms])
     lines += ["", "Cost of one run, in forward passes of one image (a backward pass to the parameters is two).", ""]
     lines += _table(
         ["arm", "learning rate", "all", "training steps", "attacks", "noises", "seconds"],
@@ -114,23 +122,12 @@ def spread(entry: Mapping[str, Any] | None) -> str:
     return f"{entry['mean']:.2f}" + ("" if entry["spread"] is None else f" ± {entry['spread']:.2f}")
 
 
-def signed(interval: Sequence[float] | None) -> str:
-    if interval is None:
-        return ""
-    value, low, high = interval
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def short(title: str) -> str:
-    """A condition's title without the settings that are the rule."""
-    name, _, settings = title.partition("(")
-    first = settings.split(",")[0].rstrip(")")
-    return f"{name} {first}".strip() if settings else title
+def _interval(entry: Sequence[float] | None) -> str:
+    return "" if entry is None else with_interval(*entry)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (map(cell, head), rule, *(map(cell, row) for row in rows))]
+    return markdown_table([cell(text) for text in head], [[cell(text) for text in row] for row in rows])
 
 
 def plot_cost(content: Mapping[str, Any], path: Path) -> Path:
@@ -139,7 +136,7 @@ def plot_cost(content: Mapping[str, Any], path: Path) -> Path:
     Logarithmic beyond one point where a linear axis would flatten the small differences (:func:`difference_scale`).
     """
     control = content["study"]["control"]
-    figure, (axes,) = _figure(8.5)
+    figure, ((axes,),) = canvas(8.5, 4.2)
     sizes = []
     for place, arm in enumerate(content["table"]):
         own = (0.0, 0.0, 0.0) if arm == control else content["differences"][arm].get("average")
@@ -163,7 +160,7 @@ def plot_cost(content: Mapping[str, Any], path: Path) -> Path:
         axes.set_yticks([], minor=True)
         axes.set_ylabel(f"average - {control} (points; logarithmic beyond 1)")
     figure.legend(loc="outside right upper", fontsize="x-small")
-    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    return save_png(figure, path)
 
 
 def difference_scale(sizes: Sequence[float]) -> str:
@@ -175,9 +172,9 @@ def plot_conditions(content: Mapping[str, Any], path: Path) -> Path:
     """Accuracy per group of conditions, a bar for each arm with the spread over its seeds; five groups in a row."""
     groups, arms = list(content["study"]["groups"]), list(content["table"])
     rows = [groups[first : first + 5] for first in range(0, len(groups), 5)]
-    figure, every_axes = _figure(9.0, 1.2 + 2.6 * len(rows), len(rows))
+    figure, every_axes = canvas(9.0, 1.2 + 2.6 * len(rows), len(rows))
     width = 0.85 / len(arms)
-    for axes, row in zip(every_axes, rows, strict=True):
+    for axes, row in zip(every_axes[:, 0], rows, strict=True):
         for place, arm in enumerate(arms):
             entries = [content["table"][arm].get(group, {"mean": np.nan, "spread": None}) for group in row]
             where = np.arange(len(row)) + (place - (len(arms) - 1) / 2) * width
@@ -185,8 +182,10 @@ def plot_conditions(content: Mapping[str, Any], path: Path) -> Path:
             axes.bar(where, means, width, yerr=errors, label=arm, color=_color(place), error_kw={"linewidth": 0.7})
         axes.set_xticks(range(len(row)), [short(group) for group in row], fontsize=8)
         axes.set(ylabel="accuracy (%)", xlim=(-0.5, 4.5))
-    figure.legend(*every_axes[0].get_legend_handles_labels(), loc="outside upper center", fontsize="x-small", ncols=4)
-    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    figure.legend(
+        *every_axes[0, 0].get_legend_handles_labels(), loc="outside upper center", fontsize="x-small", ncols=4
+    )
+    return save_png(figure, path)
 
 
 def _color(place: int) -> tuple[float, ...]:
@@ -194,12 +193,3 @@ def _color(place: int) -> tuple[float, ...]:
     from matplotlib import colormaps
 
     return tuple(colormaps["tab20"](place % 10 * 2 + place // 10 % 2))
-
-
-def _figure(width: float, height: float = 4.2, rows: int = 1) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, squeeze=False)[:, 0]

@@ -1,70 +1,44 @@
 """What the rows of ``python.txt`` may name."""
 
-# ruff: noqa: F401 (the rows use them)
+import functools
+import importlib
+import pkgutil
+from collections import Counter
 
 import datasets
+import evaluate as library
 import numpy as np
 import torch
 from PIL import Image
-from torch import nan, tensor, zeros
 
-from hf_nullspace import metric_folder
-from hf_nullspace.core.settings import check_numbers
-from hf_nullspace.core.uploads import push_folder
-from hf_nullspace.explain.lrp import lrp_map
-from hf_nullspace.explain.maps import saliency_maps
-from hf_nullspace.hub.checkpoint_files import read_checkpoint
-from hf_nullspace.hub.convert import read_labels, timm_image_processor
-from hf_nullspace.invisible.ownership import fingerprint, verify_owner
-from hf_nullspace.linear.box import nearest_in_box
-from hf_nullspace.linear.layer_norm import exact_encoder_nullspace
-from hf_nullspace.linear.patch import PatchNullspace, split_patches
-from hf_nullspace.models.attention import attention_weights
-from hf_nullspace.models.loading import load_image_processor, load_model
-from hf_nullspace.models.patch_embedding import find_patch_embedding, patch_embedding_noise
-from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor, rgb_image
-from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
+import hf_nullspace
+from hf_nullspace.linear.patch import PatchNullspace
+from hf_nullspace.models.patch_embedding import patch_embedding_noise
+from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise
-from hf_nullspace.noise.bank import NoiseBank
-from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
-from hf_nullspace.noise.calibration import calibrate
-from hf_nullspace.noise.closure import combinations, scaling
-from hf_nullspace.noise.pixels import pixel_preimage
-from hf_nullspace.robustness.attacks.auto import AutoAttack
-from hf_nullspace.robustness.attacks.carlini_wagner import CW
-from hf_nullspace.robustness.attacks.gradient import FGSM, MIM, PGD
-from hf_nullspace.robustness.attacks.patch_fool import PatchFool
-from hf_nullspace.robustness.corruptions import corrupt
-from hf_nullspace.robustness.label_spaces import imagenet_columns, wnids
+from hf_nullspace.robustness import scores
 from hf_nullspace.robustness.pixel_model import PixelModel
-from hf_nullspace.robustness.plans import load_plan, parse_entry
-from hf_nullspace.robustness.scores import (
-    accuracy,
-    corruption_error,
-    expected_calibration_error,
-    influence,
-    match_rate,
-    mean_corruption_error,
-    nine_column_average,
-    paired_difference,
-    paired_mean_difference,
-    wilson,
-    worst_condition,
-)
-from hf_nullspace.robustness.sets import load_cifar10_c, load_set
-from hf_nullspace.robustness.suite import Clean, Corrupted, evaluate
-from hf_nullspace.training.augmentation import Augmentation
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.data import ImageClassificationDataset
-from hf_nullspace.training.loading import DataArguments, ModelArguments
-from hf_nullspace.training.noise_stream import noise_stream
-from hf_nullspace.training.objectives import register_objective
-from hf_nullspace.training.preflight import check_images
-from hf_nullspace.training.sources import load_image_dataset
 from hf_nullspace.training.trainer import NullspaceTrainer
+from study.arguments import CompareArguments
 from study.design import make_study
 from tiny_models import tiny_model, tiny_resnet
 from tiny_training import Images
+
+
+@functools.cache
+def functions_and_classes():
+    """Those of the whole package, by their names; of two of the same name neither."""
+    names = [module.name for module in pkgutil.walk_packages(hf_nullspace.__path__, "hf_nullspace.")]
+    found = [
+        (name, value)
+        for module in map(importlib.import_module, names)
+        for name, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", None) == module.__name__
+    ]
+    count = Counter(name for name, _ in found)
+    return {name: value for name, value in found if count[name] == 1}
 
 
 def namespace(places, folder):
@@ -82,15 +56,13 @@ def namespace(places, folder):
         return NullspaceTrainer(model, config(**short | given), train_dataset=Images(count=count))
 
     def metric(**given):
-        import evaluate as library
-
-        module = library.load(metric_folder())
+        module = library.load(hf_nullspace.metric_folder())
         answers = {"predictions": [0, 1], "references": [0, 0], "condition": ["clean", "clean"]}
         return module.compute(**answers | given)
 
     def study(arms='{"plain": {"objective": "plain"}}', **given):
         small = {"control": "plain", "seeds": [0], "learning_rates": [0.1], "conditions": ["clean"]}
-        return make_study(arms, **small | {"average": ["clean"], "report": "0:4", "selection": None} | given)
+        return make_study(CompareArguments(arms=arms, **small | {"average": ["clean"], "report": "0:4"} | given))
 
     def images_of(rows, **given):
         return ImageClassificationDataset(rows, preprocessing, **given)
@@ -115,6 +87,8 @@ def namespace(places, folder):
         "noise": NullspaceNoise(torch.ones(1, 16, 24), (4, 4)),
         "patches": PatchNullspace.from_model(model),
         "pixels_of": PixelModel,
+        "Images": Images,
+        "tiny_model": tiny_model,
         "config": config,
         "trainer": trainer,
         "metric": metric,
@@ -123,4 +97,6 @@ def namespace(places, folder):
         "attacked": attacked,
         "with_noise": with_noise,
     }
-    return {name: str(place) for name, place in places.items()} | globals() | made
+    libraries = {"datasets": datasets, "np": np, "scores": scores, "torch": torch, "Image": Image}
+    libraries |= {"nan": torch.nan, "tensor": torch.tensor, "zeros": torch.zeros}
+    return {name: str(place) for name, place in places.items()} | functions_and_classes() | libraries | made

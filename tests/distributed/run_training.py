@@ -4,6 +4,7 @@
 cases share a launch because starting one costs many times what a tiny run does.
 """
 
+import copy
 import gc
 import json
 import os
@@ -25,6 +26,7 @@ from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
+from tiny_training import Images
 
 IMAGES = 96
 SETTINGS: dict[str, Any] = {
@@ -48,31 +50,25 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class FixedImages(torch.utils.data.Dataset):
+class FixedImages(Images):
     """The same images in every process; in the noise stream of one round it may end, or poison, one rank or all."""
 
     def __init__(self, dtype: torch.dtype, trouble: dict[str, Any] | None = None) -> None:
-        generator = torch.Generator().manual_seed(7)
-        self.pixel_values = torch.randn(IMAGES, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
-        self.labels = torch.randint(5, (IMAGES,), generator=generator)
+        super().__init__(IMAGES, dtype, seed=7)
         self.trouble, self.reads = trouble, -1
 
     def with_stream(self, name: str, part: int) -> "FixedImages":
-        stream = FixedImages(self.pixel_values.dtype, self.trouble)
-        stream.pixel_values = self.pixel_values
+        stream = copy.copy(self)
         stream.reads = 0 if self.trouble is not None and part == self.trouble["round"] else -1
         return stream
 
-    def __len__(self) -> int:
-        return IMAGES
-
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pixel_values = self.pixel_values[index]
+        row = super().__getitem__(index)
         if self.trouble is not None and self.reads >= 0 and self.trouble["rank"] in (rank(), "all"):
             self.reads += 1
             if self.reads > self.trouble["after"]:
-                pixel_values = self.strike(pixel_values, self.trouble["what"])
-        return {"pixel_values": pixel_values, "labels": int(self.labels[index])}
+                return row | {"pixel_values": self.strike(row["pixel_values"], self.trouble["what"])}
+        return row
 
     def strike(self, pixel_values: Tensor, what: str) -> Tensor:
         if what == "kill":
@@ -98,20 +94,23 @@ def stream_of(dtype: torch.dtype, read: list[int]) -> Any:
     return Dataset.from_dict(columns).to_iterable_dataset(num_shards=4).map(note, remove_columns=["index"])
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    pixel_values = torch.stack([torch.as_tensor(row["pixel_values"], dtype=torch.float64) for row in rows])
-    return {"pixel_values": pixel_values, "labels": torch.tensor([row["labels"] for row in rows])}
+def collate_as(dtype: torch.dtype) -> Any:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pixel_values = torch.stack([torch.as_tensor(row["pixel_values"], dtype=torch.float64) for row in rows])
+        return {"pixel_values": pixel_values.to(dtype), "labels": torch.tensor([int(row["labels"]) for row in rows])}
+
+    return collate
 
 
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train as the case says; what this rank ended with."""
     dtype = getattr(torch, case.get("dtype", "float64"))
     model = tiny_model(case.get("family", "vit")).to(dtype)
-    pixels = bool(case.get("pixels"))  # images that were pixels in [0, 1], with the processor that normalised them
     output = folder / case.get("output", case["name"]) / "run"
     config = NullspaceConfig(**{**SETTINGS, "output_dir": str(output), **case.get("settings", {})})
     read: list[int] = []
     dataset = stream_of(dtype, read) if case.get("streaming") else FixedImages(dtype, case.get("trouble"))
+    pixels = case.get("pixels")  # images that were pixels in [0, 1], with the processor that normalised them
     if pixels:
         dataset.pixel_values = 2 * dataset.pixel_values.sigmoid() - 1
     trainer = NullspaceTrainer(
@@ -142,10 +141,6 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "messages": messages,
         "cost": trainer.cost.summary(),
     }
-
-
-def collate_as(dtype: torch.dtype) -> Any:
-    return lambda rows: {name: v.to(dtype) if v.is_floating_point() else v for name, v in collate(rows).items()}
 
 
 def full_parameters(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,53 +32,35 @@ LIMIT_S = 240
 
 N_D = 16 * 24  # patches x features of the tiny model
 
-ADVERSARIAL = {
-    "name": "adversarial",
-    "pixels": True,
-    "settings": {"objective": "random+madry+trades", "epsilon": 0.005, "attack_steps": 2, "held_out_images": 21},
-}
-BANK = {
-    "name": "bank",
-    "settings": {
-        "preset": "boundary",
-        "noise_max_steps": 5,
-        "noise_pool_images": 14,
-        "noises_at_once": 2,
-        "noise_bank_size": 3,
-        "noise_mix": "convex",
-        "epsilon": 0.005,
-    },
-}
-SEVERAL: list[dict[str, Any]] = [
+RANDOM = {"objective": "random+madry+trades", "epsilon": 0.005, "attack_steps": 2, "held_out_images": 21}
+BANK = {"preset": "boundary", "noise_max_steps": 5, "noise_pool_images": 14, "noises_at_once": 2, "noise_bank_size": 3,
+        "noise_mix": "convex", "epsilon": 0.005}  # fmt: skip
+ADVERSARIAL = {"name": "adversarial", "pixels": True, "settings": RANDOM}
+BOTH: list[dict[str, Any]] = [
     ADVERSARIAL,
-    BANK,
-    {"name": "every_step_saved", "settings": {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}},
+    {"name": "bank", "settings": BANK},
     {"name": "minibatch", "settings": {"noise_stop_on": "minibatch", "epsilon": 0.02}},
-    {"name": "stream", "streaming": True, "settings": {"noise_on_limit": "rescale"}},
     {"name": "stream_dispatched", "streaming": True, "settings": {"objective": "plain"}},
-    {
-        "name": "stream_by_shards",
-        "streaming": True,
-        "settings": {"objective": "plain", "accelerator_config": {"dispatch_batches": False}},
-    },
     {"name": "ema", "evaluate": True, "settings": {"ema_decay": 0.9}},
     {"name": "bf16", "dtype": "float32", "settings": {"bf16": True}},
+]
+"""On one process and on two."""
+BY_SHARDS = {"objective": "plain", "accelerator_config": {"dispatch_batches": False}}
+SEVERAL: list[dict[str, Any]] = [
+    *BOTH,
+    {"name": "every_step_saved", "settings": {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}},
+    {"name": "stream", "streaming": True, "settings": {"noise_on_limit": "rescale"}},
+    {"name": "stream_by_shards", "streaming": True, "settings": BY_SHARDS},
     {"name": "not_a_number", "fails": True, "trouble": {"round": 1, "rank": 1, "after": 12, "what": "nan"}},
     {"name": "not_learned", "fails": True, "settings": {"epsilon": 0.001, "noise_max_steps": 3}},
     {"name": "few_held_out", "fails": True, "settings": {"held_out_images": 1}},
     {"name": "few_images", "fails": True, "settings": {"noise_batch_size": 1}},
 ]
 ALONE: list[dict[str, Any]] = [
-    ADVERSARIAL,
-    BANK,
-    ADVERSARIAL
-    | {"name": "adversarial_accumulated", "settings": ADVERSARIAL["settings"] | {"gradient_accumulation_steps": 2}},
+    *BOTH,
+    ADVERSARIAL | {"name": "adversarial_accumulated", "settings": RANDOM | {"gradient_accumulation_steps": 2}},
     {"name": "one_by_eight"},
     {"name": "accumulated", "settings": {"gradient_accumulation_steps": 2}},
-    {"name": "minibatch", "settings": {"noise_stop_on": "minibatch", "epsilon": 0.02}},
-    {"name": "stream_dispatched", "streaming": True, "settings": {"objective": "plain"}},
-    {"name": "ema", "evaluate": True, "settings": {"ema_decay": 0.9}},
-    {"name": "bf16", "dtype": "float32", "settings": {"bf16": True}},
 ]
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 KILLED = {  # on both ranks, while the noise of the second round is learned
@@ -162,9 +145,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         process.join(max(LIMIT_S + begin - time.perf_counter(), 0))
         process.kill()
         process.join()
-    code = min(
-        process.exitcode for process in processes
-    )  # the other rank may see the connection end before its own end
+    # Of the killed ones; the other rank may see the connection end before its own end.
+    code = min(process.exitcode for process in processes)
     return Launch(folder, log.read_text(), code, time.perf_counter() - begin)
 
 
@@ -199,8 +181,12 @@ def steps(result: dict[str, Any]) -> list[int]:
     return [entry["noise_steps"] for entry in result["history"]]
 
 
+def without_seconds(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in entries]
+
+
 def curves(result: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in result["history"]]
+    return without_seconds(result["history"])
 
 
 def check_ranks_agree(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -212,19 +198,23 @@ def check_ranks_agree(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert same_bits(first["average"], second["average"])
 
 
+def check_same_end(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Two runs end with the same parameters and noises, but for rounding."""
+    assert difference(ours["parameters"], theirs["parameters"]) < 1e-6
+    assert len(ours["noises"]) == len(theirs["noises"]) == 3
+    for our, their in zip(ours["noises"], theirs["noises"], strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-6, atol=1e-9)
+
+
 def test_one_process_two_processes_and_accumulation_end_with_the_same_parameters(one: Launch, two: Launch) -> None:
-    by_eight, accumulated = one.result("one_by_eight"), one.result("accumulated")
-    first, _ = two.results("every_step_saved")
+    first, by_eight, accumulated = two.result("every_step_saved"), one.result("one_by_eight"), one.result("accumulated")
+    assert first["processes"] == 2
     assert by_eight["processes"] == accumulated["processes"] == 1
     assert by_eight["global_step"] == accumulated["global_step"] == first["global_step"] == 6
-    assert difference(first["parameters"], by_eight["parameters"]) < 1e-6
-    assert difference(accumulated["parameters"], by_eight["parameters"]) < 1e-6
-
-
-def test_the_training_moved_the_parameters(one: Launch) -> None:
-    """Else the comparisons of this file would say nothing."""
+    check_same_end(first, by_eight)
+    check_same_end(accumulated, by_eight)
     before = {name: parameter.detach() for name, parameter in tiny_model().double().named_parameters()}
-    assert difference(one.result("one_by_eight")["parameters"], before) > 1e-3
+    assert difference(by_eight["parameters"], before) > 1e-3, "else the comparisons of this file would say nothing"
 
 
 def test_the_noise_and_its_batch_do_not_depend_on_processes_or_accumulation(one: Launch, two: Launch) -> None:
@@ -233,9 +223,6 @@ def test_the_noise_and_its_batch_do_not_depend_on_processes_or_accumulation(one:
     assert all(count > 0 for count in steps(by_eight))
     for other in (one.result("accumulated"), two.result("every_step_saved")):
         assert steps(other) == steps(by_eight)
-        assert len(other["noises"]) == len(by_eight["noises"]) == 3
-        for ours, theirs in zip(other["noises"], by_eight["noises"], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
         for ours, theirs in zip(curves(other), curves(by_eight), strict=True):
             assert ours["influence"] == pytest.approx(theirs["influence"], rel=1e-6)
             assert ours["trace"]["influence"] == pytest.approx(theirs["trace"]["influence"], rel=1e-5)
@@ -246,14 +233,10 @@ def test_attacks_and_controls_do_not_depend_on_processes_or_accumulation(one: La
     alone, (first, second) = one.result("adversarial"), two.results("adversarial")
     check_ranks_agree(first, second)
     for other in (one.result("adversarial_accumulated"), first):
-        assert difference(other["parameters"], alone["parameters"]) < 1e-6
-        for ours, theirs in zip(other["noises"], alone["noises"], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+        check_same_end(other, alone)
         assert [entry["stopped"] for entry in other["history"]] == ["calibrated"] * 3
-        passes = [{k: v for k, v in stage.items() if k != "seconds"} for stage in other["cost"]["stages"].values()]
-        assert passes == [
-            {k: v for k, v in stage.items() if k != "seconds"} for stage in alone["cost"]["stages"].values()
-        ]
+        ours, theirs = (without_seconds(run["cost"]["stages"].values()) for run in (other, alone))
+        assert ours == theirs
     assert alone["cost"]["stages"]["training"]["forward"] == 6 * 8 * 4
     assert alone["cost"]["stages"]["attack"]["backward_to_input"] == 6 * 8 * 2 * 2
 
@@ -261,9 +244,7 @@ def test_attacks_and_controls_do_not_depend_on_processes_or_accumulation(one: La
 def test_noises_learned_at_once_and_kept_do_not_depend_on_processes(one: Launch, two: Launch) -> None:
     alone, (first, second) = one.result("bank"), two.results("bank")
     check_ranks_agree(first, second)
-    assert difference(first["parameters"], alone["parameters"]) < 1e-6
-    for ours, theirs in zip(first["noises"], alone["noises"], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    check_same_end(first, alone)
     assert [len(entry["bank"]) for entry in first["history"]] == [2, 3, 3]
     # A step sends one message: of each of two noises the gradient and three numbers.
     assert first["messages"][(2 * (N_D + 3), 8)] == 3 * 5
@@ -316,7 +297,7 @@ def test_bf16_is_near_on_one_process_and_on_two(one: Launch, two: Launch) -> Non
     assert difference(together(first["parameters"]), together(alone["parameters"])) < 5e-3
 
 
-def test_every_rank_says_why_when_a_loss_is_not_a_number(two: Launch) -> None:
+def test_every_rank_reports_a_loss_that_is_not_a_number(two: Launch) -> None:
     """The image that is NaN lies on rank 1."""
     errors = [result["error"] for result in two.results("not_a_number")]
     for error in errors:
@@ -325,18 +306,20 @@ def test_every_rank_says_why_when_a_loss_is_not_a_number(two: Launch) -> None:
     assert "the logits with the noise are (or a tensor of another process)" in errors[0]
 
 
-def test_every_rank_says_why_when_no_noise_is_learned(two: Launch) -> None:
-    for result in two.results("not_learned"):
-        assert "NoiseNotLearnedError: 3 steps left the influence at" in result["error"]
-        assert "on held-out images; epsilon is 0.001" in result["error"]
-
-
-def test_every_rank_says_why_when_there_are_fewer_images_than_processes(two: Launch) -> None:
-    for result in two.results("few_held_out"):
-        assert "1 held-out images" in result["error"]
-        assert "raise held_out_images" in result["error"]
-    for result in two.results("few_images"):
-        assert "noise_batch_size=1 is less than one image per process" in result["error"]
+@pytest.mark.parametrize(
+    ("name", "messages"),
+    [
+        (
+            "not_learned",
+            ["NoiseNotLearnedError: 3 steps left the influence at", "held-out images; epsilon is 0.001"],
+        ),
+        ("few_held_out", ["1 held-out images", "raise held_out_images"]),
+        ("few_images", ["noise_batch_size=1 is less than one image per process"]),
+    ],
+)
+def test_every_rank_reports_why_a_run_ends(two: Launch, name: str, messages: list[str]) -> None:
+    for result in two.results(name):
+        assert [message for message in messages if message not in result["error"]] == []
 
 
 def test_who_reads_a_stream(one: Launch, two: Launch) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_nullspace.explain.lrp import lrp_map
 from hf_nullspace.models.attention import (
     NoAttentionWeightsError,
     attention_gradients,
@@ -11,11 +12,7 @@ from hf_nullspace.models.attention import (
     attention_weights,
     pre_norm_layers,
 )
-from tiny_models import FAMILIES, tiny_model, tiny_resnet
-
-
-def images(count=3, dtype=torch.float64):
-    return torch.randn(count, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+from tiny_models import FAMILIES, images, tiny_model, tiny_resnet
 
 
 def state(model):
@@ -55,29 +52,20 @@ def test_the_maps_are_the_softmax_of_queries_and_keys_in_float64(family):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("look", [attention_maps, attention_gradients, lrp_map])
 @pytest.mark.parametrize("family", ["vit", "deit"])
-def test_nothing_is_changed_by_looking(family):
+def test_nothing_is_changed_by_looking(family, look):
     model = tiny_model(family)
     model.train()
     next(model.children()).eval()  # mixed modes
     for parameter in list(model.parameters())[::2]:
         parameter.requires_grad_(False)
     before = state(model)
-    attention_maps(model, images())
-    attention_gradients(model, images())
-    assert state(model) == before
     assert "sdpa" in before[3]
-
-
-def test_nothing_is_changed_by_looking_in_vain():
-    model = tiny_model("vit").train()
-    before = state(model)
+    look(model, images(dtype=torch.float32))
+    assert state(model) == before
     with pytest.raises(ValueError, match="doesn't match model"):
-        attention_maps(model, torch.zeros(1, 3, 20, 20))
-    with pytest.raises(ValueError, match="doesn't match model"):
-        attention_gradients(model, torch.zeros(1, 3, 20, 20))
-    with pytest.raises(ValueError, match="the model has the classes 0 to 4"):
-        attention_gradients(model, images(), 5)
+        look(model, torch.zeros(1, 3, 20, 20))
     assert state(model) == before
 
 
@@ -102,10 +90,11 @@ def test_targets():
     for targets in (2, torch.tensor(2), torch.tensor([2, 2, 2]), [2, 2, 2]):
         found = attention_gradients(model, images(), targets)
         assert found.targets.tolist() == [2, 2, 2]
-    for targets, message in ((torch.tensor([1, 2]), "3 class numbers"), (torch.tensor(1.5), "3 class numbers"),
-                             (-1, "classes 0 to 4")):  # fmt: skip
+    before, few, many = state(model), "3 class numbers", "the model has the classes 0 to 4"
+    for wrong, message in ((torch.tensor([1, 2]), few), (torch.tensor(1.5), few), (-1, many), (5, many)):
         with pytest.raises(ValueError, match=message):
-            attention_gradients(model, images(), targets)
+            attention_gradients(model, images(), wrong)
+    assert state(model) == before
 
 
 @pytest.mark.parametrize("family", ["vit", "deit"])
@@ -137,11 +126,12 @@ def logits_with(model, family, layer, attention):
         handle.remove()
 
 
-def test_wrappers_are_looked_through():
+@pytest.mark.parametrize("look", [attention_maps, attention_inputs])
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), torch.nn.DataParallel])
+def test_wrappers_are_looked_through(wrap, look):
     model = tiny_model("vit").double()
-    expected = attention_maps(model, images())
-    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
-        assert all(torch.equal(*pair) for pair in zip(attention_maps(wrapped, images()), expected, strict=True))
+    pairs = zip(look(wrap(model), images()), look(model, images()), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
 
 
 def test_other_models_are_named():

@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file
 
+OTHERS = ("learn_noise", "evaluate_robustness", "compare")
+ONE_NOISE = "learn_noise --count 1"
 HERE = Path(__file__).parent
 LOG = HERE.parents[1] / "outputs" / "faults.jsonl"
 """One line per fault, as they end; ``table.py`` makes benchmarks/results/faults.json of it."""
@@ -160,20 +162,14 @@ def failed_last_time():
     return {key for key, outcome in last.items() if outcome not in ("equal", "said")}
 
 
+OF_THE_PLACE = {"output_dir", "_name_or_path", "commit", "overwrite", "dataloader_num_workers"}
+OF_THE_CLOCK = {"seconds", "sha256", "sha256_of_the_rest"}
+
+
 def timeless(value):
     """Without what the clock and the place decide."""
     if isinstance(value, dict):
-        without = (
-            "seconds",
-            "output_dir",
-            "commit",
-            "overwrite",
-            "dataloader_num_workers",
-            "_name_or_path",
-            "sha256",
-            "sha256_of_the_rest",
-        )
-        return {key: timeless(entry) for key, entry in value.items() if key not in without}
+        return {key: timeless(entry) for key, entry in value.items() if key not in OF_THE_PLACE | OF_THE_CLOCK}
     return [timeless(entry) for entry in value] if isinstance(value, list) else value
 
 
@@ -184,33 +180,28 @@ def ignored(path, recipe):
     return recipe.name == "compare" and (path.parts[0] == "images" or path.name == "training_args.bin")
 
 
+def files_of(folder, recipe):
+    relative = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in relative if path.name != ".lock" and not ignored(path, recipe)}
+
+
+def tensors_in(path):
+    return {name: (str(t.dtype), t.shape, t.numpy().tobytes()) for name, t in load_file(path).items()}
+
+
+def json_in(path):
+    return timeless(json.loads(path.read_text()))
+
+
 def differences(folder, recipe, undisturbed=None):
     """What of ``folder`` is not as in the undisturbed run: files that are there, tensors, and JSON without seconds."""
-    there = undisturbed or recipe.undisturbed
-    found = []
-
-    def names(place):
-        relative = (path.relative_to(place) for path in place.rglob("*") if path.is_file())
-        return {path.as_posix() for path in relative if path.name != ".lock" and not ignored(path, recipe)}
-
-    ours, theirs = names(Path(folder)), names(Path(there))
-    if ours != theirs:
-        found.append(f"files: {sorted(ours - theirs)} too many, {sorted(theirs - ours)} missing")
-    for pattern in recipe.parts:
-        for path in sorted(Path(there).glob(pattern)):
+    ours, there = Path(folder), Path(undisturbed or recipe.undisturbed)
+    too_many, missing = (sorted(files_of(a, recipe) - files_of(b, recipe)) for a, b in ((ours, there), (there, ours)))
+    found = [f"files: {too_many} too many, {missing} missing"] if too_many or missing else []
+    for patterns, content in ((recipe.parts, tensors_in), (recipe.plain, json_in)):
+        for path in (path for pattern in patterns for path in sorted(there.glob(pattern))):
             name = path.relative_to(there)
-            if "checkpoint-" in str(name) or not (Path(folder) / name).exists():
-                continue
-            one, other = load_file(path), load_file(Path(folder) / name)
-            if one.keys() != other.keys() or not all(one[key].equal(other[key]) for key in one):
-                found.append(f"{name} differs")
-    for pattern in recipe.plain:
-        for path in sorted(Path(there).glob(pattern)):
-            name = path.relative_to(there)
-            if "checkpoint-" in str(name) or not (Path(folder) / name).exists():
-                continue
-            one, other = (timeless(json.loads((place / name).read_text())) for place in (Path(there), Path(folder)))
-            if one != other:
+            if "checkpoint-" not in str(name) and (ours / name).exists() and content(path) != content(ours / name):
                 found.append(f"{name} differs")
     return found
 
@@ -226,6 +217,11 @@ class Campaign:
         """With ``FAULTS_AGAIN=1`` only what did not end well the last time is tried."""
         return self.only is None or (kind, recipe.label, name) in self.only
 
+    def problems(self, kind, recipe, cases, strike):
+        """What is wrong after ``strike(name, case)`` for each (name, case) that is wanted."""
+        found = [strike(name, case) for name, case in cases if self.wanted(kind, name, recipe)]
+        return [problem for problem in found if problem]
+
     def new_folder(self, copy_of=None):
         self.number += 1
         folder = self.folder / f"run-{self.number}"
@@ -233,7 +229,7 @@ class Campaign:
             shutil.copytree(copy_of, folder, symlinks=True)
         return folder
 
-    def struck(self, kind, name, recipe, folder, ended, signal_name, more=()):
+    def struck(self, kind, name, recipe, folder, ended, signal_name):
         """Judge a process that a signal ended, then start again. A kill leaves no word; Ctrl-C and SIGTERM one line."""
         problem = None
         if ended.code is None:
@@ -248,7 +244,7 @@ class Campaign:
             lines = [line for line in ended.err.splitlines() if line.startswith("stopped by ")]
             if ended.code != 128 + number or len(lines) != 1 or "Traceback" in ended.err:
                 problem = f"lost: exit code {ended.code}, {len(lines)} lines: {ended.err[-500:]}"
-        return self.again(kind, name, recipe, folder, more=more, problem=problem, seconds=ended.seconds)
+        return self.again(kind, name, recipe, folder, problem=problem, seconds=ended.seconds)
 
     def again(
         self, kind, name, recipe, folder, *, mend=None, more=(), fault=None, problem=None, said="", seconds=0.0,
@@ -265,38 +261,38 @@ class Campaign:
             undisturbed: the folder to compare with, if it is not the recipe's.
             named: what the error line has to name, if it is not the folder.
         """
-        outcome = "lost"
-        if problem is None:
+        outcome = problem
+        if outcome is None:
             ended = self.server.run(recipe, folder, more, **(fault or {}))
             seconds += ended.seconds
-            problem, outcome = self._judged(ended, recipe, folder, undisturbed)
+            outcome = self._judged(ended, recipe, folder, undisturbed)
             if outcome == "equal" and said:
                 outcome = "said"
             elif outcome == "said":
                 said = ended.errors[0]
-                problem, more_seconds = self._follow(said, recipe, folder, mend, more, undisturbed, named)
+                outcome, more_seconds = self._follow(said, recipe, folder, mend, more, undisturbed, named)
                 seconds += more_seconds
-        if problem is not None:
-            outcome = problem.partition(":")[0]
+        problem = None if outcome in ("equal", "said") else outcome
         self.keep(kind, name, recipe.label, outcome, said.replace(str(self.folder), ""), seconds, problem)
         if problem is None and not keep_folder:
             shutil.rmtree(folder, ignore_errors=True)
-        return None if problem is None else f"{name} ({recipe.label}): {problem}"
+        return problem and f"{name} ({recipe.label}): {problem}"
 
     def _judged(self, ended, recipe, folder, undisturbed):
+        """ "equal", "said", or what is wrong."""
         if ended.code is None:
-            return "stuck: the process hangs", "stuck"
+            return "stuck: the process hangs"
         if ended.orphans:
-            return f"lost: processes still run: {ended.orphans}", "lost"
+            return f"lost: processes still run: {ended.orphans}"
         if ended.code == 0:
             different = differences(folder, recipe, undisturbed)
-            return (f"silent: {'; '.join(different)[:500]}", "silent") if different else (None, "equal")
+            return f"silent: {'; '.join(different)[:500]}" if different else "equal"
         if ended.code == 2 and len(ended.errors) == 1 and "Traceback" not in ended.err:
-            return None, "said"
-        return f"lost: exit code {ended.code}: {ended.err[-700:]}", "lost"
+            return "said"
+        return f"lost: exit code {ended.code}: {ended.err[-700:]}"
 
     def _follow(self, said, recipe, folder, mend, more, undisturbed, named):
-        """Do what an error line says; what is wrong with the end, or None, and the seconds that it took."""
+        """Do what an error line says: "said" if that helps, or what is wrong; and the seconds that it took."""
         place, spent = Path(folder), 0.0
         for _ in range(2):  # a damaged image is brought back, and then the folder has a run of the damaged one
             if str(named or folder) not in said:
@@ -312,15 +308,16 @@ class Campaign:
                 return f"lost: the line does not say what to do: {said}", spent
             ended = self.server.run(recipe, place, more)
             spent += ended.seconds
-            problem, outcome = self._judged(ended, recipe, place, undisturbed)
+            outcome = self._judged(ended, recipe, place, undisturbed)
             if outcome != "said":
-                return problem, spent
+                return "said" if outcome == "equal" else outcome, spent
             said = ended.errors[0]
         return f"lost: what the lines say does not help: {said}", spent
 
     def keep(self, kind, name, recipe, outcome, said, seconds, problem=None):
-        """Append a line to :data:`LOG`."""
+        """Append a line to :data:`LOG`; of an outcome its first word."""
         LOG.parent.mkdir(exist_ok=True)
+        outcome = outcome.partition(":")[0]
         entry = {"kind": kind, "name": name, "recipe": recipe, "outcome": outcome, "said": said, "commit": COMMIT}
         entry |= {"seconds": round(seconds, 2)} | ({"problem": problem} if problem else {})
         with LOG.open("a", encoding="utf-8") as file:

@@ -7,7 +7,10 @@ import subprocess
 import time
 
 import pytest
+from campaign import OTHERS
 from test_kills import spread
+
+pytestmark = pytest.mark.slow
 
 
 def failed(campaign, kind, name, recipe, folder, ended, mend=None):
@@ -23,19 +26,20 @@ def failed(campaign, kind, name, recipe, folder, ended, mend=None):
     return campaign.again(kind, name, recipe, folder, problem=problem, seconds=ended.seconds, said=said)
 
 
-@pytest.mark.slow
-def test_full_from_a_file_on(campaign, finetune):
+@pytest.mark.parametrize(("recipe", "count"), [("finetune", 20), *((name, 6) for name in OTHERS)], indirect=["recipe"])
+def test_full_from_a_file_on(campaign, recipe, count):
     """RLIMIT_FSIZE: no file can take another byte."""
-    wrong = []
-    for name, number in spread(finetune.points["file"][4:], 20):  # the first are those of the lock
-        if not campaign.wanted("full disk", name.replace("before", "from"), finetune):
-            continue
+
+    def filled(name, number):
         folder = campaign.new_folder()
-        ended = campaign.server.run(finetune, folder, point=["file", number + 4], action="full")
+        ended = campaign.server.run(recipe, folder, point=["file", number + 4], action="full")
         if ended.code == 0:  # nothing was written after this point
-            continue
-        wrong.append(failed(campaign, "full disk", name.replace("before", "from"), finetune, folder, ended))
-    assert [problem for problem in wrong if problem] == []
+            return None
+        return failed(campaign, "full disk", name, recipe, folder, ended)
+
+    files = recipe.points["file"][4:]  # the first are those of the lock
+    places = [(name.replace("before", "from"), number) for name, number in spread(files, count)]
+    assert campaign.problems("full disk", recipe, places, filled) == []
 
 
 @pytest.fixture
@@ -44,8 +48,7 @@ def small_disk(tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
 
-    def mount(size, more="rw"):
-        options = f"size={size}k,{more}"
+    def mount(options):
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", place], capture_output=True, text=True)
         if done.returncode != 0:
             pytest.skip(f"this process may not mount a disk: {done.stderr.strip()}")
@@ -55,70 +58,66 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", place], capture_output=True, check=False)
 
 
-@pytest.mark.slow
+def remount(disk, options):
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+
+
 @pytest.mark.parametrize("size", [8, 60, 120, 200, 300, 400, 520])
 def test_a_real_disk_that_is_too_small(campaign, finetune, small_disk, size):
     """In kB; a run takes about 900."""
-    disk = small_disk(size)
-    folder = disk / "run"
-    ended = campaign.server.run(finetune, folder)
-    problem = failed(
-        campaign, "full disk", f"a disk of {size} kB", finetune, folder, ended,
-        mend=lambda: subprocess.run(["mount", "-o", "remount,size=20000k", disk], check=True),
-    )  # fmt: skip
-    assert problem is None
+    disk = small_disk(f"size={size}k")
+    ended = campaign.server.run(finetune, disk / "run")
+    more_room = lambda: remount(disk, "size=20000k")  # noqa: E731
+    name = f"a disk of {size} kB"
+    assert failed(campaign, "full disk", name, finetune, disk / "run", ended, more_room) is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("state", ["new", "killed", "finished"])
-def test_a_disk_that_cannot_be_written(campaign, finetune, killed, small_disk, state):
-    disk = small_disk(20000)
-    folder = disk / "run"
+def test_a_disk_that_cannot_be_written(campaign, finetune, run_of, small_disk, state):
+    disk = small_disk("size=20000k")
     if state != "new":
-        shutil.copytree(killed if state == "killed" else finetune.undisturbed, folder)
-    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    ended = campaign.server.run(finetune, folder)
-    problem = failed(
-        campaign, "read-only disk", f"a {state} run", finetune, folder, ended,
-        mend=lambda: subprocess.run(["mount", "-o", "remount,rw", disk], check=True),
-    )  # fmt: skip
-    assert problem is None
+        shutil.copytree(run_of[state], disk / "run")
+    remount(disk, "ro")
+    ended = campaign.server.run(finetune, disk / "run")
+    writable, name = lambda: remount(disk, "rw"), f"a {state} run"
+    assert failed(campaign, "read-only disk", name, finetune, disk / "run", ended, writable) is None
 
 
-FOLDERS = ("base", "control", "control/ema", "control/checkpoint-2", "noises", "checkpoint-2", "checkpoint-4")
+FOLDERS = ("base", "control", "control/ema", "control/checkpoint-2", "noises", "checkpoint-2", "checkpoint-4",
+           "ema", "checkpoint-6")  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("instead", ["gone", "empty", "a file"])
 @pytest.mark.parametrize("state", ["killed", "finished"])
-def test_folders_that_are_gone(campaign, finetune, killed, instead, state):
-    run = killed if state == "killed" else finetune.undisturbed
-    wrong = []
-    for name in [name for name in (*FOLDERS, "ema", "checkpoint-6") if (run / name).is_dir()]:
-        if not campaign.wanted(f"folder of a {state} run", f"{name}: {instead}", finetune):
-            continue
-        folder = campaign.new_folder(copy_of=run)
+def test_folders_that_are_gone(campaign, finetune, run_of, instead, state):
+    kind = f"folder of a {state} run"
+
+    def taken_away(what, name):
+        folder, mend = campaign.new_folder(copy_of=run_of[state]), None
         shutil.rmtree(folder / name)
         if instead == "empty":
             (folder / name).mkdir()
         elif instead == "a file":
             (folder / name).write_text("not a folder\n")
+            mend = (folder / name).unlink
+        return campaign.again(kind, what, finetune, folder, mend=mend)
 
-        def mend(place=folder / name):
-            place.unlink()
-
-        kind = f"folder of a {state} run"
-        mending = mend if instead == "a file" else None
-        wrong.append(campaign.again(kind, f"{name}: {instead}", finetune, folder, mend=mending))
-    assert [problem for problem in wrong if problem] == []
+    cases = [(f"{name}: {instead}", name) for name in FOLDERS if (run_of[state] / name).is_dir()]
+    assert campaign.problems(kind, finetune, cases, taken_away) == []
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("recipe", OTHERS, indirect=True)
+def test_a_file_where_the_folder_has_to_be(campaign, recipe):
+    folder = campaign.new_folder()
+    folder.write_text("not a folder\n")
+    assert campaign.again("file instead of a folder", recipe.name, recipe, folder, mend=folder.unlink) is None
+
+
 @pytest.mark.parametrize("state", ["killed", "finished"])
 @pytest.mark.parametrize("clock", ["files of 1980", "files of 2100", "the newest files are the oldest"])
-def test_times_of_files(campaign, finetune, killed, state, clock):
+def test_times_of_files(campaign, finetune, run_of, state, clock):
     """What is newest is in the names and in the files, not in their times."""
-    folder = campaign.new_folder(copy_of=killed if state == "killed" else finetune.undisturbed)
+    folder = campaign.new_folder(copy_of=run_of[state])
     paths = sorted(folder.rglob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
     for place, path in enumerate(paths):
         seconds = {"files of 1980": 3.2e8, "files of 2100": 4.1e9}.get(clock, time.time() - 1e6 + 1000 * place)
@@ -126,15 +125,13 @@ def test_times_of_files(campaign, finetune, killed, state, clock):
     assert campaign.again("clock", f"{clock}, of a {state} run", finetune, folder) is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("state", ["new", "killed", "finished"])
-def test_a_clock_that_was_set_back(campaign, finetune, killed, state):
+def test_a_clock_that_was_set_back(campaign, finetune, run_of, state):
     """Three years, when the recipe is started again."""
-    folder = campaign.new_folder(copy_of={"new": None, "killed": killed, "finished": finetune.undisturbed}[state])
+    folder = campaign.new_folder(copy_of=run_of[state])
     assert campaign.again("clock", f"set back, a {state} run", finetune, folder, fault={"action": "past"}) is None
 
 
-@pytest.mark.slow
 def test_what_a_kill_left(campaign, finetune):
     """Temporary files and a lock of a process that is gone, and an unfinished base model."""
     folder = campaign.new_folder(copy_of=finetune.undisturbed)

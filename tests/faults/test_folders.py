@@ -7,12 +7,13 @@ import time
 
 import pytest
 import torch
-from campaign import Recipe
+from campaign import OTHERS, Recipe
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize(
     "what", ["other settings", "files of somebody", "a stranger's checkpoint", "a model", "a bank of noises"]
 )
@@ -41,19 +42,15 @@ def test_a_folder_of_somebody_else(campaign, finetune, what):
     assert problem is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("state", ["killed", "finished"])
 @pytest.mark.parametrize("what", ["checkpoint-4", "checkpoint-6", "control/checkpoint-6", "base", "noises"])
-def test_a_part_of_another_run(campaign, finetune, killed, other_seed, state, what):
+def test_a_part_of_another_run(campaign, finetune, run_of, other_seed, state, what):
     """A whole folder of a run with another seed, under a name of this one's, or as a step that it has not reached."""
-    folder = campaign.new_folder(copy_of=killed if state == "killed" else finetune.undisturbed)
-    if (folder / what).exists():
-        shutil.rmtree(folder / what)
+    folder, name = campaign.new_folder(copy_of=run_of[state]), f"{what} of another seed, {state} run"
+    shutil.rmtree(folder / what, ignore_errors=True)
     shutil.copytree(other_seed / what, folder / what)
-    name = f"{what} of another seed, {state} run"
-    assert (
-        campaign.again("part of another run", name, finetune, folder, mend=lambda: shutil.rmtree(folder / what)) is None
-    )
+    without = lambda: shutil.rmtree(folder / what)  # noqa: E731
+    assert campaign.again("part of another run", name, finetune, folder, mend=without) is None
 
 
 @pytest.fixture(scope="module")
@@ -81,86 +78,94 @@ def own(undisturbed, finetune, tmp_path_factory):
     return folder, undisturbed(Recipe("finetune", words, finetune.parts, finetune.plain))
 
 
-def other_weights(folder):
-    weights = load_file(folder / "model" / "model.safetensors")
+def other_weights(folder, by=0.01):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
     name = next(iter(weights))
-    save_file(weights | {name: weights[name] + 0.01}, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights | {name: weights[name] + by}, path, metadata={"format": "pt"})
 
 
-def other_training_image(folder):
-    path = folder / "images" / "train" / "3" / "1.png"
+def other_image(path):
     image = Image.open(path)
     image.putpixel((0, 0), (1, 2, 3))
     image.save(path)
 
 
-def other_test_image(folder):
-    shutil.copy(folder / "images" / "test" / "3" / "1.png", folder / "images" / "test" / "4" / "1.png")
+TRAIN, TEST = "images/train/3/1.png", "images/test/3/1.png"
+CHANGES = {
+    "other weights": lambda folder: other_weights(folder / "model"),
+    "other training image": lambda folder: other_image(folder / TRAIN),
+    "other test image": lambda folder: shutil.copy(folder / TEST, folder / "images/test/4/1.png"),
+    "one image less": lambda folder: (folder / TRAIN).unlink(),
+    "one image moved": lambda folder: (folder / TRAIN).rename(folder / "images/train/4/99.png"),
+}
 
 
-def one_image_less(folder):
-    (folder / "images" / "train" / "3" / "1.png").unlink()
-
-
-def one_image_moved(folder):
-    (folder / "images" / "train" / "3" / "1.png").rename(folder / "images" / "train" / "4" / "99.png")
-
-
-CHANGES = (other_weights, other_training_image, other_test_image, one_image_less, one_image_moved)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_something_else_under_the_same_name(campaign, own, tmp_path, change):
     """The finished run is refused; with the old content back, it is found again."""
     place, recipe = own
     folder = campaign.new_folder(copy_of=recipe.undisturbed)
     shutil.copytree(place, tmp_path / "kept")
-    change(place)
+    CHANGES[change](place)
 
     def mend():
         shutil.rmtree(place)
         shutil.copytree(tmp_path / "kept", place)
 
     try:
-        name = change.__name__.replace("_", " ")
-        assert campaign.again("other content under the same name", name, recipe, folder, mend=mend) is None
+        assert campaign.again("other content under the same name", change, recipe, folder, mend=mend) is None
     finally:
         mend()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "preprocessor_config.json", "an image"])
-def test_what_it_begins_with_is_damaged(campaign, own, tmp_path, damage):
-    place, recipe = own
-    path = place / "images" / "train" / "3" / "1.png" if damage == "an image" else place / "model" / damage
+@pytest.mark.parametrize("recipe", OTHERS[:2], indirect=True)
+def test_other_weights_under_the_same_name(campaign, recipe, model):
+    """An evaluation measures them; a bank of noises refuses them."""
+    folder, theirs, path = campaign.new_folder(copy_of=recipe.undisturbed), None, model / "model.safetensors"
     kept = path.read_bytes()
-    path.write_bytes(kept[: len(kept) // 2])
-    folder = campaign.new_folder()
+    other_weights(model, by=0.5)
     try:
-        problem = campaign.again(
-            "damaged input", damage, recipe, folder, mend=lambda: path.write_bytes(kept), named=path.parent
-        )
+        if recipe.name == "evaluate_robustness":
+            theirs = campaign.new_folder()
+            assert campaign.server.run(recipe, theirs).code == 0
+            shutil.copytree(recipe.undisturbed / "records", theirs / "records", dirs_exist_ok=True)  # they stay
+        problem = campaign.again("other content under the same name", "other weights", recipe, folder,
+                                 mend=lambda: path.write_bytes(kept), undisturbed=theirs)  # fmt: skip
         assert problem is None
     finally:
         path.write_bytes(kept)
 
 
-@pytest.mark.slow
-def test_two_starts_at_once(campaign, finetune):
-    """Both wait or work; nothing is mixed. Then, with the first one halted, the second is refused by name."""
+@pytest.mark.parametrize("damage", ["model.safetensors", "config.json", "preprocessor_config.json", "an image"])
+def test_what_it_begins_with_is_damaged(campaign, own, tmp_path, damage):
+    place, recipe = own
+    path = place / (TRAIN if damage == "an image" else f"model/{damage}")
+    kept = path.read_bytes()
+    path.write_bytes(kept[: len(kept) // 2])
+    mend = lambda: path.write_bytes(kept)  # noqa: E731
     folder = campaign.new_folder()
-    first, second = (campaign.server.begin(finetune, folder) for _ in range(2))
+    try:
+        assert campaign.again("damaged input", damage, recipe, folder, mend=mend, named=path.parent) is None
+    finally:
+        path.write_bytes(kept)
+
+
+@pytest.mark.parametrize("recipe", ["finetune", *OTHERS], indirect=True)
+def test_two_starts_at_once(campaign, recipe):
+    """Both wait or work; nothing is mixed."""
+    folder = campaign.new_folder()
+    first, second = (campaign.server.begin(recipe, folder) for _ in range(2))
     ends = [campaign.server.end(first), campaign.server.end(second)]
     problem = None
     if sorted(ended.code for ended in ends) not in ([0, 0], [0, 2]):
         problem = f"lost: exit codes {[ended.code for ended in ends]}: {ends[0].err[-300:]} {ends[1].err[-300:]}"
-    assert campaign.again("two starts", "at the same time", finetune, folder, problem=problem) is None
+    assert campaign.again("two starts", "at the same time", recipe, folder, problem=problem) is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["base model", "measuring", "noise", "training"])
 def test_a_second_start_while_the_first_one_is_at_work(campaign, finetune, phase):
+    """With the first one halted, the second is refused with the first one's number."""
     folder = campaign.new_folder()
     number = finetune.points["forward"].index(phase) + 2
     first = campaign.server.begin(finetune, folder, point=["forward", number], action="SIGSTOP")

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from campaign import HANGS, Ended, left_of
+from campaign import HANGS, Ended, differences, left_of
+
+pytestmark = pytest.mark.slow
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1",
@@ -37,9 +39,9 @@ def ended(process, log, began):
 
 
 def wait_for(process, log, word):
-    """Until the recipe has printed ``word``, or its folder has the file of that name."""
+    """Until the recipe has printed ``word``."""
     until = time.monotonic() + HANGS
-    while not (word in Path(log).read_text() or (isinstance(word, Path) and word.exists())):
+    while word not in Path(log).read_text():
         assert process.poll() is None, Path(f"{log}.err").read_text()[-2000:]
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -70,31 +72,25 @@ def struck(campaign, launcher, recipe, tmp_path, kind, name, word, whom, how, un
         problem = f"stuck: {first.orphans or 'the launcher'}"
     elif first.code == 0:
         problem = "silent: a run that was struck ended with 0"
-    if problem is None and undisturbed is not None:
-        began = time.perf_counter()
-        second = ended(launched(launcher, recipe, folder, log), log, began)
-        if second.code != 0:
-            problem = f"lost: started again by two processes: {second.err[-500:]}"
-        from campaign import differences
-
-        if problem is None and (different := differences(folder, recipe, undisturbed)):
-            problem = f"silent: {different}"
-        campaign.keep(kind, name, recipe.name, "equal" if problem is None else problem.partition(":")[0], "",
-                      first.seconds + second.seconds if problem is None else first.seconds, problem)  # fmt: skip
-        return problem
-    return campaign.again(kind, name, recipe, folder, problem=problem, seconds=first.seconds)
+    if problem is not None or undisturbed is None:
+        return campaign.again(kind, name, recipe, folder, problem=problem, seconds=first.seconds)
+    began = time.perf_counter()
+    second = ended(launched(launcher, recipe, folder, log), log, began)
+    if second.code != 0:
+        problem = f"lost: started again by two processes: {second.err[-500:]}"
+    elif different := differences(folder, recipe, undisturbed):
+        problem = f"silent: {different}"
+    campaign.keep(kind, name, recipe.name, problem or "equal", "", first.seconds + second.seconds, problem)
+    return problem
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize("word", ["Measuring before", "Fine-tuning (nullspace)"])
 def test_a_launcher_that_is_killed(campaign, finetune, tmp_path, how, word):
     name = f"accelerate launch: {how.name} at '{word}'"
-    kind = "launcher"
-    assert struck(campaign, ACCELERATE, finetune, tmp_path, kind, name, word, "launcher", how) is None
+    assert struck(campaign, ACCELERATE, finetune, tmp_path, "launcher", name, word, "launcher", how) is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("whom", "how", "word"),
     [

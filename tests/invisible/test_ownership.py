@@ -1,6 +1,5 @@
 """A fingerprint of null patterns: its own model is told from others, and the rate of errors is counted."""
 
-import copy
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from hf_nullspace.invisible.ownership import fingerprint, invariance_score, verify_owner
 from hf_nullspace.linear.patch import NoNullspaceError, PatchNullspace
 from hf_nullspace.robustness.pixel_model import PixelModel
-from tiny_models import tiny_model
+from tiny_models import numpy_patches, numpy_projection, tiny_model
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.2)
 
@@ -34,13 +33,11 @@ def pixels():
 
 
 def test_the_patterns_are_null_by_numpy_and_the_controls_are_as_large(mark):
-    weight = tiny_model().vit.embeddings.patch_embeddings.projection.weight.detach().double().numpy().reshape(24, 48)
-    seen = {}
-    for name, images in (("patterns", mark.patterns), ("controls", mark.controls)):
-        values = images.double().numpy() / np.array(STD)[:, None, None]
-        patches = values.reshape(5, 3, 4, 4, 4, 4).transpose(0, 2, 4, 1, 3, 5).reshape(80, 48)
-        seen[name] = np.linalg.norm(patches @ weight.T) / np.linalg.norm(patches)
-    assert seen["patterns"] < 1e-5 < 0.5 < seen["controls"]
+    weight, _ = numpy_projection(tiny_model())
+    changes = (images.permute(0, 2, 3, 1).double().numpy() / STD for images in (mark.patterns, mark.controls))
+    patterns, controls = (numpy_patches(each) for each in changes)
+    seen = [np.linalg.norm(each @ weight.T) / np.linalg.norm(each) for each in (patterns, controls)]
+    assert seen[0] < 1e-5 < 0.5 < seen[1]
     for pattern, control in zip(mark.patterns, mark.controls, strict=True):
         assert pattern.abs().max() == pytest.approx(0.2)
         assert torch.equal(pattern.flatten().sort().values, control.flatten().sort().values)
@@ -63,17 +60,14 @@ def test_the_owner_is_told_from_others_and_the_false_positives_are_counted(mark,
 
 
 def test_a_fine_tuned_copy_is_recognised(mark, pixels):
-    thief = copy.deepcopy(tiny_model())
+    thief = tiny_model()
     thief.classifier = torch.nn.Linear(24, 3)
     optimizer = torch.optim.SGD(thief.parameters(), lr=1e-2)
     for _ in range(5):
         torch.nn.functional.cross_entropy(classifier(thief)(pixels), torch.tensor([0, 1, 2] * 2)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert not torch.equal(
-        thief.vit.embeddings.patch_embeddings.projection.weight,
-        tiny_model().vit.embeddings.patch_embeddings.projection.weight,
-    )
+    assert not np.array_equal(numpy_projection(thief)[0], numpy_projection(tiny_model())[0])
     assert verify_owner(mark, classifier(thief), [classifier(tiny_model(seed=9))], pixels).claimed
 
 
@@ -82,9 +76,8 @@ def test_the_score_is_the_median_ratio_of_influences(mark, pixels):
     model = tiny_model(seed=3)
 
     def probabilities(images):
-        values = (np.clip(np.round(images * 255), 0, 255) / 255 - np.array(MEAN)[:, None, None]) / np.array(STD)[
-            :, None, None
-        ]
+        mean, std = (np.array(each)[:, None, None] for each in (MEAN, STD))
+        values = (np.clip(np.round(images * 255), 0, 255) / 255 - mean) / std
         with torch.no_grad():
             logits = model(torch.tensor(values, dtype=torch.float32)).logits.double().numpy()
         powers = np.exp(logits - logits.max(1, keepdims=True))
@@ -102,16 +95,16 @@ def test_the_score_is_the_median_ratio_of_influences(mark, pixels):
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_model_whose_answers_are_no_numbers_is_neither_guilty_nor_innocent(broken, mark, pixels):
-    own, spoilt = tiny_model(), copy.deepcopy(tiny_model())
-    spoilt.classifier.weight.data[0, 0] = broken
-    own, spoilt = classifier(own), classifier(spoilt)
+    damaged = tiny_model()
+    damaged.classifier.weight.data[0, 0] = broken
+    own, spoilt = classifier(tiny_model()), classifier(damaged)
     for suspect, others in ((spoilt, [own]), (own, [spoilt])):
         with pytest.raises(ValueError, match="NaN or infinite"):
             verify_owner(mark, suspect, others, pixels)
 
 
-def test_what_cannot_be_judged_is_said(mark, pixels):
-    own = classifier(tiny_model())
+def test_what_cannot_be_judged_is_an_error(mark, pixels):
+    own, nullspace = classifier(tiny_model()), PatchNullspace.from_model(tiny_model())
     with pytest.raises(ValueError, match="no other models"):
         verify_owner(mark, own, [], pixels)
     with pytest.raises(ValueError, match=r"images \(3, 12, 12\) and a fingerprint for \(3, 16, 16\)"):
@@ -120,11 +113,11 @@ def test_what_cannot_be_judged_is_said(mark, pixels):
         verify_owner(mark, lambda images: torch.zeros(len(images), 4), [own], pixels)
     with pytest.raises(ValueError, match=r"threshold=nan: expected a number of at least 0"):
         verify_owner(mark, own, [own], pixels, threshold=math.nan)
-    with pytest.raises(ValueError, match="0 patterns: expected at least 1"):
-        fingerprint(PatchNullspace.from_model(tiny_model()), (16, 16), 0, seeded(0))
     with pytest.raises(ValueError, match="no images: expected at least one"):
         verify_owner(mark, own, [own], pixels[:0])
+    with pytest.raises(ValueError, match="0 patterns: expected at least 1"):
+        fingerprint(nullspace, (16, 16), 0, seeded(0))
     with pytest.raises(ValueError, match=r"amplitude=0\.5: expected"):
-        fingerprint(PatchNullspace.from_model(tiny_model()), (16, 16), 1, seeded(0), amplitude=0.5)
+        fingerprint(nullspace, (16, 16), 1, seeded(0), amplitude=0.5)
     with pytest.raises(NoNullspaceError, match="full rank"):
         fingerprint(PatchNullspace.from_weight(torch.randn(20, 3, 2, 2, generator=seeded(0))), (4, 4), 1, seeded(0))

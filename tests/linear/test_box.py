@@ -9,13 +9,9 @@ from hf_nullspace.linear.box import nearest_in_box, nearest_invisible_image
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing
-from tiny_models import tiny_model
+from tiny_models import tiny_model, uniform
 
 STD = (0.27, 0.26, 0.1)
-
-
-def uniform(*shape, seed=0):
-    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def row_basis(std=(1.0, 1.0, 1.0)):
@@ -68,22 +64,22 @@ def test_every_patch_satisfies_the_kkt_conditions():
 
 
 def test_without_the_box_it_is_the_projection():
-    rows, source, target = row_basis(), uniform(5, 12, seed=6), uniform(5, 12, seed=7)
-    found = nearest_in_box(rows, source, target, lower=-100, upper=100)
+    rows, source, target = row_basis(), *(0.5 + 0.01 * uniform(2, 5, 12, seed=6))
+    found = nearest_in_box(rows, source, target)
     expected = target + (source - target) @ rows.T @ rows
     torch.testing.assert_close(found.patches, expected, rtol=0, atol=1e-6)
     assert found.iterations <= 3
 
 
-def steps_of_fista(rows, source, target, tolerance, restart=False):
-    """Steps until the dual gradient is small, by the textbook's method, or with its momentum dropped downhill."""
+def steps_of_fista(rows, source, target, tolerance):
+    """Steps until the dual gradient is small, by the textbook's method with its momentum dropped downhill."""
     wanted, momentum = rows @ source, 1.0
     multipliers = ahead = np.zeros_like(wanted)
     for step in range(1, 10000):
         gradient = wanted - rows @ np.clip(target + ahead @ rows, 0, 1)
         if np.linalg.norm(gradient) <= tolerance * max(1.0, np.linalg.norm(wanted)):
             return step
-        if restart and gradient @ (ahead + gradient - multipliers) < 0:
+        if gradient @ (ahead + gradient - multipliers) < 0:
             momentum = 1.0
         after = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead, multipliers, momentum = (
@@ -92,16 +88,6 @@ def steps_of_fista(rows, source, target, tolerance, restart=False):
             after,
         )
     raise AssertionError("no convergence")
-
-
-def test_the_restart_saves_steps():
-    rows = torch.linalg.qr(torch.randn(48, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0].T
-    source, target = uniform(1, 48, seed=14).round(), uniform(1, 48, seed=15)
-    source[:, :16] = 0.5
-    found = nearest_in_box(rows, source, target, tolerance=1e-10)
-    assert found.kkt_residual.max() <= 1e-10
-    plain = steps_of_fista(rows.numpy(), source[0].numpy(), target[0].numpy(), 1e-10)
-    assert found.iterations < 0.75 * plain
 
 
 @pytest.mark.parametrize("size", [1.0, 0.1])
@@ -114,7 +100,7 @@ def test_the_steps_are_those_of_the_method(size):
     for one, wish in zip(source, target, strict=True):
         found = nearest_in_box(rows, one[None], wish[None], tolerance=1e-6)
         counts.append(found.iterations)
-        assert counts[-1] == steps_of_fista(rows.numpy(), one.numpy(), wish.numpy(), 1e-6, restart=True)
+        assert counts[-1] == steps_of_fista(rows.numpy(), one.numpy(), wish.numpy(), 1e-6)
         error = float(torch.linalg.vector_norm(rows @ (found.patches[0] - one)))
         scale = max(1.0, float(torch.linalg.vector_norm(rows @ one)))
         assert found.kkt_residual.item() == pytest.approx(error / scale, rel=1e-6)
@@ -180,7 +166,7 @@ def test_without_a_nullspace_the_source_comes_back():
     torch.testing.assert_close(found.patches, source, rtol=0, atol=1e-5)
 
 
-def test_bad_input_says_what_is_wrong():
+def test_bad_input_is_an_error():
     rows = row_basis()
     with pytest.raises(ValueError, match=r"source in \[-1, 0\], expected \[0, 1\]"):
         nearest_in_box(rows, torch.tensor([[-1.0] + 11 * [0.0]]), torch.zeros(1, 12))
@@ -194,17 +180,18 @@ def test_bad_input_says_what_is_wrong():
             nearest_in_box(rows, source, target)
 
 
-@pytest.mark.parametrize(("lower", "upper"), [(0.0, 1.0), (-2.0, 2.0), (0.0, 100.0)])
-def test_a_source_may_leave_the_box_by_a_millionth_of_it(lower, upper):
-    rows, wide = row_basis(), upper - lower
-    for beyond, fits in ((0.9e-6 * wide, True), (1.1e-6 * wide, False)):
-        for value in (lower - beyond, upper + beyond):
-            source = torch.full((1, 12), (lower + upper) / 2, dtype=torch.float64)
-            source[0, 3] = value
-            if fits:
-                found = nearest_in_box(rows, source, source, lower=lower, upper=upper)
-                assert lower <= found.patches.min() <= found.patches.max() <= upper
-            else:
-                with pytest.raises(ValueError, match="start from pixels of a real image"):
-                    nearest_in_box(rows, source, source, lower=lower, upper=upper)
-    assert nearest_in_box(rows, torch.zeros(0, 12), torch.zeros(0, 12)).patches.shape == (0, 12)
+@pytest.mark.parametrize(("beyond", "fits"), [(0.9e-6, True), (1.1e-6, False)])
+def test_a_source_may_leave_the_box_by_a_millionth(beyond, fits):
+    for value in (-beyond, 1 + beyond):
+        source = torch.full((1, 12), 0.5, dtype=torch.float64)
+        source[0, 3] = value
+        if fits:
+            found = nearest_in_box(row_basis(), source, source)
+            assert 0 <= found.patches.min() <= found.patches.max() <= 1
+        else:
+            with pytest.raises(ValueError, match="start from pixels of a real image"):
+                nearest_in_box(row_basis(), source, source)
+
+
+def test_no_patches_have_no_solution_to_look_for():
+    assert nearest_in_box(row_basis(), torch.zeros(0, 12), torch.zeros(0, 12)).patches.shape == (0, 12)

@@ -10,13 +10,9 @@ import torch
 from hf_nullspace.linear.box import nearest_invisible_image
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.linear.rounding import round_unseen
-from tiny_models import tiny_model
+from tiny_models import numpy_patches, tiny_model, uniform
 
 STD = (0.27, 0.26, 0.1)
-
-
-def uniform(*shape, seed=0):
-    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def small_nullspace():
@@ -65,8 +61,8 @@ def test_an_image_is_seen_less_than_with_the_nearest_levels():
     pixels = invisible(nullspace, source, uniform(2, 3, 16, 16, seed=3))
 
     def error(images):
-        patches = (images - source).reshape(2, 3, 4, 4, 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(-1, 48)
-        return np.linalg.norm(patches.numpy() @ nullspace.weight.double().numpy().T)
+        change = (images - source).permute(0, 2, 3, 1).numpy()
+        return np.linalg.norm(numpy_patches(change) @ nullspace.weight.double().numpy().T)
 
     found = round_unseen(nullspace, source, pixels)
     assert error(found) < 0.6 * error((pixels * 255).round() / 255)

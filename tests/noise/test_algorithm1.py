@@ -6,21 +6,15 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import softmax
 
 from hf_nullspace.core.seeds import derive_seed
-from hf_nullspace.models.patch_embedding import EmbeddingShape, NoiseMode, PatchEmbeddingNoise, patch_embedding_noise
-from hf_nullspace.noise.algorithm1 import (
-    NoiseNotLearnedError,
-    NoiseSettings,
-    learn_noise,
-    start_noise,
-)
+from hf_nullspace.models.patch_embedding import EmbeddingShape, NoiseMode, PatchEmbeddingNoise
+from hf_nullspace.noise.algorithm1 import NoiseNotLearnedError, NoiseSettings, learn_noise, start_noise
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.calibration import calibrate
-from hf_nullspace.noise.influence import noise_influence
-from tiny_models import tiny_model
+from tiny_models import cosine, tiny_model
+from written_out import algorithm_1, influence_of
 
 SHAPE = EmbeddingShape(16, 24, (4, 4))
 
@@ -35,38 +29,6 @@ def held_out(dtype=torch.float64):
     return list(itertools.islice(stream(seed=99, dtype=dtype), 3))
 
 
-def forward(vit, pixel_values, noise):
-    """f_psi(f_phi^0(f_e(X) + [v])) of ViTForImageClassification, written out: no hook."""
-    embeddings = vit.vit.embeddings
-    patches = embeddings.patch_embeddings(pixel_values) + noise
-    tokens = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], 1) + embeddings.position_embeddings
-    for layer in vit.vit.layers:
-        tokens = layer(tokens)
-    return vit.classifier(vit.vit.layernorm(tokens)[:, 0])
-
-
-def algorithm_1(vit, batches, seed, epsilon, limit, learning_rate, max_steps, weight_decay, squared):
-    """Lines 3 to 14 as published, with AdamW and a cosine: every iterate of v, and the influences."""
-    v = start_noise(SHAPE, limit, seed).double().requires_grad_()
-    optimizer = torch.optim.AdamW([v], lr=learning_rate, weight_decay=weight_decay)
-    iterates, influences = [v.detach().clone()], []
-    for t in range(max_steps):
-        x = next(batches)
-        z, z_noisy = forward(vit, x, 0), forward(vit, x, v)
-        influence = ((softmax(z_noisy, 1) - softmax(z, 1)) ** 2).sum(1).mean()
-        influences.append(influence.item())
-        if influence < epsilon:
-            break
-        distance = ((z_noisy - z) ** 2).sum(1)
-        loss = (distance if squared else distance.sqrt()).mean()
-        optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * t / max_steps)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        iterates.append(v.detach().clone())
-    return iterates, influences
-
-
 class RecordingHook(PatchEmbeddingNoise):
     """The hook, keeping a copy of every noise that it is asked to add."""
 
@@ -79,29 +41,32 @@ class RecordingHook(PatchEmbeddingNoise):
         return super().adding(noise, mode)
 
 
-@pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-def test_it_is_algorithm_1_step_by_step(squared, weight_decay):
-    vit = tiny_model().double()
-    expected, influences = algorithm_1(vit, stream(), 5, 0.05, 3.0, 0.1, 60, weight_decay, squared)
-    assert 5 < len(expected) < 60, "the test means something only if it stops by epsilon, after several steps"
-    settings = NoiseSettings(
-        epsilon=0.05,
-        max_steps=60,
-        weight_decay=weight_decay,
-        loss="squared_l2" if squared else "l2",
-        stop_on="minibatch",
-    )
+STOPS = {"epsilon": 0.05, "max_steps": 60, "stop_on": "minibatch"}
+EXPLORES = {"epsilon": None, "noise_limit": 0.1, "max_steps": 4, "norm_weight": 0.7}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({**STOPS, "loss": loss, "weight_decay": decay} for loss in ("l2", "squared_l2") for decay in (0.0, 0.01)),
+        *({**EXPLORES, "norm": norm} for norm in ("centred", "raw")),
+    ],
+    ids=str,
+)
+def test_it_is_algorithm_1_step_by_step(given):
+    vit, settings = tiny_model().double(), NoiseSettings(**given)
+    expected, influences = algorithm_1(vit, stream(), 5, settings)
+    if settings.epsilon:
+        assert 5 < len(expected) < 60, "the test means something only if it stops by epsilon, after several steps"
     hook = RecordingHook(vit)
     noise, history = learn_noise(vit, stream(), settings, seed=5, hook=hook)
-    assert len(hook.seen) == len(expected), "one noisy forward pass per step"
-    for ours, theirs in zip(hook.seen, expected, strict=True):
+    for ours, theirs in zip(hook.seen, expected, strict=True):  # one noisy forward pass per step
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     assert torch.equal(noise.tensor, hook.seen[-1])
-    assert history.influence == pytest.approx(influences, rel=1e-9)
+    assert history.influence[: len(influences)] == pytest.approx(influences, rel=1e-9)
     assert history.norm == pytest.approx([v.norm().item() for v in expected], rel=1e-9)
     assert history.steps == len(expected) - 1
-    assert history.stopped == "epsilon"
+    assert history.stopped == ("epsilon" if settings.epsilon else "steps")
 
 
 @pytest.mark.parametrize("stop_on", ["minibatch", "held_out"])
@@ -111,11 +76,10 @@ def test_it_stops_where_the_influences_are_first_below_epsilon_and_nowhere_else(
     images, vit = next(stream()), tiny_model().double()
     hook = RecordingHook(vit)
     _, known = learn_noise(vit, itertools.repeat(images), NoiseSettings(epsilon=None, **given), seed=5, hook=hook)
-    with torch.no_grad():
-        z, pairs = forward(vit, torch.cat(held_out()), 0), []
-        for noise, seen in zip(hook.seen, known.influence, strict=True):
-            noisy = forward(vit, torch.cat(held_out()), noise)
-            pairs.append((seen, noise_influence(z, noisy).item() if stop_on == "held_out" else 0.0))
+    pairs = [
+        (seen, influence_of(vit, torch.cat(held_out()), noise) if stop_on == "held_out" else 0.0)
+        for noise, seen in zip(hook.seen, known.influence, strict=True)
+    ]
     assert len(pairs) == 5
     ends = set()
     for value in {value for pair in pairs for value in pair} - {0.0}:
@@ -139,47 +103,11 @@ def test_equal_to_epsilon_is_not_below(stop_on):
     assert learn_noise(vit, batch, settings, seed=5, held_out=[images])[1].steps == 1
 
 
-@pytest.mark.parametrize("norm", ["centred", "raw"])
-def test_exploratory_form_descends_equation_6(norm):
-    """Two steps of SGD-like AdamW against autograd on the written-out objective."""
-    vit = tiny_model().double()
-    settings = NoiseSettings(epsilon=None, noise_limit=0.1, max_steps=4, norm_weight=0.7, norm=norm)
-    noise, history = learn_noise(vit, stream(), settings, seed=1)
-    v = start_noise(SHAPE, 0.1, 1).double().requires_grad_()
-    optimizer = torch.optim.AdamW([v], lr=0.1, weight_decay=0.0)
-    batches = stream()
-    for t in range(4):
-        x = next(batches)
-        size = v - v.mean(-1, keepdim=True) if norm == "centred" else v
-        loss = (forward(vit, x, v) - forward(vit, x, 0)).norm(dim=1).mean() - 0.7 * size.norm().log()
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * t / 4)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    torch.testing.assert_close(noise.tensor, v.detach(), rtol=1e-9, atol=1e-9)
-    assert history.steps == 4
-    assert history.stopped == "steps"
-
-
-def test_lambda_makes_the_noise_larger():
-    vit = tiny_model()
-    sizes = []
-    for norm_weight in (0.0, 0.3, 3.0):
-        settings = NoiseSettings(epsilon=None, noise_limit=0.5, max_steps=30, norm_weight=norm_weight)
-        sizes.append(learn_noise(vit, stream(dtype=torch.float32), settings, seed=0)[0].centred_norm)
-    assert sizes == sorted(sizes)
-    assert sizes[-1] > 1.5 * sizes[0]
-
-
 def test_epsilon_is_true_of_the_noise_that_is_returned():
     vit = tiny_model().double()
     noise, history = learn_noise(vit, stream(), NoiseSettings(epsilon=0.05), seed=5, held_out=held_out())
     assert history.stopped == "epsilon"
-    images = torch.cat(held_out())
-    with torch.no_grad():
-        clean = vit(images).logits
-        with patch_embedding_noise(vit, noise.tensor):
-            measured = noise_influence(clean, vit(images).logits).item()
+    measured = influence_of(vit, torch.cat(held_out()), noise.tensor)
     assert measured < 0.05
     assert history.held_out_influence == pytest.approx(measured, rel=1e-9)
     assert noise.provenance.influence == history.held_out_influence
@@ -237,21 +165,25 @@ def test_what_happens_at_the_limit_is_an_option(caplog):
     assert "used as it is" in caplog.text
     assert "scaled into it" in caplog.text
     assert 0 < history.held_out_influence <= 1e-4
-    direction = torch.nn.functional.cosine_similarity(scaled.tensor.flatten(), noise.tensor.flatten(), dim=0)
-    assert direction.item() == pytest.approx(1, abs=1e-12)
+    assert cosine(scaled.tensor, noise.tensor) == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("stop_on", ["held_out", "minibatch"])
-def test_a_start_inside_epsilon_is_said(stop_on, caplog):
+@pytest.mark.parametrize(("stop_on", "known"), [("held_out", True), ("minibatch", True), ("minibatch", False)])
+def test_a_start_inside_epsilon_is_reported(stop_on, known, caplog):
+    """Without held-out images with its influence on the last minibatch."""
     vit = tiny_model().double()
     torch.nn.init.normal_(vit.classifier.weight, std=0.002)  # a head that was just made
+    images = held_out() if known else ()
     with caplog.at_level(logging.WARNING, "hf_nullspace"):
-        noise, history = learn_noise(vit, stream(), NoiseSettings(stop_on=stop_on), seed=5, held_out=held_out())
+        noise, history = learn_noise(vit, stream(), NoiseSettings(stop_on=stop_on), seed=5, held_out=images)
     assert torch.equal(noise.tensor, start_noise(SHAPE, 3.0, 5).double())
     assert (history.steps, history.stopped, noise.provenance.stopped) == (0, "start", "start")
     (record,) = caplog.records
     assert "no step was taken and nothing was learned; raise noise_limit (A)" in record.message
-    assert record.message.startswith(f"the noise began with an influence of {history.held_out_influence:.3g}")
+    (last,) = history.influence
+    assert (history.held_out_influence is not None) == known
+    shown = history.held_out_influence if known else last
+    assert record.message.startswith(f"the noise began with an influence of {shown:.3g}, inside epsilon=0.03")
 
 
 def test_nan_names_the_step():
@@ -265,6 +197,7 @@ def test_nan_names_the_step():
 
 
 SOURCES = {
+    "the images": None,
     "the weight classifier.bias is": ("classifier.bias", math.nan),
     "the patch embeddings are": ("vit.embeddings.patch_embeddings.projection.bias", 65504.0),
     "the clean logits are": ("vit.layernorm.weight", 65504.0),
@@ -274,20 +207,14 @@ SOURCES = {
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("learner", ["descent", "boundary", "calibration"])
 def test_what_is_nan_is_named_before_anything_is_learned(source, learner):
-    name, value = SOURCES[source]
-    vit = tiny_model().half()
-    with torch.no_grad():
-        vit.get_parameter(name).fill_(value)
+    vit, images = tiny_model().half(), [1000 * batch for batch in held_out(torch.float16)]
+    if SOURCES[source] is None:
+        images[1][0, 0, 0, 0] = math.nan
+    else:
+        name, value = SOURCES[source]
+        torch.nn.init.constant_(vit.get_parameter(name), value)
     with pytest.raises(FloatingPointError, match=f"logits without noise on held-out images, NaN or infinite: {source}"):
-        learn_with(learner, vit, [1000 * batch for batch in held_out(torch.float16)])
-
-
-@pytest.mark.parametrize("learner", ["descent", "boundary", "calibration"])
-def test_nan_images_are_no_influence_and_no_reason_for_another_epsilon(learner):
-    images = held_out(torch.float32)
-    images[1][0, 0, 0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="on held-out images, NaN or infinite: the images"):
-        learn_with(learner, tiny_model(), images)
+        learn_with(learner, vit, images)
 
 
 def learn_with(learner, vit, images):
@@ -354,14 +281,6 @@ def test_bf16_model_keeps_a_float32_noise():
 def test_impossible_settings_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         NoiseSettings(**setting)
-
-
-def test_a_start_inside_epsilon_warns_with_its_influence_on_the_minibatch(caplog):
-    """Without held-out images the last minibatch is what is known."""
-    vit = tiny_model().double()
-    _, history = learn_noise(vit, stream(), NoiseSettings(epsilon=2.0, stop_on="minibatch"), seed=0)
-    assert (history.stopped, len(history.influence), history.held_out_influence) == ("start", 1, None)
-    assert f"began with an influence of {history.influence[0]:.3g}, inside epsilon=2.0" in caplog.text
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

@@ -1,19 +1,13 @@
-"""Scaling and combinations against direct evaluation: noise in the position embedding, NumPy for the influence."""
-
-import copy
+"""Scaling and combinations against direct evaluation, with the forward pass and the influence written out."""
 
 import numpy as np
 import pytest
 import torch
-from scipy.special import softmax
 
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, find_patch_embedding
 from hf_nullspace.noise.closure import GRID, Combinations, Scaling, combinations, scaling
-from tiny_models import tiny_model
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from tiny_models import normal, tiny_model
+from written_out import influence_of
 
 
 @pytest.fixture
@@ -28,14 +22,9 @@ def noises(count):
 BATCHES = [normal(3, 3, 16, 16, seed=1), normal(2, 3, 16, 16, seed=2)]
 
 
-@torch.no_grad()
 def influence_directly(model, noise):
-    """Over all images at once, without a hook: the noise is added to the position embedding."""
-    changed = copy.deepcopy(model)
-    changed.vit.embeddings.position_embeddings[:, 1:] += noise
-    images = torch.cat(BATCHES)
-    clean, noisy = (softmax(one(images).logits.numpy(), 1) for one in (model, changed))
-    return np.mean(np.sum((noisy - clean) ** 2, axis=1))
+    """Over all images at once."""
+    return influence_of(model, torch.cat(BATCHES), noise)
 
 
 def test_scaling_is_the_influence_at_every_factor(model):

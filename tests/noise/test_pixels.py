@@ -8,13 +8,9 @@ from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.patch_embedding import embedding_shape, find_patch_embedding, patch_embedding_noise
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.pixels import pixel_preimage
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import FAMILIES, normal, tiny_model
 
 STD = (0.27, 0.26, 0.1)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def embeddings_of(model, pixel_values):

@@ -7,11 +7,8 @@ from hf_nullspace.models.patch_embedding import patch_embedding_noise
 from hf_nullspace.noise.algorithm1 import l2, squared_l2
 from hf_nullspace.noise.influence import noise_influence
 from hf_nullspace.noise.probe import probing
-from tiny_models import tiny_model
-
-
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tiny_models import normal, tiny_model
+from written_out import influence_of, logits_of
 
 
 def images(count, seed=1, dtype=torch.float64):
@@ -54,13 +51,10 @@ def test_every_noise_has_its_own_images(chunk_size, known, squared):
         influences, losses, gradient = probe.measure(x, v, squared_l2 if squared else l2, clean)
         for m in range(3):
             own, one = x[m::3], v[m : m + 1].detach().requires_grad_()
-            z = model(pixel_values=own).logits
-            with patch_embedding_noise(model, one):
-                noisy = model(pixel_values=own).logits
-            distance = torch.linalg.vector_norm(noisy - z, dim=1)
+            distance = torch.linalg.vector_norm(logits_of(model, own, one) - logits_of(model, own), dim=1)
             loss = (distance.square() if squared else distance).mean()
             (expected,) = torch.autograd.grad(loss, one)
-            assert influences[m] == pytest.approx(noise_influence(z, noisy).item(), rel=1e-9)
+            assert influences[m] == pytest.approx(influence_of(model, own, one), rel=1e-9)
             assert losses[m] == pytest.approx(loss.item(), rel=1e-9)
             torch.testing.assert_close(gradient[m : m + 1], expected, rtol=1e-9, atol=1e-12)
 
@@ -73,9 +67,7 @@ def test_the_held_out_influence_is_the_mean_over_images_whatever_the_batches():
             assert probe.held_out_images == 7
             whole, first = probe.held_out_influence(v), probe.held_out_influence(v, 1)
             for found, seen in ((whole, torch.cat(batches)), (first, batches[0][:chunk_size])):
-                z = model(pixel_values=seen).logits
-                with patch_embedding_noise(model, v):
-                    assert found == pytest.approx(noise_influence(z, model(pixel_values=seen).logits).item(), rel=1e-9)
+                assert found == pytest.approx(influence_of(model, seen, v), rel=1e-9)
 
 
 def test_a_sharded_model_of_one_process_is_asked_as_often():

@@ -10,41 +10,25 @@ import torch
 from PIL import Image
 from transformers import Swinv2Config, Swinv2ForImageClassification
 
-from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.training.sources import load_image_dataset
-from recipe_calls import call_recipe
-from tiny_models import tiny_model, tiny_resnet
+from recipe_calls import call_recipe, check_refused, saved_model
+from tiny_models import numpy_patches, numpy_projection, tiny_model, tiny_resnet
 
 call = partial(call_recipe, "analyze")
 
 
-def keep(model, folder):
-    model.save_pretrained(folder)
-    make_image_processor(16).save_pretrained(folder)
-    return folder
-
-
-def numpy_dimension(weight, eps):
-    """P - rank by NumPy, with the documented tolerance."""
-    flat = weight.detach().double().numpy().reshape(len(weight), -1)
-    tolerance = np.linalg.svd(flat, compute_uv=False)[0] * max(flat.shape) * eps
-    return flat.shape[1] - np.linalg.matrix_rank(flat, tol=tolerance)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return keep(tiny_model("deit"), tmp_path_factory.mktemp("deit"))
+    return saved_model(tiny_model("deit"), tmp_path_factory.mktemp("deit"))
 
 
 def test_a_model_is_analyzed(saved, tmp_path, capsys):
     call("--model_name_or_path", saved, "--output_dir", tmp_path, "--images", 2)
     said, found = capsys.readouterr().out, json.loads((tmp_path / "analysis.json").read_text())
-    weight = tiny_model("deit").deit.embeddings.patch_embeddings.projection.weight
-    patch = found["patch_embedding"]
-    assert patch["dimension"] == numpy_dimension(weight, np.finfo(np.float32).eps) == 24
-    np.testing.assert_allclose(
-        patch["singular_values"], np.linalg.svd(weight.detach().double().flatten(1).numpy(), compute_uv=False)
-    )
+    patch, spectrum = found["patch_embedding"], np.linalg.svd(numpy_projection(tiny_model("deit"))[0], compute_uv=False)
+    assert patch["tolerance"] == pytest.approx(spectrum[0] * 48 * np.finfo(np.float32).eps)
+    assert patch["dimension"] == 48 - np.sum(spectrum > patch["tolerance"]) == 24
+    np.testing.assert_allclose(patch["singular_values"], spectrum)
     check = patch["check"]
     assert check["logit_change_by_null_pattern"] < 1e-4 < 0.1 < check["logit_change_by_random_pattern"]
     assert check["residual"] < 1e-6
@@ -78,31 +62,24 @@ def test_real_images_and_another_precision(saved, tmp_path, capsys):
     found = json.loads((tmp_path / "analysis.json").read_text())
     check = found["patch_embedding"]["check"]
     assert check["images"] == 3
-    digits = load_image_dataset("digits", "test")
-    pixels = (
-        np.stack([np.asarray(digits[row]["image"].convert("RGB").resize((16, 16), 2)) for row in (0, 1, 2)]) / 127.5
-    )
-    apart = pixels - pixels[[2, 0, 1]]
-    patches = apart.reshape(3, 4, 4, 4, 4, 3).transpose(0, 1, 3, 5, 2, 4).reshape(48, 48)
-    projection = tiny_model("deit").deit.embeddings.patch_embeddings.projection.weight.detach().double().numpy()
-    rows = scipy.linalg.orth(projection.reshape(24, 48).T)
-    hidden = 1 - np.sum((patches @ rows) ** 2) / np.sum(patches**2)
+    rows, weight = load_image_dataset("digits", "test"), numpy_projection(tiny_model("deit"))[0]
+    pixels = [np.asarray(rows[row]["image"].convert("RGB").resize((16, 16), 2)) / 127.5 for row in (0, 1, 2)]
+    patches = numpy_patches(np.stack(pixels) - np.roll(pixels, 1, 0))
+    hidden = 1 - np.sum((patches @ scipy.linalg.orth(weight.T)) ** 2) / np.sum(patches**2)
     assert check["invisible_share_of_differences"] == pytest.approx(hidden, rel=1e-3)
-    weight = tiny_model("deit").deit.embeddings.patch_embeddings.projection.weight
-    flat = weight.detach().double().flatten(1).numpy()
-    rounding = 2**-8 * np.sqrt(np.mean(flat**2)) * (np.sqrt(24) + np.sqrt(48))
+    rounding = 2**-8 * np.sqrt(np.mean(weight**2)) * (np.sqrt(24) + np.sqrt(48))
     assert found["patch_embedding"]["tolerance"] == pytest.approx(rounding)
     assert found["patch_embedding"]["dimension"] == 24
     assert "bfloat16" in found["command"]["stored_dtype"]
     capsys.readouterr()
 
 
-def test_a_model_of_another_attention_says_what_is_not_measured(tmp_path, capsys):
+def test_another_attention_is_reported_as_not_measured(tmp_path, capsys):
     config = Swinv2Config(
         image_size=16, patch_size=4, embed_dim=24, depths=[1, 1], num_heads=[2, 2], window_size=2, num_labels=5
     )
     torch.manual_seed(0)
-    keep(Swinv2ForImageClassification(config), tmp_path)
+    saved_model(Swinv2ForImageClassification(config), tmp_path)
     call("--model_name_or_path", tmp_path, "--output_dir", tmp_path / "out", "--images", 2)
     said, found = capsys.readouterr().out, json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert "Proposition 1: not measured: Swinv2ForImageClassification (model type swinv2)" in said
@@ -149,12 +126,6 @@ def test_table_4_of_the_paper(tmp_path, capsys):
 )
 def test_bad_input_is_one_line(words, message, saved, tmp_path, capsys):
     if "{resnet}" in words:
-        keep(tiny_resnet(), tmp_path)
+        saved_model(tiny_resnet(), tmp_path)
     words = [word.format(saved=saved, resnet=tmp_path) for word in words]
-    with pytest.raises(SystemExit) as exit:
-        call(*words, "--output_dir", tmp_path / "out")
-    said = capsys.readouterr().err
-    assert exit.value.code == 2
-    assert message in said
-    assert said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    check_refused(capsys, message, "analyze", *words, output=tmp_path / "out")

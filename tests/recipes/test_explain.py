@@ -10,23 +10,16 @@ from PIL import Image
 
 from hf_nullspace.explain.lrp import lrp_map
 from hf_nullspace.explain.maps import saliency_maps
-from hf_nullspace.models.preprocessing import make_image_processor
-from recipe_calls import call_recipe
+from recipe_calls import call_recipe, check_refused, saved_model
 from tiny_models import tiny_model, tiny_resnet
 
 call = partial(call_recipe, "explain")
 
 
-def keep(model, folder):
-    model.save_pretrained(folder)
-    make_image_processor(16).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A model, two images of its size, one of another size and mode, and files that are no images."""
-    folder = keep(tiny_model("deit"), tmp_path_factory.mktemp("deit"))
+    folder = saved_model(tiny_model("deit"), tmp_path_factory.mktemp("deit"))
     values = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     for name, image in zip("ab", values, strict=False):
         Image.fromarray(image).save(folder / f"{name}.png")
@@ -82,46 +75,44 @@ def test_a_map_that_is_constant_has_no_correlation(place, tmp_path, capsys):
     model = tiny_model("deit")
     torch.nn.init.zeros_(model.classifier.weight)
     names = [place / "a.png", place / "b.png"]
-    call("--model_name_or_path", keep(model, tmp_path), "--image", *names, "--method", "grad_cam", "--output_dir",
-         tmp_path)  # fmt: skip
-    assert json.loads((tmp_path / "explain.json").read_text())["images"][1]["correlation_with_first"] == {
-        "grad_cam": None
-    }
+    words = ["--model_name_or_path", saved_model(model, tmp_path), "--image", *names, "--method", "grad_cam"]
+    call(*words, "--output_dir", tmp_path)
+    second = json.loads((tmp_path / "explain.json").read_text())["images"][1]
+    assert second["correlation_with_first"] == {"grad_cam": None}
     assert "grad_cam r undefined" in capsys.readouterr().out
+
+
+MODEL, IMAGE = ("--model_name_or_path", "{place}"), ("--image", "{place}/a.png")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model_name_or_path", "{place}"], "--model_name_or_path M --image FILE"),
-        (["--image", "{place}/a.png"], "--model_name_or_path M --image FILE"),
-        (["--model_name_or_path", "{place}/none", "--image", "{place}/a.png"], "cannot load the model"),
-        (["--model_name_or_path", "{place}", "--image", "{place}/none.png"], "none.png: No such file or directory"),
-        (["--model_name_or_path", "{place}", "--image", "{place}/text.png"], "is not an image that Pillow can read"),
-        (["--model_name_or_path", "{place}", "--image", "{place}"], "cannot read the image"),
-        (["--model_name_or_path", "{place}", "--image", "{place}/a.png", "--method", "rolout"], "expected some of raw"),
-        (["--model_name_or_path", "{place}", "--image", "{place}/a.png", "--target_class", "clas 3"], "named class 3"),
-        (["--model_name_or_path", "{place}", "--image", "{place}/a.png", "--target_class", "7"], "classes 0 to 4"),
-        (["--model_name_or_path", "{place}", "--imge", "{place}/a.png"], "did you mean --image"),
-        (["--model_name_or_path", "{other}", "--image", "{place}/a.png"], "is not known to classify by a CLS token"),
+        (MODEL, "--model_name_or_path M --image FILE"),
+        (IMAGE, "--model_name_or_path M --image FILE"),
+        (["--model_name_or_path", "{place}/none", *IMAGE], "cannot load the model"),
+        ([*MODEL, "--image", "{place}/none.png"], "none.png: No such file or directory"),
+        ([*MODEL, "--image", "{place}/text.png"], "is no image that Pillow can read"),
+        ([*MODEL, "--image", "{place}"], "cannot read the image"),
+        ([*MODEL, *IMAGE, "--method", "rolout"], "expected some of raw"),
+        ([*MODEL, *IMAGE, "--target_class", "clas 3"], "did you mean class"),
+        ([*MODEL, *IMAGE, "--target_class", "7"], "classes 0 to 4"),
+        ([*MODEL, "--imge", "{place}/a.png"], "did you mean --image"),
+        (["--model_name_or_path", "{resnet}", *IMAGE], "is not known to classify by a CLS token"),
+        (["--model_name_or_path", "{dinov2}", *IMAGE], "its model type is dinov2; expected ViTForImageClassification"),
     ],
 )
 def test_bad_input_is_one_line(words, message, place, tmp_path, capsys):
-    if "{other}" in words:
-        keep(tiny_resnet(), tmp_path)
-    with pytest.raises(SystemExit) as exit:
-        call(*[word.format(place=place, other=tmp_path) for word in words], "--output_dir", tmp_path / "out")
-    said = capsys.readouterr().err
-    assert exit.value.code == 2
-    assert message in said
-    assert said.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    others = {"resnet": tmp_path / "resnet", "dinov2": tmp_path / "dinov2"}
+    if "{resnet}" in words:
+        saved_model(tiny_resnet(), others["resnet"])
+    if "{dinov2}" in words:
+        saved_model(tiny_model("dinov2"), others["dinov2"])
+    words = [word.format(place=place, **others) for word in words]
+    check_refused(capsys, message, "explain", *words, output=tmp_path / "out")
 
 
-def test_lrp_of_a_model_that_it_does_not_know_is_one_line(place, tmp_path, capsys):
-    words = ["--model_name_or_path", keep(tiny_model("dinov2"), tmp_path), "--image", place / "a.png"]
-    with pytest.raises(SystemExit):
-        call(*words, "--output_dir", tmp_path / "out")
-    assert "its model type is dinov2; expected ViTForImageClassification" in capsys.readouterr().err
+def test_a_model_that_lrp_does_not_know_is_explained_by_rollout(place, tmp_path):
+    words = ["--model_name_or_path", saved_model(tiny_model("dinov2"), tmp_path), "--image", place / "a.png"]
     call(*words, "--method", "rollout", "--output_dir", tmp_path / "out")
     assert (tmp_path / "out" / "explain.png").exists()

@@ -199,7 +199,7 @@ def test_a_new_head_is_new_and_said(own, tmp_path, capsys):
         (["--image_column=picture"], "picture"),
         (["--train_split=trian"], "trian"),
         (["--epsilon=0"], r"epsilon=0.0: expected a number in (0, 2]"),
-        (["--preset=paper", "--noise_max_steps=0"], "at least 1 noise step (T)"),
+        (["--preset=paper", "--noise_max_steps=0"], "max_steps=0: expected at least 1"),
         (["--max_steps=5"], "max_steps=5 is not rounds=1 x steps_per_round=2"),
         (["--fgsm", "much"], "expected numbers like 8/255"),
         (["--corruptions", "fog_of_war"], "fog_of_war"),

@@ -14,7 +14,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_nullspace.invisible.images import Judge
 from hf_nullspace.models.preprocessing import make_image_processor
-from tiny_models import IMAGE, SIZES, tiny_model
+from recipe_calls import saved_model
+from tiny_models import IMAGE, SIZES, numpy_patches, numpy_projection, tiny_model
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -37,10 +38,7 @@ def call(name, *words):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vit")
-    tiny_model().save_pretrained(folder)
-    make_image_processor(16).save_pretrained(folder)
-    return folder
+    return saved_model(tiny_model(), tmp_path_factory.mktemp("vit"))
 
 
 def test_pairs_of_images(saved, tmp_path, capsys):
@@ -48,7 +46,7 @@ def test_pairs_of_images(saved, tmp_path, capsys):
     call("invisible_images", *words, "--pictures", tmp_path, "--output", tmp_path / "found.json")
     found, said = json.loads((tmp_path / "found.json").read_text()), capsys.readouterr().out
     assert found["settings"]["model"] == saved.name
-    weight = tiny_model().vit.embeddings.patch_embeddings.projection.weight.detach().double().numpy().reshape(24, 48)
+    weight, _ = numpy_projection(tiny_model())
     for kind in ("target", "mark"):
         summary, single = found["summary"][kind], found["pairs"][kind]
         assert summary["prediction stays"]["count"] == sum(single["match"])
@@ -66,11 +64,8 @@ def test_pairs_of_images(saved, tmp_path, capsys):
         )
         way = 1 - np.linalg.norm(result - wish) / np.linalg.norm(source - wish)
         assert single["way to the wish"][0] == pytest.approx(way, rel=1e-2)
-        seen = []
-        for change in (result - source, wish - source):
-            patches = (change / 0.5).reshape(4, 4, 4, 4, 3).transpose(0, 2, 4, 1, 3).reshape(16, 48)
-            seen.append(np.linalg.norm(patches @ weight.T))
-        assert seen[0] < 0.05 * seen[1]
+        seen, wanted = (np.linalg.norm(numpy_patches(each - source) @ weight.T) for each in (result, wish))
+        assert seen < 0.05 * wanted
         assert (tmp_path / f"{kind}-0" / "explanations.png").exists()
 
 
@@ -79,23 +74,18 @@ def test_the_baseline_is_the_projection_clipped_and_rounded(saved):
     values = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     source, wish = (Image.fromarray(each) for each in values)
     image = np.asarray(load("invisible_images")["projected"](judge, source, wish))
-    change = torch.tensor((values[1] / 255 - values[0] / 255).transpose(2, 0, 1)[None] / 0.5)
-    weight = tiny_model().vit.embeddings.patch_embeddings.projection.weight.detach().double().numpy().reshape(24, 48)
-    patches = torch.nn.functional.unfold(change, 4, stride=4).transpose(1, 2).numpy()[0]
-    patches = patches - patches @ weight.T @ np.linalg.inv(weight @ weight.T) @ weight
-    folded = torch.nn.functional.fold(torch.tensor(patches.T[None]), 16, 4, stride=4)[0].numpy().transpose(1, 2, 0)
-    expected = np.clip(values[0] / 255 + folded * 0.5, 0, 1) * 255
-    assert np.abs(image - expected).max() < 0.51
+    (start, goal), (weight, _) = numpy_patches(values / 255), numpy_projection(tiny_model())
+    change = (goal - start) - (goal - start) @ weight.T @ np.linalg.inv(weight @ weight.T) @ weight
+    expected = np.clip(start + change, 0, 1) * 255
+    assert np.abs(numpy_patches(image) - expected).max() < 0.51
 
 
 def test_copies_and_innocent_models_are_counted(tmp_path, capsys):
     torch.manual_seed(0)
-    saved = tmp_path / "ten-classes"
     model = ViTForImageClassification(ViTConfig(**SIZES, **IMAGE, num_labels=10))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(saved)
-    make_image_processor(16).save_pretrained(saved)
+    saved = saved_model(model, tmp_path / "ten-classes")
     words = ["--model", saved, "--dataset", "digits", "--others", 2, "--layers", 1, "--steps", 3, "--batch", 8]
     words += ["--finetune_steps", 1, "--train_images", 40, "--images", 6, "--patterns", 2, "--fingerprints", 2]
     call("ownership", *words, "--name", "none", "--picture", tmp_path / "scores.png", "--copies", saved)

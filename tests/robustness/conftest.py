@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,27 +16,59 @@ from hf_nullspace.robustness.pixel_model import PixelModel
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)
 
 
-def vit_config(**changes):
-    settings = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "image_size": 16,
-        "patch_size": 4,
-        "num_labels": 10,
-    }
-    return ViTConfig(**(settings | changes))
+SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 16, "patch_size": 4}
 
 
 @pytest.fixture
-def tiny_vit():
-    """A random ViT for 16 px in float64, wrapped for pixels; its logits differ enough to be attacked."""
-    torch.manual_seed(0)
-    model = ViTForImageClassification(vit_config()).double()
+def make_vit():
+    """Random ViTs for 16 px in float64, wrapped for pixels; their logits differ enough to be attacked."""
+
+    def make(layers):
+        torch.manual_seed(0)
+        model = ViTForImageClassification(ViTConfig(**SIZES, num_hidden_layers=layers, num_labels=10)).double()
+        with torch.no_grad():
+            model.classifier.weight.mul_(20)
+        return PixelModel(model, MEAN, STD).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_vit(make_vit):
+    return make_vit(2)
+
+
+@pytest.fixture
+def predicted(tiny_vit, pixels):
+    """What ``tiny_vit`` says to ``pixels``."""
     with torch.no_grad():
-        model.classifier.weight.mul_(20)
-    return PixelModel(model, MEAN, STD).eval()
+        return tiny_vit(pixels).argmax(1)
+
+
+@pytest.fixture
+def left_as_it_was(tiny_vit):
+    """A block that has to leave ``tiny_vit`` alone: in train mode but for a part, and one parameter not trained."""
+    model = tiny_vit.train()
+    model.model.classifier.eval()
+    model.model.classifier.bias.requires_grad_(False)
+
+    def state():
+        return (
+            [module.training for module in model.modules()],
+            [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()],
+            model.model.config._attn_implementation,
+            {name: value.tolist() for name, value in model.state_dict().items()},
+        )
+
+    @contextmanager
+    def check():
+        before = state()
+        try:
+            yield
+        finally:
+            assert state() == before
+
+    return check
 
 
 class Linear(nn.Module):

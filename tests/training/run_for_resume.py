@@ -37,10 +37,10 @@ class DyingTrainer(NullspaceTrainer):
         if what == "noise" and self.learning == when and self.forwards == self.began + more[0]:
             kill_this_process()
 
-    def _learn(self, model, round_):
-        self.learning, self.began = round_, self.forwards
+    def _begin_round(self, model, number):
+        self.learning, self.began = number, self.forwards
         try:
-            return super()._learn(model, round_)
+            super()._begin_round(model, number)
         finally:
             self.learning = None
 

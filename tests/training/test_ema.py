@@ -10,7 +10,7 @@ from transformers import AutoModelForImageClassification, TrainerCallback, ViTCo
 from hf_nullspace.training.ema import EmaCallback
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import IMAGE, SIZES, tiny_model
-from tiny_training import Images, accuracy, assert_differs, assert_same, config, parameters_of, trained
+from tiny_training import Images, accuracy, assert_differs, assert_same, config, logged, parameters_of, trained
 
 
 class Weights(TrainerCallback):
@@ -22,17 +22,25 @@ class Weights(TrainerCallback):
     def on_step_end(self, args, state, control, model, **kwargs):
         self.steps.append(parameters_of(model))
 
+    def average_from(self, start):
+        """The recursion written out, with a decay of 0.8."""
+        assert len(self.steps) == 4
+        for step in self.steps:
+            start = {name: 0.8 * value + 0.2 * step[name] for name, value in start.items()}
+        return start
+
 
 def test_it_is_the_recursion(tmp_path):
     weights = Weights()
     trainer = trained(tmp_path, ema_decay=0.8, callbacks=[weights])
-    average = parameters_of(tiny_model().double())
-    assert len(weights.steps) == 4
-    for step in weights.steps:
-        average = {name: 0.8 * value + 0.2 * step[name] for name, value in average.items()}
+    average = weights.average_from(parameters_of(tiny_model().double()))
     assert_same(parameters_of(trainer.ema.model), average, rtol=1e-12, atol=1e-15)
     assert_differs(average, weights.steps[-1])
     assert_same(parameters_of(trainer.model), weights.steps[-1])
+    trainer.remove_callback(weights)
+    trainer.add_callback(second := Weights())
+    trainer.train()  # starts a new average
+    assert_same(parameters_of(trainer.ema.model), second.average_from(weights.steps[-1]), rtol=1e-12, atol=1e-15)
 
 
 def test_it_starts_from_other_weights_and_a_resumed_run_does_not_need_them(tmp_path):
@@ -40,16 +48,10 @@ def test_it_starts_from_other_weights_and_a_resumed_run_does_not_need_them(tmp_p
     weights, start = Weights(), str(tmp_path / "average")
     known = {"ema_decay": 0.8, "save_strategy": "steps", "save_steps": 2}
     whole = trained(tmp_path / "run", ema_from=start, callbacks=[weights], **known)
-    average = parameters_of(tiny_model(seed=5).double())
-    for step in weights.steps:
-        average = {name: 0.8 * value + 0.2 * step[name] for name, value in average.items()}
+    average = weights.average_from(parameters_of(tiny_model(seed=5).double()))
     assert_same(parameters_of(whole.ema.model), average, rtol=1e-12, atol=1e-15)
     shutil.rmtree(start)
-    data = Images(dtype=torch.float64)
-    resumed = NullspaceTrainer(
-        tiny_model().double(), config(tmp_path / "run", ema_from=start, **known), train_dataset=data
-    )
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    resumed = trained(tmp_path / "run", resume=tmp_path / "run" / "checkpoint-2", ema_from=start, **known)
     assert_same(parameters_of(resumed.ema.model), parameters_of(whole.ema.model))
     assert_same(parameters_of(resumed.model), parameters_of(whole.model))
 
@@ -74,22 +76,14 @@ def test_weights_that_the_average_cannot_start_from(tmp_path, monkeypatch):
         ("cut", "incomplete|deserializ"),
         ("nothing", "nothing"),
     ):
-        trainer = NullspaceTrainer(
-            tiny_model(), config(tmp_path, ema_decay=0.8, ema_from=str(tmp_path / name)), train_dataset=Images()
-        )
         with pytest.raises(ValueError, match=f"ema_from=.*{name}.*{said}.*; name a folder, or an id on the Hub") as got:
-            trainer.train()
+            trained(tmp_path, tiny_model(), Images(), ema_decay=0.8, ema_from=str(tmp_path / name))
         assert "\n" not in str(got.value)
 
 
-def test_it_does_not_change_training(tmp_path):
-    with_average = trained(tmp_path / "1", ema_decay=0.8)
-    without = trained(tmp_path / "2")
-    assert_same(parameters_of(with_average.model), parameters_of(without.model))
-
-
-def test_with_accumulation_it_counts_optimizer_steps(tmp_path):
+def test_it_does_not_change_training_and_counts_optimizer_steps(tmp_path):
     whole = trained(tmp_path / "1", ema_decay=0.8)
+    assert_same(parameters_of(whole.model), parameters_of(trained(tmp_path / "without").model))
     parts = trained(tmp_path / "2", ema_decay=0.8, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     assert_same(parameters_of(parts.ema.model), parameters_of(whole.ema.model), rtol=1e-6, atol=1e-9)
 
@@ -108,18 +102,9 @@ def test_it_is_saved_as_a_model(tmp_path):
 
 def test_it_is_evaluated_beside_the_model(tmp_path):
     held_out = Images(count=30, seed=7)
-    trainer = trained(
-        tmp_path,
-        tiny_model(),
-        Images(),
-        ema_decay=0.8,
-        eval_dataset=held_out,
-        compute_metrics=accuracy,
-        eval_strategy="steps",
-        eval_steps=2,
-    )
-    logged = [entry for entry in trainer.state.log_history if "eval_ema_accuracy" in entry]
-    assert len(logged) == 2
+    given = {"eval_dataset": held_out, "compute_metrics": accuracy, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = trained(tmp_path, tiny_model(), Images(), ema_decay=0.8, **given)
+    assert len(logged(trainer, "eval_ema_accuracy")) == 2
     metrics = trainer.evaluate()
     own, average = trainer.model, trainer.ema.model
     for prefix, model in (("eval_", own), ("eval_ema_", average)):
@@ -173,24 +158,13 @@ def test_best_model_by_the_averages_metric(tmp_path):
         save_strategy="steps",
         save_steps=1,
     )
-    losses = [entry["eval_ema_loss"] for entry in trainer.state.log_history if "eval_ema_loss" in entry]
+    losses = logged(trainer, "eval_ema_loss")
     best = losses.index(min(losses)) + 1
     folder = tmp_path / f"checkpoint-{best}"
     assert trainer.state.best_model_checkpoint == str(folder)
     average = AutoModelForImageClassification.from_pretrained(folder, subfolder="ema")
     assert_same(parameters_of(trainer.model), parameters_of(average))
     assert trainer.evaluate()["eval_loss"] == min(losses)
-
-
-def test_a_second_run_starts_a_new_average(tmp_path):
-    trainer = trained(tmp_path, ema_decay=0.8)
-    start = parameters_of(trainer.model)
-    weights = Weights()
-    trainer.add_callback(weights)
-    trainer.train()
-    for step in weights.steps:
-        start = {name: 0.8 * value + 0.2 * step[name] for name, value in start.items()}
-    assert_same(parameters_of(trainer.ema.model), start, rtol=1e-12, atol=1e-15)
 
 
 def test_frozen_parameters_and_buffers(tmp_path):
@@ -202,9 +176,8 @@ def test_frozen_parameters_and_buffers(tmp_path):
 
 def test_a_checkpoint_without_an_average(tmp_path):
     trained(tmp_path, tiny_model(), Images(), save_strategy="steps", save_steps=2)
-    trainer = NullspaceTrainer(tiny_model(), config(tmp_path, ema_decay=0.9), train_dataset=Images())
     with pytest.raises(OSError, match="ema"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        trained(tmp_path, tiny_model(), Images(), resume=tmp_path / "checkpoint-2", ema_decay=0.9)
 
 
 def test_only_whole_transformers_models(tmp_path):

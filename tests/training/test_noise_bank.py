@@ -6,15 +6,17 @@ import logging
 import numpy as np
 import pytest
 import torch
-from test_objectives import Pictures, agree, logits_of, trained
+from test_objectives import Pictures, agree, trained
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForImageClassification
 
 from hf_nullspace.core.seeds import derive_seed
-from hf_nullspace.models.patch_embedding import patch_embedding_noise
 from hf_nullspace.noise.artifact import load_noise_bank
-from hf_nullspace.noise.influence import noise_influence
 from hf_nullspace.training.noise_stream import noise_stream
+from hf_nullspace.training.trainer import NullspaceTrainer
+from tiny_models import cosine
 from tiny_training import assert_same, parameters_of
+from written_out import influence_of, logits_of
 
 BOUNDARY = {
     "preset": "boundary",
@@ -25,20 +27,18 @@ BOUNDARY = {
 }  # fmt: skip
 
 
-class Kept:
+@pytest.fixture
+def kept(monkeypatch):
     """What noises a trainer has at each step."""
+    seen, inner = [], NullspaceTrainer.compute_loss
 
-    def __init__(self, monkeypatch):
-        from hf_nullspace.training.trainer import NullspaceTrainer
+    def noted(trainer, *given, **named):
+        if trainer.noises:
+            seen.append(torch.cat([noise.tensor for noise in trainer.noises]))
+        return inner(trainer, *given, **named)
 
-        self.seen, inner = [], NullspaceTrainer.compute_loss
-
-        def noted(trainer, *given, **named):
-            if trainer.noises:
-                self.seen.append(torch.cat([noise.tensor for noise in trainer.noises]))
-            return inner(trainer, *given, **named)
-
-        monkeypatch.setattr(NullspaceTrainer, "compute_loss", noted)
+    monkeypatch.setattr(NullspaceTrainer, "compute_loss", noted)
+    return seen
 
 
 def mixed(noises, mix, step, count):
@@ -55,13 +55,12 @@ def mixed(noises, mix, step, count):
 
 
 @pytest.mark.parametrize("mix", ["choice", "convex"])
-def test_every_image_gets_its_own_mixture(tmp_path, monkeypatch, mix):
-    kept = Kept(monkeypatch)
+def test_every_image_gets_its_own_mixture(tmp_path, kept, mix):
     trainer = trained(tmp_path, **BOUNDARY, noises_at_once=2, noise_mix=mix)
-    assert [len(noises) for noises in kept.seen] == [2, 2, 3, 3]
+    assert [len(noises) for noises in kept] == [2, 2, 3, 3]
 
     def loss(vit, x, y, step):
-        noises = mixed(kept.seen[step], mix, step, len(x))
+        noises = mixed(kept[step], mix, step, len(x))
         return cross_entropy(logits_of(vit, x), y) + cross_entropy(logits_of(vit, x, noises), y)
 
     agree(trainer, loss, tmp_path)
@@ -74,48 +73,32 @@ def test_earlier_noises_are_within_epsilon_of_the_present_model_and_the_newest_c
     bank = load_noise_bank(tmp_path / "noises")
     assert len(bank) == 3, "of each round the newest"
     assert torch.equal(trainer.noises[0].tensor, bank[2].tensor)
-    cosine = torch.nn.functional.cosine_similarity
-    assert cosine(trainer.noises[1].tensor.flatten(), bank[1].tensor.flatten(), dim=0) > 1 - 1e-6, "only scaled"
+    assert cosine(trainer.noises[1].tensor, bank[1].tensor) > 1 - 1e-6, "only scaled"
     assert [[entry["round"] for entry in history["bank"]] for history in trainer.history[1:]] == [[1, 0], [2, 1]]
     # Round 2 began with the weights of step 4.
-    from transformers import AutoModelForImageClassification
-
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint-4", dtype=torch.float64).eval()
-    held_out, _ = noise_stream(data, stack, batch_size=8, held_out_images=8, seed=42, round=2)
-    images = torch.cat(held_out)
+    held_out, _ = noise_stream(data, trainer.data_collator, batch_size=8, held_out_images=8, seed=42, round=2)
     for noise in trainer.noises:
-        with torch.no_grad():
-            clean = model(pixel_values=images).logits
-            with patch_embedding_noise(model, noise.tensor):
-                influence = noise_influence(clean, model(pixel_values=images).logits).item()
+        influence = influence_of(model, torch.cat(held_out), noise.tensor)
         assert influence == pytest.approx(noise.provenance.influence, rel=1e-6)
         assert influence == pytest.approx(0.005, rel=0.045)
 
 
-def stack(rows):
-    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
-
-
 def test_a_warm_start_begins_where_the_last_round_ended(tmp_path):
     given = BOUNDARY | {"noise_max_steps": 1, "noise_learning_rate": 1e-9, "noise_bank_size": 1}
-    first, second = (n.tensor.flatten() for n in bank_of(tmp_path / "warm", **given, noise_warm_start=True))
-    cosine = torch.nn.functional.cosine_similarity
-    assert cosine(first, second, dim=0) > 1 - 1e-6
-    first, second = (n.tensor.flatten() for n in bank_of(tmp_path / "cold", **given))
-    assert cosine(first, second, dim=0).abs() < 0.5
-
-
-def bank_of(folder, **given):
-    trained(folder, **given)
-    return load_noise_bank(folder / "noises")
+    found = {}
+    for warm in (True, False):
+        trained(tmp_path / str(warm), **given, noise_warm_start=warm)
+        found[warm] = cosine(*(noise.tensor for noise in load_noise_bank(tmp_path / str(warm) / "noises")))
+    assert found[True] > 1 - 1e-6
+    assert abs(found[False]) < 0.5
 
 
 @pytest.mark.parametrize("objective", ["random", "permuted"])
-def test_the_controls_have_as_many_noises(tmp_path, monkeypatch, objective):
-    kept = Kept(monkeypatch)
+def test_the_controls_have_as_many_noises(tmp_path, kept, objective):
     trained(tmp_path, **BOUNDARY, noises_at_once=2, objective=objective, noise_mix="choice")
-    assert [len(noises) for noises in kept.seen] == ([3] * 4 if objective == "random" else [2, 2, 3, 3])
-    assert not torch.allclose(kept.seen[0][0], kept.seen[0][1])
+    assert [len(noises) for noises in kept] == ([3] * 4 if objective == "random" else [2, 2, 3, 3])
+    assert not torch.allclose(kept[0][0], kept[0][1])
 
 
 @pytest.mark.parametrize("place", [3, 4])
@@ -123,16 +106,12 @@ def test_resumed_in_and_between_rounds_it_ends_with_the_same_bits(tmp_path, plac
     given = BOUNDARY | {"rounds": 3, "save_strategy": "steps", "save_steps": 1, "noise_mix": "convex"}
     given |= {"noise_warm_start": True}
     whole = trained(tmp_path / "run", **given)
-    checkpoint = tmp_path / "run" / f"checkpoint-{place}"
-    again = trained(tmp_path / "again", resume=str(checkpoint), **given)
+    again = trained(tmp_path / "again", resume=tmp_path / "run" / f"checkpoint-{place}", **given)
     assert again.state.global_step == whole.state.global_step == 6
     assert_same(parameters_of(again.model), parameters_of(whole.model))
-    for ours, theirs in zip(again.noises, whole.noises, strict=True):
-        assert torch.equal(ours.tensor, theirs.tensor)
-    costs = [
-        json.loads((tmp_path / name / "cost.json").read_text())["forward_equivalents"] for name in ("run", "again")
-    ]
-    assert costs[0] == costs[1]
+    assert all(torch.equal(ours.tensor, theirs.tensor) for ours, theirs in zip(again.noises, whole.noises, strict=True))
+    ours, theirs = (json.loads((tmp_path / name / "cost.json").read_text()) for name in ("run", "again"))
+    assert ours["forward_equivalents"] == theirs["forward_equivalents"]
 
 
 def test_a_round_costs_what_the_history_says_and_noises_are_learned_on_inputs_only(tmp_path):

@@ -7,29 +7,28 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, patch_embedding_noise
+from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise
 from hf_nullspace.noise.boundary import BoundarySettings
 from hf_nullspace.noise.calibration import calibrate
 from hf_nullspace.noise.history import NoiseHistory
-from hf_nullspace.noise.influence import noise_influence
 from hf_nullspace.training.rounds import Round
-from tiny_models import tiny_model
+from tiny_models import cosine, normal, tiny_model
+from written_out import influence_of
 
 EPSILON = 0.01
 
 
 def batches(count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(6, 3, 16, 16, generator=generator, dtype=torch.float64) for _ in range(count)]
+    return list(normal(count, 6, 3, 16, 16, seed=seed))
 
 
 HELD_OUT = batches(2, seed=9)
 
 
-def normal(seed):
-    return torch.randn(1, 16, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def direction(seed):
+    return normal(1, 16, 24, seed=seed)
 
 
 def noise_of(tensor):
@@ -44,23 +43,18 @@ def round_of(settings=None, held_out=HELD_OUT, **given):
                  **given)  # fmt: skip
 
 
-def influence_of(model, tensor):
-    images = torch.cat(HELD_OUT)
-    with torch.no_grad():
-        clean = model(pixel_values=images).logits
-        with patch_embedding_noise(model, tensor):
-            return float(noise_influence(clean, model(pixel_values=images).logits))
+def held_out_influence(model, tensor):
+    return influence_of(model, torch.cat(HELD_OUT), tensor)
 
 
 def test_an_old_noise_is_at_most_doubled():
     """One that the model has got used to stays inside epsilon; one that is nearer is scaled to epsilon."""
     model = tiny_model().double()
-    direction = normal(0)
-    at_epsilon = calibrate(model, [direction], EPSILON, HELD_OUT, tolerance=1e-3)[0].noise
+    at_epsilon = calibrate(model, [direction(0)], EPSILON, HELD_OUT, tolerance=1e-3)[0].noise
     far, near = noise_of(at_epsilon / 10), noise_of(at_epsilon / 1.5)
     weak, strong = round_of(previous=(far, near)).kept(2)
     torch.testing.assert_close(weak.tensor, 2 * far.tensor, rtol=1e-12, atol=0)
-    assert weak.provenance.influence == pytest.approx(influence_of(model, weak.tensor), rel=1e-9)
+    assert weak.provenance.influence == pytest.approx(held_out_influence(model, weak.tensor), rel=1e-9)
     assert weak.provenance.influence < 0.5 * EPSILON
     assert (weak.provenance.stopped, strong.provenance.stopped) == ("bound", "calibrated")
     assert strong.provenance.influence == pytest.approx(EPSILON, rel=0.02)
@@ -70,12 +64,11 @@ def test_an_old_noise_is_at_most_doubled():
 
 @pytest.mark.parametrize(("bank", "learned"), [(1, 0), (2, 1), (3, 2), (9, 2)])
 def test_the_bank_is_filled_with_the_newest_of_the_round_before(bank, learned):
-    previous = (noise_of(normal(1)), noise_of(normal(2)))
+    previous = (noise_of(direction(1)), noise_of(direction(2)))
     made = round_of(previous=previous, bank_size=bank).learn()
     assert len(made.noises) == 1 + learned
     for ours, theirs in zip(made.noises[1:], previous, strict=False):
-        cosine = torch.nn.functional.cosine_similarity(ours.tensor.flatten(), theirs.tensor.flatten(), dim=0)
-        assert cosine.item() == pytest.approx(1, abs=1e-12)
+        assert cosine(ours.tensor, theirs.tensor) == pytest.approx(1, abs=1e-12)
     alone = round_of(previous=previous, bank_size=bank).learn(alone=True)
     assert len(alone.noises) == 1
     assert torch.equal(alone.noises[0].tensor, made.noises[0].tensor)
@@ -89,14 +82,13 @@ BOUNDARY = BoundarySettings(EPSILON, steps=1, learning_rate=1e-9, pool_images=6,
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_warm_start_is_the_newest_noise_with_either_learner(settings, warm):
     """With steps too small to move: descent starts from the newest one, the boundary from as many as it learns."""
-    previous = tuple(noise_of(tensor - tensor.mean(-1, keepdim=True)) for tensor in (normal(1), normal(2)))
+    previous = tuple(noise_of(tensor - tensor.mean(-1, keepdim=True)) for tensor in (direction(1), direction(2)))
     made = round_of(settings, previous=previous, warm_start=warm).learn()
     alone = round_of(settings, previous=previous, warm_start=warm).learn(alone=True)
     for noises, expected in ((made.noises, warm), (alone.noises, False)):
         assert len(noises) == (1 if settings is DESCENT else 2)
         for ours, theirs in zip(noises, previous, strict=False):
-            cosine = torch.nn.functional.cosine_similarity(ours.tensor.flatten(), theirs.tensor.flatten(), dim=0)
-            assert (cosine.item() > 1 - 1e-6) == expected
+            assert (cosine(ours.tensor, theirs.tensor) > 1 - 1e-6) == expected
 
 
 @pytest.mark.parametrize(
@@ -119,29 +111,29 @@ def test_held_out_images_are_asked_for_where_they_are_needed(settings, needed):
 def test_a_random_direction_is_scaled_and_its_provenance_says_how():
     round_ = round_of(known=lambda: NoiseProvenance(base_model="some/model"))
     history = NoiseHistory(steps=3, seconds=100.0)
-    made = round_.scaled([normal(1), normal(2)], "by hand", history)
+    made = round_.scaled([direction(1), direction(2)], "by hand", history)
     assert (made.history.stopped, made.history.steps) == ("calibrated", 3)
     assert made.history.seconds > 100
     assert made.history.held_out_influence == made.noises[0].provenance.influence
     for index, noise in enumerate(made.noises):
         known = noise.provenance
-        assert influence_of(round_.model, noise.tensor) == pytest.approx(known.influence, rel=1e-9)
+        assert held_out_influence(round_.model, noise.tensor) == pytest.approx(known.influence, rel=1e-9)
         assert known.influence == pytest.approx(EPSILON, rel=0.02)
         assert (known.base_model, known.seed, known.epsilon, known.steps) == ("some/model", 4, EPSILON, 3)
         assert (known.stopped, known.influence_images, known.settings["made"]) == ("calibrated", 12, "by hand")
-        torch.testing.assert_close(noise.tensor, known.settings["factor"] * normal(index + 1))
+        torch.testing.assert_close(noise.tensor, known.settings["factor"] * direction(index + 1))
         assert known.settings["evaluations"] > 0
     with pytest.raises(ValueError, match="epsilon is not set"):
-        round_of(NoiseSettings(epsilon=None)).scaled([normal(1)], "by hand")
+        round_of(NoiseSettings(epsilon=None)).scaled([direction(1)], "by hand")
     with pytest.raises(ValueError, match="held_out_images=0: a noise is scaled on held-out images"):
-        round_of(held_out=()).scaled([normal(1)], "by hand")
+        round_of(held_out=()).scaled([direction(1)], "by hand")
 
 
 def test_an_epsilon_out_of_reach_marks_random_noise_and_warns_once(caplog):
     """The influence of a random model's predictions never comes near the largest that there is, 2."""
     settings = BoundarySettings(1.99, steps=1, pool_images=6)
     with caplog.at_level(logging.WARNING, "hf_nullspace"):
-        made = round_of(settings, bank_size=2).scaled([normal(1), normal(2)], "by hand")
+        made = round_of(settings, bank_size=2).scaled([direction(1), direction(2)], "by hand")
     assert made.history.stopped == "unreachable"
     (record,) = caplog.records
     shown = min(noise.provenance.influence for noise in made.noises)
@@ -152,13 +144,13 @@ def test_an_epsilon_out_of_reach_marks_random_noise_and_warns_once(caplog):
         assert noise.provenance.stopped == "unreachable"
         assert 0 < noise.provenance.influence < 0.96 * 1.99
         # Farther out hardly more is to be had: it is no number that half precision does not have.
-        assert influence_of(tiny_model().double(), 1e6 * normal(index + 1)) < 1.03 * noise.provenance.influence
+        assert held_out_influence(tiny_model().double(), 1e6 * direction(index + 1)) < 1.03 * noise.provenance.influence
         assert noise.tensor.abs().max() < 65504
 
 
 def test_what_went_wrong_before_a_permutation_stays_in_the_history():
     history = NoiseHistory(stopped="start")
-    made = round_of().scaled([normal(1)], "learned, then permuted", history)
+    made = round_of().scaled([direction(1)], "learned, then permuted", history)
     assert (made.history.stopped, made.noises[0].provenance.stopped) == ("start", "calibrated")
 
 

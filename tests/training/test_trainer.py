@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, softmax
-from transformers import Trainer, TrainingArguments, set_seed
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import NotAViTError
-from hf_nullspace.noise.algorithm1 import start_noise
+from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank, model_hash
 from hf_nullspace.training.noise_stream import noise_stream
 from hf_nullspace.training.trainer import NullspaceTrainer
@@ -23,76 +23,38 @@ from tiny_training import (
     assert_differs,
     assert_same,
     config,
+    labelled,
+    logged,
     parameters_of,
+    plain_arguments,
     train_batches,
     trained,
 )
-
-
-def forward(vit, pixel_values, noise):
-    """f_psi(f_phi^0(f_e(X) + [v])) of ViTForImageClassification, written out: no hook."""
-    embeddings = vit.vit.embeddings
-    patches = embeddings.patch_embeddings(pixel_values) + noise
-    tokens = torch.cat([embeddings.cls_token.expand(len(patches), -1, -1), patches], 1) + embeddings.position_embeddings
-    for layer in vit.vit.layers:
-        tokens = layer(tokens)
-    return vit.classifier(vit.vit.layernorm(tokens)[:, 0])
-
-
-def plain_noise(vit, batches, seed, args):
-    """Algorithm 1, lines 3 to 14, with the paper's stopping test."""
-    v = start_noise(type("Shape", (), {"patches": 16, "features": 24}), args.noise_limit, seed)
-    v = v.double().requires_grad_()
-    optimizer = torch.optim.AdamW([v], lr=args.noise_learning_rate, weight_decay=args.noise_weight_decay)
-    for t in range(args.noise_max_steps):
-        x = next(batches)
-        z, z_noisy = forward(vit, x, 0), forward(vit, x, v)
-        if ((softmax(z_noisy, 1) - softmax(z, 1)) ** 2).sum(1).mean() < args.epsilon:
-            break
-        optimizer.param_groups[0]["lr"] = (
-            args.noise_learning_rate * (1 + math.cos(math.pi * t / args.noise_max_steps)) / 2
-        )
-        (v.grad,) = torch.autograd.grad((z_noisy - z).norm(dim=1).mean(), [v])
-        optimizer.step()
-    return v.detach()
+from written_out import algorithm_1, fine_tuned, logits_of
 
 
 def test_it_is_algorithm_1(tmp_path):
     """Two rounds of two steps: the same noises and the same parameters as a loop without Trainer and hook."""
     args = config(tmp_path, preset="paper", max_grad_norm=0.0, epsilon=1e-3, noise_max_steps=5)
-    data = Images(dtype=torch.float64)
-    ours, theirs = tiny_model().double(), tiny_model().double()
+    settings = NoiseSettings(epsilon=1e-3, max_steps=5, weight_decay=0.01)  # A = 3 and a rate of 0.1 by default
+    data, ours, noises = Images(dtype=torch.float64), tiny_model().double(), []
     recorder = Recorder(ours)
     trainer = NullspaceTrainer(ours, args, train_dataset=data)
     trainer.train()
-    batches = train_batches(recorder)
-    assert len(batches) == 4
 
-    decay = [p for n, p in theirs.named_parameters() if p.dim() > 1 and "norm" not in n]
-    rest = [p for n, p in theirs.named_parameters() if not (p.dim() > 1 and "norm" not in n)]
-    groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
-    losses = []
-    for step, x in enumerate(batches):
+    def loss(vit, x, y, step):
         if step % 2 == 0:
-            stream = noise_stream(
-                data, trainer.data_collator, batch_size=8, held_out_images=8, seed=args.seed, round=step // 2
-            )[1]
-            v = plain_noise(theirs, stream, derive_seed(args.seed, step // 2), args)
-        y = torch.stack([data.labels[(data.pixel_values == image).flatten(1).all(1)][0] for image in x])
-        loss = cross_entropy(forward(theirs, x, 0), y) + cross_entropy(forward(theirs, x, v), y)
-        losses.append(loss.item())
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * (1 + math.cos(math.pi * step / 4)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    torch.testing.assert_close(trainer.noise.tensor, v, rtol=1e-9, atol=1e-9)  # k biases have no gradient but rounding
-    assert_same(
-        parameters_of(ours), parameters_of(theirs), rtol=1e-9, atol=1e-9
-    )  # k biases have no gradient but rounding
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == pytest.approx(losses, rel=1e-6)  # the Trainer adds up in float32
+            round_ = step // 2
+            known = {"batch_size": 8, "held_out_images": 8, "seed": args.seed, "round": round_}
+            stream = noise_stream(data, trainer.data_collator, **known)[1]
+            noises.append(algorithm_1(vit, stream, derive_seed(args.seed, round_), settings)[0][-1])
+        return cross_entropy(logits_of(vit, x), y) + cross_entropy(logits_of(vit, x, noises[-1]), y)
+
+    theirs, losses = fine_tuned(labelled(train_batches(recorder), data), loss)
+    torch.testing.assert_close(trainer.noise.tensor, noises[-1], rtol=1e-9, atol=1e-9)
+    # atol: the biases of the keys have no gradient but rounding
+    assert_same(parameters_of(ours), parameters_of(theirs), rtol=1e-9, atol=1e-9)
+    assert logged(trainer, "loss") == pytest.approx(losses, rel=1e-6)  # the Trainer adds up in float32
 
 
 def test_accumulation_is_one_larger_batch(tmp_path):
@@ -107,15 +69,8 @@ def test_accumulation_is_one_larger_batch(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_noise_is_learned_at_every_s_th_step(tmp_path, accumulation):
-    steps = RoundRecorder()
-    trainer = trained(
-        tmp_path,
-        rounds=3,
-        steps_per_round=2,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=accumulation,
-        callbacks=[steps],
-    )
+    given = {"rounds": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
+    trainer = trained(tmp_path, callbacks=[steps := RoundRecorder()], **given)
     assert steps.rounds == [(0, 0), (2, 1), (4, 2)]
     assert [entry["step"] for entry in trainer.history] == [0, 2, 4]
     assert trainer.state.global_step == 6
@@ -129,7 +84,6 @@ def test_training_order_does_not_depend_on_noise_steps(tmp_path):
         trainer = trained(tmp_path / str(steps), model, noise_max_steps=steps, epsilon=1e-9)
         assert [entry["noise_steps"] for entry in trainer.history] == [steps, steps]
         seen.append(train_batches(recorder))
-    assert len(seen[0]) == len(seen[1]) == 4
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
     assert len({image.sum().item() for batch in seen[0] for image in batch}) == 32, "no image twice within the epoch"
 
@@ -141,8 +95,8 @@ def test_the_second_view_gets_the_noise(tmp_path):
     inputs = {"pixel_values": data.pixel_values[:8], "labels": data.labels[:8]}
     trainer.model.train()
     both, outputs = trainer.compute_loss(trainer.model, dict(inputs), return_outputs=True)
-    z = forward(trainer.model, inputs["pixel_values"], 0)
-    z_noisy = forward(trainer.model, inputs["pixel_values"], trainer.noise.tensor)
+    z = logits_of(trainer.model, inputs["pixel_values"])
+    z_noisy = logits_of(trainer.model, inputs["pixel_values"], trainer.noise.tensor)
     clean, noisy = cross_entropy(z, inputs["labels"]), cross_entropy(z_noisy, inputs["labels"])
     assert both.item() == pytest.approx((clean + noisy).item(), rel=1e-12)
     assert abs(clean.item() - noisy.item()) > 1e-4
@@ -156,7 +110,7 @@ def test_label_smoothing_is_that_of_transformers(tmp_path):
     inputs = {"pixel_values": Images(dtype=torch.float64).pixel_values[:8], "labels": Images().labels[:8]}
     inputs["labels"][3] = -100
     trainer.model.train()
-    logits = forward(trainer.model, inputs["pixel_values"], 0)
+    logits = logits_of(trainer.model, inputs["pixel_values"])
     expected = 2 * LabelSmoother(epsilon=0.3)({"logits": logits}, inputs["labels"])
     assert trainer.compute_loss(trainer.model, dict(inputs)).item() == pytest.approx(expected.item(), rel=1e-7)
     seven = torch.tensor(7)
@@ -175,8 +129,7 @@ def test_compute_loss_func_is_asked_for_each_view(tmp_path):
     tripled = trained(tmp_path / "tripled", compute_loss_func=loss, max_grad_norm=0.0)
     assert calls == [(8, 8)] * 8
     plain = trained(tmp_path / "plain")
-    first = [next(e["loss"] for e in t.state.log_history if "loss" in e) for t in (tripled, plain)]
-    assert first[0] == pytest.approx(3 * first[1], rel=1e-6)
+    assert logged(tripled, "loss")[0] == pytest.approx(3 * logged(plain, "loss")[0], rel=1e-6)
 
 
 def test_plain_objective_is_the_trainer_with_twice_the_loss(tmp_path):
@@ -191,26 +144,15 @@ def test_plain_objective_is_the_trainer_with_twice_the_loss(tmp_path):
             return 2 * super().compute_loss(model, inputs, False, num_items_in_batch)
 
     theirs = tiny_model().double()
-    settings = {"lr_scheduler_type": "cosine", "max_steps": 4, "per_device_train_batch_size": 8, "weight_decay": 0.01}
-    args = TrainingArguments(
-        str(tmp_path / "theirs"),
-        learning_rate=1e-2,
-        max_grad_norm=0.0,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        **settings,
-    )
-    Twice(theirs, args, train_dataset=data).train()
+    settings = {"lr_scheduler_type": "cosine", "learning_rate": 1e-2, "max_grad_norm": 0.0, "weight_decay": 0.01}
+    Twice(theirs, plain_arguments(tmp_path / "theirs", save_strategy="no", **settings), train_dataset=data).train()
     assert_same(parameters_of(ours.model), parameters_of(theirs), rtol=1e-9, atol=1e-9)
 
 
 def test_evaluation_and_prediction_are_the_trainers(tmp_path):
     trainer = trained(tmp_path / "ours", tiny_model(), Images())
     trainer.compute_metrics = accuracy
-    args = TrainingArguments(str(tmp_path / "theirs"), use_cpu=True, report_to="none", disable_tqdm=True)
-    plain = Trainer(tiny_model(), args, compute_metrics=accuracy)
+    plain = Trainer(tiny_model(), plain_arguments(tmp_path / "theirs"), compute_metrics=accuracy)
     plain.model.load_state_dict(trainer.model.state_dict())
     held_out = Images(count=21, seed=5)
     ours, theirs = trainer.evaluate(held_out), plain.evaluate(held_out)
@@ -225,15 +167,10 @@ def test_evaluation_and_prediction_are_the_trainers(tmp_path):
 
 def test_evaluation_in_between_does_not_change_training(tmp_path):
     never = trained(tmp_path / "never", tiny_model(), Images(jitter=0.3))
-    often = NullspaceTrainer(
-        tiny_model(),
-        config(tmp_path / "often", eval_strategy="steps", eval_steps=1),
-        train_dataset=Images(jitter=0.3),
-        eval_dataset=Images(count=9, seed=3),
-        compute_metrics=accuracy,
-    )
-    often.train()
-    assert len([entry for entry in often.state.log_history if "eval_accuracy" in entry]) == 4
+    evaluated = {"eval_dataset": Images(count=9, seed=3), "compute_metrics": accuracy}
+    evaluated |= {"eval_strategy": "steps", "eval_steps": 1}
+    often = trained(tmp_path / "often", tiny_model(), Images(jitter=0.3), **evaluated)
+    assert len(logged(often, "eval_accuracy")) == 4
     assert_same(parameters_of(often.model), parameters_of(never.model))
     assert torch.equal(often.noise.tensor, never.noise.tensor)
 
@@ -246,11 +183,14 @@ def test_same_seed_same_noise_and_no_trace_in_the_global_generators(tmp_path):
     assert not torch.equal(one.noise.tensor, other.noise.tensor)
     set_seed(11)
     before, seed = torch.get_rng_state(), torch.initial_seed()
-    (again,) = one._learn(one.model, 1)
+    before_it = one.noise
+    one._begin_round(one.model, 1)
+    again = one.noise
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.initial_seed() == seed
-    assert not torch.equal(again.tensor, one.noise.tensor), "the model has moved on since"
-    assert torch.equal(one._learn(one.model, 1)[0].tensor, again.tensor)
+    assert not torch.equal(again.tensor, before_it.tensor), "the model has moved on since"
+    one._begin_round(one.model, 1)
+    assert torch.equal(one.noise.tensor, again.tensor)
 
 
 def test_a_data_set_that_draws_from_the_global_generator(tmp_path):
@@ -267,7 +207,8 @@ def test_a_data_set_that_draws_from_the_global_generator(tmp_path):
         trainer.args.noise_max_steps = steps
         for seed in (11, 12):
             set_seed(seed)
-            noises.append(trainer._learn(trainer.model, 0)[0].tensor)
+            trainer._begin_round(trainer.model, 0)
+            noises.append(trainer.noise.tensor)
             after.append(torch.rand(()).item())
     assert torch.equal(noises[0], noises[1])
     assert torch.equal(noises[2], noises[3])

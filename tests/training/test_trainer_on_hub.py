@@ -18,7 +18,7 @@ from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.training.publishing import push_run
 from loopback_hub import TOKEN
 from tiny_models import tiny_model
-from tiny_training import Images, config, parameters_of
+from tiny_training import Images, assert_same, config, parameters_of
 
 REPO = "someone/robust"
 COMMIT = f"POST /api/models/{REPO}/commit/main"
@@ -48,8 +48,7 @@ def strangers_in(folder):
 STRANGERS = ".env, cost-of-all.json, id_rsa, keys/model.safetensors, model.safetensors.bak and 2 more"
 
 
-def every_step(**given):
-    return {"save_strategy": "steps", "save_steps": 1, "hub_always_push": True} | given
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "hub_always_push": True}
 
 
 def files(hub, revision="main"):
@@ -66,7 +65,7 @@ def commits(hub):
 
 
 def test_at_the_end_everything_is_one_commit(hub_here, tmp_path, caplog):
-    trainer = make_trainer(tmp_path / "run", hub_strategy="end", hub_private_repo=True, hub_token=TOKEN, **every_step())
+    trainer = make_trainer(tmp_path / "run", hub_strategy="end", hub_private_repo=True, hub_token=TOKEN, **EVERY_STEP)
     assert hub_here.repository("models", REPO).private
     trainer.train()
     assert files(hub_here) == {}
@@ -82,8 +81,7 @@ def test_at_the_end_everything_is_one_commit(hub_here, tmp_path, caplog):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert trainer.args.hub_token == TOKEN
     model = AutoModelForImageClassification.from_pretrained(REPO)
-    for name, parameter in parameters_of(model).items():
-        assert torch.equal(parameter, parameters_of(trainer.model)[name])
+    assert_same(parameters_of(model), parameters_of(trainer.model))
     assert AutoImageProcessor.from_pretrained(REPO).size == {"height": 16, "width": 16}
     assert torch.equal(NullspaceNoise.from_pretrained(REPO).tensor, trainer.noise.tensor)
     assert [noise.provenance.round for noise in NoiseBank.from_pretrained(REPO)] == [0, 1]
@@ -116,7 +114,7 @@ def test_results_that_lie_there_are_pushed_with_it_and_older_noises_go(hub_here,
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
 def test_every_checkpoint_is_whole(hub_here, tmp_path, strategy):
     """Model, noise and history of one commit are of the same step, and the pushed checkpoint can be gone on from."""
-    trainer = make_trainer(tmp_path / "run", hub_strategy=strategy, save_total_limit=1, **every_step())
+    trainer = make_trainer(tmp_path / "run", hub_strategy=strategy, save_total_limit=1, **EVERY_STEP)
     strangers_in(tmp_path / "run" / "checkpoint-2")
     strangers_in(tmp_path / "run")
     trainer.train()
@@ -144,13 +142,12 @@ def test_every_checkpoint_is_whole(hub_here, tmp_path, strategy):
 
 
 def test_training_goes_on_from_what_was_pushed(hub_here, tmp_path):
-    whole = make_trainer(tmp_path / "run", hub_strategy="all_checkpoints", **every_step())
+    whole = make_trainer(tmp_path / "run", hub_strategy="all_checkpoints", **EVERY_STEP)
     whole.train()
     pulled = snapshot_download(REPO, cache_dir=tmp_path / "fresh", allow_patterns=["checkpoint-3/*"])
     again = make_trainer(tmp_path / "again", push_to_hub=False)
     again.train(resume_from_checkpoint=f"{pulled}/checkpoint-3")
-    for name, parameter in parameters_of(whole.model).items():
-        assert torch.equal(parameter, parameters_of(again.model)[name])
+    assert_same(parameters_of(whole.model), parameters_of(again.model))
 
 
 @pytest.mark.parametrize("always", [True, False])
@@ -159,7 +156,7 @@ def test_training_does_not_wait_for_a_slow_push(hub_here, tmp_path, always):
 
     By then their checkpoints are deleted.
     """
-    saving = every_step(hub_always_push=always, save_total_limit=1)
+    saving = EVERY_STEP | {"hub_always_push": always, "save_total_limit": 1}
     trainer = make_trainer(tmp_path / "run", hub_strategy="every_save", **saving)
     held, seen = hub_here.hold(COMMIT), []
 
@@ -183,7 +180,7 @@ def test_training_does_not_wait_for_a_slow_push(hub_here, tmp_path, always):
 
 def test_a_failed_push_of_a_checkpoint_costs_nothing(hub_here, tmp_path, caplog):
     refused = hub_here.fail(COMMIT, status=400, times=2)
-    trainer = make_trainer(tmp_path / "run", hub_strategy="every_save", **every_step())
+    trainer = make_trainer(tmp_path / "run", hub_strategy="every_save", **EVERY_STEP)
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert refused.times == 0
@@ -225,7 +222,9 @@ def test_what_would_make_every_push_fail_is_said_before_training(hub_here, tmp_p
 
 
 def test_in_the_background_and_under_the_folders_name(hub_here, tmp_path):
+    (tmp_path / "my-run" / "_push-left").mkdir(parents=True)  # by a process that was killed
     trainer = make_trainer(tmp_path / "my-run", hub_model_id=None)
+    assert not (tmp_path / "my-run" / "_push-left").exists()
     trainer.train()
     future = trainer.push_to_hub(blocking=False)
     for path in (tmp_path / "my-run").glob("*.safetensors"):
@@ -234,12 +233,6 @@ def test_in_the_background_and_under_the_folders_name(hub_here, tmp_path):
     assert len(hub_here.files("models", "someone/my-run")["model.safetensors"]) > 1000
     assert "someone/my-run" in hub_here.files("models", "someone/my-run")["README.md"].decode()
     assert [path.name for path in (tmp_path / "my-run").glob("_push*")] == []
-
-
-def test_what_a_killed_process_left_is_cleared(hub_here, tmp_path):
-    (tmp_path / "run" / "_push-left").mkdir(parents=True)
-    make_trainer(tmp_path / "run")
-    assert not (tmp_path / "run" / "_push-left").exists()
 
 
 def test_a_finished_folder_is_pushed_without_a_trainer(hub_here, tmp_path):

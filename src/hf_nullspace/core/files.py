@@ -42,9 +42,9 @@ class FolderInUseError(OSError):
 
 
 def write_whole(path: Path | str, write: Callable[[Path], Any]) -> Path:
-    """Let ``write(temporary_path)`` write a file, then give it its name; a failure leaves an older file untouched.
+    """Let ``write(temporary_path)`` write a file, force it to the disk, then give it its name.
 
-    The file and its name are on the disk when this returns: neither a kill nor power loss leaves a part of it.
+    A failure, a kill or power loss leaves an older file untouched.
 
     Raises:
         OSError: what failed (a full disk, a file where a folder has to be), with the path that was to be written.
@@ -65,9 +65,8 @@ def write_whole(path: Path | str, write: Callable[[Path], Any]) -> Path:
             temporary.unlink(missing_ok=True)
     except SafetensorError as error:
         number = _error_number(str(error))
-        raise OSError(
-            number or errno.EIO, f"cannot write {path}: {os.strerror(number) if number else error}"
-        ) from error
+        reason = os.strerror(number) if number else error
+        raise OSError(number or errno.EIO, f"cannot write {path}: {reason}") from error
     except FileExistsError as error:
         raise NotADirectoryError(f"cannot write {path}: a folder of its path is a regular file") from error
     except OSError as error:
@@ -83,9 +82,9 @@ def write_text(path: Path | str, text: str) -> Path:
 
 
 def write_json(path: Path | str, value: Any, *, sealed: bool = False) -> Path:
-    """``value`` as indented JSON with a final newline; NaN and infinity are an error, not invalid JSON.
+    """``value`` as indented JSON with a final newline; NaN and infinity are an error.
 
-    ``sealed``: a mapping, with the SHA-256 of its content: ``read_json`` then notices a change of any byte that counts.
+    ``sealed``: a mapping gets the SHA-256 of its content, so that ``read_json`` notices a change.
     """
     if sealed:
         value = {**value, _SEAL: _content_hash(value)}
@@ -96,8 +95,7 @@ def read_json(path: Path | str) -> Any:
     """What ``write_json`` wrote, without its seal.
 
     Raises:
-        DamagedFileError: if it is no JSON, or was changed after it was sealed, naming the file.
-        OSError: if it cannot be read.
+        DamagedFileError: if it is no JSON, or was changed after it was sealed.
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -111,7 +109,7 @@ def read_json(path: Path | str) -> Any:
 def make_lasting(folder: Path | str, *, below: bool = False) -> None:
     """Force the files that a library wrote into a folder, and their names, to the disk; ``below``: subfolders, too.
 
-    safetensors 0.8 makes files that only their owner can read: they get the permissions of an ordinary file.
+    Files of safetensors 0.8, which only their owner can read, get the permissions of an ordinary file.
     """
     folder = Path(folder)
     paths = _files(folder) if below else [path for path in folder.iterdir() if path.is_file()]
@@ -125,7 +123,7 @@ def make_lasting(folder: Path | str, *, below: bool = False) -> None:
 
 @contextmanager
 def one_clear_error(folder: Path | str) -> Iterator[None]:
-    """Turn what several libraries raise when a disk is full, or cannot be written, into one error that says it.
+    """Turn what several libraries raise when a disk is full, or cannot be written, into one error.
 
     Raises:
         NotWrittenError: naming the folder, the cause, and how to go on.
@@ -135,18 +133,16 @@ def one_clear_error(folder: Path | str) -> Iterator[None]:
     except NotWrittenError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if isinstance(error, OSError):
-            # The Hub's errors are OSErrors, too.
-            other = not isinstance(error, _DISK_ERRORS) and error.errno not in _DISK_ERROR_NUMBERS
-        elif isinstance(error, RuntimeError):
-            other = not any(word in lines[0] for word in _TORCH_SAVE)
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, OSError):  # the Hub's errors are OSErrors, too
+            number = error.errno
+            of_the_disk = isinstance(error, _DISK_ERRORS) or number in _DISK_ERROR_NUMBERS
         else:
-            other = False
-        if other:
+            number = _error_number(line)
+            of_the_disk = isinstance(error, SafetensorError) or any(word in line for word in _TORCH_SAVE)
+        if not of_the_disk:
             raise
-        number = error.errno if isinstance(error, OSError) else _error_number(lines[0])
-        reason = lines[0] if number is None else os.strerror(number)
+        reason = line if number is None else os.strerror(number)
         raise NotWrittenError(
             number or errno.EIO,
             f"could not write {folder} ({reason}). Check the disk's free space and permissions, then start again: a "
@@ -155,14 +151,14 @@ def one_clear_error(folder: Path | str) -> Iterator[None]:
 
 
 def _error_number(message: str) -> int | None:
-    """The errno in what safetensors says; torch does not say any, a full disk is the usual cause."""
+    """The errno in a message of safetensors; torch gives none, and a full disk is the usual cause."""
     if found := re.search(r"os error (\d+)", message):
         return int(found[1])
     return errno.ENOSPC if "unexpected pos" in message or "iostream error" in message else None
 
 
 def sha256(path: Path | str) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
+    """Of a file, as hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -181,11 +177,10 @@ def write_manifest(folder: Path | str) -> None:
 
 
 def damaged_files(folder: Path | str, listed: Mapping[str, Any] | None = None) -> list[str]:
-    """What of ``listed``, or of the manifest, is not there as it was written, in words; an empty list if all is.
+    """Which files of ``listed``, or of the manifest, are not there as they were written, in words.
 
     Raises:
-        OSError: if there is no manifest.
-        DamagedFileError: if the manifest cannot be read.
+        OSError, DamagedFileError: if there is no manifest, or it cannot be read.
     """
     folder = Path(folder)
     damaged = []
@@ -211,15 +206,13 @@ def remove_leftovers(folder: Path | str) -> None:
 
 @contextmanager
 def only_run_in(folder: Path | str, *, wait: float = 15) -> Iterator[None]:
-    """Hold the folder's lock: no second run writes there. Leftovers of killed runs are deleted first.
+    """Hold the folder's lock, as rank 0 alone: no second run writes there. Leftovers of killed runs are deleted.
 
-    The folder is made if it is not there; if nothing was written, it goes again.
-
-    Rank 0 alone takes it. The system frees the lock of a process that is gone; its workers may take ``wait`` seconds
-    to notice that.
+    The folder is made if it is not there, and deleted again if nothing was written. ``wait`` is in seconds: the workers
+    of a process that died may take a while to end.
 
     Raises:
-        FolderInUseError: naming the process and its host, if the lock is still held after ``wait`` seconds.
+        FolderInUseError: naming the process and its host, if the lock is still held after ``wait``.
         OSError: if the folder cannot be written.
     """
     if os.environ.get("RANK", "0") != "0":

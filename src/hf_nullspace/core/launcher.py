@@ -34,8 +34,8 @@ _POLL, _GRACE = 1.0, 5.0  # seconds
 def end_with_launcher() -> None:
     """End this process when the launcher that started it has died; without a launcher, do nothing.
 
-    It gets a SIGTERM within a second, after one line on standard error; if it still runs five seconds later it exits
-    with code 143. A process that a shell started (nohup, setsid, a terminal that is closed) is left alone.
+    It gets a SIGTERM within a second, after one line on standard error, and exits with code 143 if it still runs five
+    seconds later. A process that a shell started (nohup, setsid, a terminal that is closed) is left alone.
     """
     parent = os.getppid()
     if not _is_launcher(parent):
@@ -56,12 +56,11 @@ def _is_launcher(pid: int) -> bool:
 
 def _is_orphan(parent: int) -> bool:
     """Whether a launcher started this process, and ``parent`` is who adopts orphans, not a process in between."""
-    if not any(mark <= os.environ.keys() for mark in _MARKS):
-        return False
     try:
-        return not any(mark <= psutil.Process(parent).environ().keys() for mark in _MARKS)
+        environment = psutil.Process(parent).environ().keys()
     except psutil.Error:  # the first process of the machine, as a rule
-        return True
+        environment = set()
+    return any(mark <= os.environ.keys() for mark in _MARKS) and not any(mark <= environment for mark in _MARKS)
 
 
 def _watch(parent: int) -> None:

@@ -1,9 +1,9 @@
 """Settings as a user writes them: numbers in their ranges, fractions like 8/255, names that are nearly right."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
-from fractions import Fraction
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ def check_numbers(settings: Any, ranges: Mapping[str, str]) -> None:
         ValueError: for the first value that is outside, naming it.
     """
     for name, interval in ranges.items():
+        match = _INTERVAL.fullmatch(interval)
+        if match is None:
+            raise TypeError(f"{interval!r} is no interval; expected one like '[0, inf)' or 'int [1, inf)'")
         value = getattr(settings, name)
         for number in value if isinstance(value, list | tuple) else [value]:
-            if number is not None and not _inside(number, interval):
-                raise ValueError(f"{name}={value!r}: expected {_words(interval)}")
+            if number is not None and not _inside(number, *match.groups()):
+                raise ValueError(f"{name}={value!r}: expected {_words(*match.groups())}")
 
 
 def check_choices(settings: Any, choices: Mapping[str, Iterable[str]]) -> None:
@@ -39,15 +42,19 @@ def check_choices(settings: Any, choices: Mapping[str, Iterable[str]]) -> None:
 
 
 def fraction(value: Any) -> float:
-    """The number that ``value`` says: 0.03, "0.03" or "8/255".
+    """The number that ``value`` says: 0.03, "0.03", "8/255" or "0.5/255".
 
     Raises:
         ValueError: if it is none, with what was expected.
     """
+    top, slash, bottom = str(value).partition("/")
     try:
-        return float(Fraction(str(value)))
+        number = float(top) / float(bottom if slash else 1)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{value!r}: expected a number like 8/255 or 0.03") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r}: expected a number like 8/255 or 0.03")
+    return number
 
 
 def nearest(name: Any, valid: Iterable[Any], *, most: int = 1, otherwise: str | None = None) -> str:
@@ -77,9 +84,8 @@ def check_output_dir(folder: str | None) -> None:
             raise NotADirectoryError(f"output_dir={folder!r}: {path} is a file; choose a folder")
 
 
-def _inside(number: Any, interval: str) -> bool:
-    whole, left, least, most, right = _parts(interval)
-    if not isinstance(number, Integral if whole else Real):
+def _inside(number: Any, whole: str | None, left: str, least: str, most: str, right: str) -> bool:
+    if isinstance(number, bool) or not isinstance(number, Integral if whole else Real):
         return False
     value = float(number)
     above = value >= float(least) if left == "[" else value > float(least)
@@ -87,18 +93,8 @@ def _inside(number: Any, interval: str) -> bool:
     return above and below
 
 
-def _words(interval: str) -> str:
-    whole, left, least, most, right = _parts(interval)
+def _words(whole: str | None, left: str, least: str, most: str, right: str) -> str:
     kind = "a whole number" if whole else "a number"
     if most != "inf":
         return f"{kind} in {left}{least}, {most}{right}"
     return f"at least {least} ({kind})" if left == "[" else f"{kind} above {least}"
-
-
-def _parts(interval: str) -> tuple[bool, str, str, str, str]:
-    match = _INTERVAL.fullmatch(interval)
-    if match is None:
-        raise TypeError(f"{interval!r} is no interval; expected one like '[0, inf)' or 'int [1, inf)'")
-    whole, *others = match.groups()
-    left, least, most, right = others
-    return whole is not None, left, least, most, right

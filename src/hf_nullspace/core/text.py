@@ -1,4 +1,4 @@
-"""Markdown: tables, and text from files that is shown as it is and makes no heading, link, HTML or code."""
+"""Text of reports, and Markdown: tables, and text from files that makes no heading, link, HTML or code."""
 
 import json
 import re
@@ -38,6 +38,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -
     rule = ["---" if letter == "l" else "---:" for letter in align[: len(head)]]
     cells = [[re.sub(r"(?<!\\)\|", r"\|", each) for each in row] for row in (head, *rows)]
     return [f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:])]
+
+
+def short(title: str) -> str:
+    """A condition or an attack without its settings but the first: "PGD eps=1/255" of "PGD(eps=1/255, steps=10)"."""
+    name, _, settings = title.partition("(")
+    return f"{name} {settings.split(',')[0].rstrip(')')}".strip() if settings else title
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """A difference with its interval, all in points."""
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def code(value: Any) -> str:

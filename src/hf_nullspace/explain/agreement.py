@@ -1,9 +1,8 @@
 """Does the explanation stay when an image is changed invisibly (A.8, figures 6 and 7)? Maps of the image as a file.
 
-A correlation by itself says little: maps of unrelated images may agree, since a model likes some places, and LRP may
-disagree for two images that differ in a few levels, since it divides by sums that nearly cancel. So every correlation
-stands beside three others: that of the wish (the target), of random changes that the model sees as much of as of the
-result, and of random changes that are as large in pixels.
+A correlation by itself says little: maps of unrelated images may agree, since a model prefers some places, and LRP may
+disagree for two images that differ in a few levels. So every correlation is beside three others: those of the wish (the
+target), of random changes that the model sees as much of as of the result, and of random changes as large in pixels.
 """
 
 from collections.abc import Sequence
@@ -79,8 +78,8 @@ def explain_change(
     """
     generator = torch.Generator().manual_seed(seed)
     source, wish, result = opened(source), opened(wish), opened(result)
-    seen = judge.see(source)
-    error = relative_error(judge.see(result).embeddings, seen.embeddings)
+    seen = judge.see(source).embeddings
+    error = relative_error(judge.see(result).embeddings, seen)
     images = {
         SOURCE: source,
         RESULT: result,
@@ -94,25 +93,23 @@ def explain_change(
     maps: dict[str, Tensor] = {}
     if available:
         like = next(judge.model.parameters())
-        pixel_values = torch.cat(
-            [judge.image_processor(image, return_tensors="pt")["pixel_values"] for image in images.values()]
-        ).to(like)
+        prepared = [judge.image_processor(image, return_tensors="pt")["pixel_values"] for image in images.values()]
+        pixel_values = torch.cat(prepared).to(like)
         maps = all_maps(judge.model, pixel_values, available, predictions.to(like.device))
     return Explanations(
         images=images,
         predictions=predictions.tolist(),
         confidences=[float(answer.probs.max()) for answer in answers],
-        embedding_errors=[relative_error(answer.embeddings, seen.embeddings) for answer in answers],
+        embedding_errors=[relative_error(answer.embeddings, seen) for answer in answers],
         maps={name: one.cpu() for name, one in maps.items()},
         not_explained=reason,
     )
 
 
 def noise_as_visible(judge: Judge, source: Image.Image, error: float, generator: torch.Generator) -> Image.Image:
-    """``source`` with random numbers moved by one level of 8 bits, so many that the embeddings change by ``error``.
+    """``source`` with as many random numbers moved by one level of 8 bits as change the embeddings by ``error``.
 
-    The change grows with the root of their share, so one look at the image with all of them moved tells the share;
-    above the error of that image, all are moved.
+    The change grows with the root of their share, so the error with all of them moved tells the share.
     """
     levels = (pixels_of(source) * 255).round()
     signs = torch.where(torch.rand(levels.shape, generator=generator) < 0.5, -1.0, 1.0)

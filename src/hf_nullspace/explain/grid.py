@@ -1,15 +1,13 @@
-"""Saliency maps of several images by several methods: as numbers, held to the first image, and as a grid."""
+"""Saliency maps of several images by several methods: as numbers, compared with the first image, and as a grid."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from hf_nullspace.core.files import write_whole
+from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.explain.lrp import lrp_map
 from hf_nullspace.explain.maps import MAPS, NoClsTokenError, check_has_cls, correlation, saliency_maps
 from hf_nullspace.models.attention import NoAttentionWeightsError, pre_norm_layers
@@ -24,15 +22,14 @@ def all_maps(model: nn.Module, pixel_values: Tensor, methods: Sequence[str], tar
 
     ``targets`` (B,) are the classes that are explained. Raises what ``saliency_maps`` and ``lrp_map`` raise.
     """
-    parts: dict[str, list[Tensor]] = {name: [] for name in methods}
     plain = [name for name in methods if name in MAPS]
+    parts = []
     for images, classes in zip(pixel_values.split(BATCH), targets.split(BATCH), strict=True):
         found = saliency_maps(model, images, plain, classes) if plain else {}
         if "lrp" in methods:
             found["lrp"] = lrp_map(model, images, classes)
-        for name in methods:
-            parts[name].append(found[name])
-    return {name: torch.cat(maps) for name, maps in parts.items()}
+        parts.append(found)
+    return {name: torch.cat([found[name] for found in parts]) for name in methods}
 
 
 def methods_for(model: nn.Module, methods: Sequence[str]) -> tuple[list[str], str | None]:
@@ -54,11 +51,8 @@ def correlations_with_first(maps: dict[str, Tensor]) -> list[dict[str, float | N
     ``maps`` are (B, h, w) by method. None where one of the two maps is constant: then a correlation means nothing.
     """
     found = {name: correlation(one, one[:1].expand_as(one)).tolist() for name, one in maps.items()}
-    count = len(next(iter(found.values()), []))
-    return [
-        {name: None if math.isnan(values[index]) else values[index] for name, values in found.items()}
-        for index in range(count)
-    ]
+    rows = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+    return [{name: None if math.isnan(value) else value for name, value in row.items()} for row in rows]
 
 
 def correlation_text(value: float | None) -> str:
@@ -73,10 +67,8 @@ def plot_grid(pixels: Tensor, titles: Sequence[str], maps: dict[str, Tensor], pa
     """
     height, width = pixels.shape[-2:]
     correlations = correlations_with_first(maps)
-    columns = 1 + len(maps)
-    figure = Figure(figsize=(2.1 * columns, 2.4 * len(pixels) * height / width + 0.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(pixels), columns, squeeze=False)
+    rows, columns = len(pixels), 1 + len(maps)
+    figure, grid = canvas(2.1 * columns, 2.4 * rows * height / width + 0.2, rows, columns)
     for row, line in enumerate(grid):
         picture = pixels[row].permute(1, 2, 0).expand(-1, -1, 3).numpy()
         for axes in line:
@@ -88,4 +80,4 @@ def plot_grid(pixels: Tensor, titles: Sequence[str], maps: dict[str, Tensor], pa
             axes.imshow(heat, extent=(0, width, height, 0), interpolation="nearest", cmap="turbo", alpha=0.55)
             compared = f": {correlation_text(correlations[row][name])}" if row else ""
             axes.set_title(TITLES[name] + compared, fontsize="small")
-    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    return save_png(figure, path, dpi=110)

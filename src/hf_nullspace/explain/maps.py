@@ -3,7 +3,7 @@
 A map has one number per patch, (B, h, w), at least 0 and on a scale of its own: compare maps by :func:`correlation`.
 The functions of ``MAPS`` are the definitions, on attention maps A (B, heads, tokens, tokens) of every layer and their
 gradients; :func:`saliency_maps` reads those from a model. Tokens that are no patches (CLS, DeiT's distillation token,
-registers) stand first and are dropped from the map.
+registers) come first and are dropped from the map.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_nullspace.models.attention import attention_gradients, attention_maps, prefix_tokens
-from hf_nullspace.models.patch_embedding import embedding_shape, unwrap
+from hf_nullspace.models.patch_embedding import embedding_shape, model_type, unwrap
 
 # Families with a CLS token that the classifier reads.
 CLS_FAMILIES = frozenset({"deit", "dinov2", "dinov2_with_registers", "vit", "vit_msn"})
@@ -30,9 +30,9 @@ def raw_attention(attentions: Layers, gradients: Layers, prefix: int) -> Tensor:
 
 
 def rollout(attentions: Layers, gradients: Layers, prefix: int) -> Tensor:
-    """Abnar & Zuidema, ACL 2020: the product over layers of mean_h A + I, rows made to sum to 1, the later on the left.
+    """The CLS row (B, N) of the product over layers, the later on the left, of mean_h A + I with rows of sum 1.
 
-    Its CLS row, (B, N).
+    Abnar & Zuidema, ACL 2020.
     """
     joint = _identity(attentions)
     for attention in attentions:
@@ -73,12 +73,11 @@ def saliency_maps(
     """Maps (B, h, w) of images ``pixel_values`` (B, C, H, W) by every method of ``methods``, in one pass.
 
     ``targets`` are the classes that are explained, (B,) or one for all; unset: what the model predicts. Raw attention
-    and rollout are the same for every class. The model is left as it was, and no ``.grad`` is written. Maps of an image
-    do not depend on the other images. They are in the model's dtype, float32 where that is half precision.
+    and rollout are the same for every class. The model is left as it was. Maps are in the model's dtype, float32 where
+    that is half precision.
 
     Raises:
         NoClsTokenError: if the model's classifier reads no CLS token (BEiT, Swin, SigLIP).
-        NoAttentionWeightsError: if the model's attention is not known.
         ValueError: for an unknown method, or targets that are no classes.
     """
     unknown = [name for name in methods if name not in MAPS]
@@ -91,20 +90,18 @@ def saliency_maps(
     else:
         found = attention_gradients(model, pixel_values, targets)
         attentions, gradients = found.attentions, found.gradients
-    attentions, gradients = [at_least_float32(one) for one in attentions], [at_least_float32(one) for one in gradients]
-    prefix = prefix_tokens(model)
+    layers = [at_least_float32(one) for one in attentions], [at_least_float32(one) for one in gradients]
     with without_autocast(pixel_values):
-        rows = {name: MAPS[name](attentions, gradients, prefix) for name in methods}
+        rows = {name: MAPS[name](*layers, prefix_tokens(model)) for name in methods}
     return {name: on_grid(model, pixel_values, one) for name, one in rows.items()}
 
 
 def check_has_cls(model: nn.Module) -> None:
     """Raise ``NoClsTokenError`` unless the model is of ``CLS_FAMILIES``."""
-    kind = getattr(getattr(unwrap(model), "config", None), "model_type", None)
-    if kind not in CLS_FAMILIES:
+    if (kind := model_type(model)) not in CLS_FAMILIES:
         raise NoClsTokenError(
-            f"{type(unwrap(model)).__name__} (model type {kind}) is not known to classify by a CLS token, whose row of "
-            f"the attention the maps are; known are {', '.join(sorted(CLS_FAMILIES))}"
+            f"{type(unwrap(model)).__name__} (model type {kind}) is not known to classify by a CLS token, and the "
+            f"maps are its row of the attention; known are {', '.join(sorted(CLS_FAMILIES))}"
         )
 
 

@@ -1,9 +1,9 @@
 """Images that a model cannot tell apart: watermarks (A.7) and targeted images (A.8), judged as the files they become.
 
-Wanted is a change: mark - image inside a mark, or target - source everywhere. Equation 13 projects it onto the
-nullspace of the patch embedding; but clipping to [0, 1] leaves the nullspace, so the nearest invisible image is sought
-inside the box, in pixels (``linear.box``), for any std. Rounding to 8 bits leaves it again, as little as
-``linear.rounding`` can; so the verdict is on the written file, through the model's own image processor.
+The wish is the image with a mark on it, or another image. Equation 13 projects the change onto the nullspace of the
+patch embedding, but clipping to [0, 1] leaves the nullspace: so the invisible image nearest to the wish is sought
+inside the box, in pixels (``linear.box``). Rounding to 8 bits leaves the nullspace again, as little as
+``linear.rounding`` can. So the verdict is on the written file, through the model's own image processor.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
+from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.files import write_whole
 from hf_nullspace.linear.box import nearest_invisible_image
 from hf_nullspace.linear.patch import NoNullspaceError, PatchNullspace
@@ -35,21 +34,20 @@ class Seen:
     probs: Tensor
     """(K,), float64."""
     embeddings: Tensor
-    """The output of the patch embedding, float64."""
+    """Of the patches, float64."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A written image, read back and judged against its source; all probabilities are the model's."""
+    """A written image, read back and judged against its source; a confidence is the probability of its prediction."""
 
     prediction_source: int
     prediction_result: int
     match: bool
     """Whether the two are the same."""
     confidence_source: float
-    """Probability of the class that is predicted for the source."""
     confidence_result: float
-    """Probability of that same class for the result."""
+    """Of the class that is predicted for the source."""
     confidence_change: float
     """Absolute difference of the two (the paper: 1e-4)."""
     embedding_error: float
@@ -65,18 +63,15 @@ class InvisibleImage:
     strength: float
     """Share of the wanted change that was asked for."""
     embedding_errors: dict[str, float]
-    """Relative, as in :class:`Verdict`: "projection" is equation 13 alone, which is no image yet, "projection_clipped"
-    that in [0, 1], "box" the solution inside the box, "nearest_levels" that rounded as usual, which is not used."""
+    """As in :class:`Verdict`: "projection" is equation 13 alone, "projection_clipped" that in [0, 1], "box" the
+    solution inside the box, "nearest_levels" that rounded as usual, which is not used."""
     kkt_residual: float
     """The largest over the patches (``linear.box.BoxSolution``)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """A model with its image processor: what it sees of 8-bit images, and what it does not.
-
-    Images have the ``written_size``, which the processor does not resize; its centre crop may cut a border off.
-    """
+    """A model with its image processor: what it sees of 8-bit images of the ``written_size``, and what it does not."""
 
     model: nn.Module
     image_processor: Any
@@ -89,15 +84,14 @@ class Judge:
         """Judge for a classifier in eval mode and the processor that was saved with it.
 
         Raises:
-            NotAViTError: if the model has no patch embedding.
-            NoNullspaceError: if the patch embedding is injective, so that every change is seen.
+            NotAViTError, NoNullspaceError: if the model has no patch embedding, or it sees every change.
             ValueError: if the processor does not fit the model, or the model is in training mode.
         """
         if model.training:
             raise ValueError(f"{type(model).__name__} is in training mode, its answers are random; call model.eval()")
+        nullspace = PatchNullspace.from_model(model)
         preprocessing = Preprocessing.from_processor(image_processor)
         preprocessing.check_fits(model.config)
-        nullspace = PatchNullspace.from_model(model)
         if nullspace.dimension() == 0:
             raise NoNullspaceError(
                 f"the patch embedding of {type(model).__name__} maps {nullspace.weight.shape[1]} numbers to "
@@ -109,19 +103,18 @@ class Judge:
     @property
     def written_size(self) -> tuple[int, int]:
         """(height, width) of a file that the processor does not resize."""
-        resize = self.preprocessing.resize
-        return (resize, resize) if isinstance(resize, int) else resize or self.preprocessing.size
+        resize = self.preprocessing.resize or self.preprocessing.size
+        return (resize, resize) if isinstance(resize, int) else resize
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Any image in the written size, as the processor would resize it (squashed, or cut to a square first)."""
-        height, width = self.written_size
+        size = self.written_size[::-1]
         image = rgb_image(image) if self.preprocessing.channels == 3 else rgb_image(image).convert("L")
-        if image.size == (width, height):
-            return image
         resample = Image.Resampling(self.preprocessing.resample)
-        if isinstance(self.preprocessing.resize, int):
-            return ImageOps.fit(image, (width, height), resample)
-        return image.resize((width, height), resample)
+        if image.size == size:
+            return image
+        squared = isinstance(self.preprocessing.resize, int)
+        return ImageOps.fit(image, size, resample) if squared else image.resize(size, resample)
 
     def window(self, pixels: Tensor) -> Tensor:
         """The part (..., h, w) of pixels (..., H, W) of the written size that is left by the centre crop."""
@@ -133,18 +126,18 @@ class Judge:
         """What the model sees of an 8-bit image, through its image processor.
 
         Raises:
-            ValueError: if the processor resizes the image: what was solved for is then not what the model sees.
+            ValueError: if the processor resizes the image, so that the model sees other pixels than were solved for.
         """
         pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
         height, width = self.written_size
-        wanted = self.window(pixels_of(image)[None]) if image.size == (width, height) else None
-        got = self.preprocessing.denormalize(pixel_values)
-        if wanted is None or got.shape != wanted.shape or (got - wanted).abs().max() > GEOMETRY_TOLERANCE:
+        fits = image.size == (width, height)
+        wanted, got = self.window(pixels_of(image)[None]), self.preprocessing.denormalize(pixel_values)
+        if not fits or got.shape != wanted.shape or (got - wanted).abs().max() > GEOMETRY_TOLERANCE:
+            made, unresized = (" x ".join(map(str, size)) for size in (got.shape[-2:], self.preprocessing.size))
             raise ValueError(
                 f"{type(self.image_processor).__name__} does not leave an image of {image.height} x {image.width} as "
-                f"it is: it makes {' x '.join(map(str, pixel_values.shape[-2:]))} of it, resized; nullspace patterns "
-                f"do not survive that. Judge images of {height} x {width}, of which it makes "
-                f"{' x '.join(map(str, self.preprocessing.size))} without resizing, or change its size and crop_size."
+                f"it is: it makes {made} of it, resized; nullspace patterns do not survive that. Judge images of "
+                f"{height} x {width}, of which it makes {unresized} without resizing, or change its size and crop_size."
             )
         return self._answer(pixel_values)
 
@@ -161,28 +154,25 @@ class Judge:
 
     def compare(self, source: Image.Image | Path, result: Image.Image | Path) -> Verdict:
         """What the model thinks of two images or files of the written size."""
-        before, after = (self.see(opened(each)) for each in (source, result))
+        before, after = self.see(opened(source)), self.see(opened(result))
         kind, other = int(before.probs.argmax()), int(after.probs.argmax())
-        confidences = float(before.probs[kind]), float(after.probs[kind])
+        confidence, later = float(before.probs[kind]), float(after.probs[kind])
         return Verdict(
             prediction_source=kind,
             prediction_result=other,
             match=kind == other,
-            confidence_source=confidences[0],
-            confidence_result=confidences[1],
-            confidence_change=abs(confidences[1] - confidences[0]),
+            confidence_source=confidence,
+            confidence_result=later,
+            confidence_change=abs(later - confidence),
             embedding_error=relative_error(after.embeddings, before.embeddings),
         )
 
 
-# ---- what is wished for
+# ---- the wish
 
 
 def marked(image: Image.Image, mark: Image.Image) -> Image.Image:
-    """``image`` with ``mark`` on it, as large as it fits, centred: what a watermark should look like (A.7).
-
-    The mark covers what it does not show as transparent; without an alpha channel it covers its whole rectangle.
-    """
+    """``image`` with ``mark`` on it, as large as it fits, centred (A.7); it covers where it is not transparent."""
     mark = ImageOps.contain(mark.convert("RGBA"), image.size)
     place = ((image.width - mark.width) // 2, (image.height - mark.height) // 2)
     wish = image.convert("RGB")
@@ -217,18 +207,16 @@ def make_invisible(
     projection = inner + judge.nullspace.project(inner_wanted - inner)
     found, solution = nearest_invisible_image(judge.nullspace, inner, inner_wanted, iterations=iterations)
     seen = judge.see_pixels(inner[0]).embeddings
-    stages = {"projection": projection, "projection_clipped": projection.clamp(0, 1), "box": found}
-    stages["nearest_levels"] = (found * 255).round() / 255
+    stages = {
+        "projection": projection,
+        "projection_clipped": projection.clamp(0, 1),
+        "box": found,
+        "nearest_levels": (found * 255).round() / 255,
+    }
     result = wanted.clone()
     judge.window(result).copy_(round_unseen(judge.nullspace, inner, found)[0])
-    return InvisibleImage(
-        image=image_of(result),
-        strength=strength,
-        embedding_errors={
-            name: relative_error(judge.see_pixels(pixels[0]).embeddings, seen) for name, pixels in stages.items()
-        },
-        kkt_residual=float(solution.kkt_residual.max()),
-    )
+    errors = {name: relative_error(judge.see_pixels(pixels[0]).embeddings, seen) for name, pixels in stages.items()}
+    return InvisibleImage(image_of(result), strength, errors, float(solution.kkt_residual.max()))
 
 
 def strongest_invisible(
@@ -241,11 +229,10 @@ def strongest_invisible(
     steps: int = 6,
     iterations: int = 500,
 ) -> InvisibleImage:
-    """:func:`make_invisible` at the largest strength, up to ``strength``, whose 8-bit image is still not noticed.
+    """:func:`make_invisible` at the largest strength, up to ``strength``, where the model does not notice the change.
 
-    Not noticed: the prediction stays, and its confidence changes by at most ``max_confidence_change`` (in [0, 1]).
-    By bisection in ``steps``, from strength 0, where the image is the source; the answer is near a strength where the
-    model begins to notice, on the side where it does not.
+    That is: the prediction stays, and its confidence changes by at most ``max_confidence_change``, in [0, 1]. The
+    strength is found by bisection in ``steps``.
     """
 
     def at(share: float) -> tuple[InvisibleImage, bool]:
@@ -276,10 +263,7 @@ def write_png(image: Image.Image, path: Path | str) -> Path:
 
 
 def closeness(source: Image.Image, wish: Image.Image, result: Image.Image) -> dict[str, float]:
-    """How close an image came to the wish: root mean square distances in [0, 1], and ``reached``, the share of the way.
-
-    ``reached`` is 1 - distance left / distance at the start: 1 is the wish itself, 0 no closer than the source.
-    """
+    """Root mean square distances to the wish, in [0, 1], and ``reached``, the share of the way from source to wish."""
     start, goal, end = (pixels_of(image).double() for image in (source, wish, result))
     before, after = (float((pixels - goal).square().mean().sqrt()) for pixels in (start, end))
     return {"rms_source_to_wish": before, "rms_result_to_wish": after, "reached": 1 - after / before if before else 1.0}
@@ -287,13 +271,12 @@ def closeness(source: Image.Image, wish: Image.Image, result: Image.Image) -> di
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]], path: Path | str) -> Path:
     """A PNG of several images with a title each, for instance source, mark, result and their difference."""
-    figure = Figure(figsize=(2.6 * len(panels), 2.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, image) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    figure, (row,) = canvas(2.6 * len(panels), 2.9, columns=len(panels))
+    for axes, (title, image) in zip(row, panels, strict=True):
         axes.imshow(np.asarray(rgb_image(image)), interpolation="nearest")
         axes.set_title(title, fontsize="small")
         axes.set_axis_off()
-    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    return save_png(figure, path)
 
 
 def difference(source: Image.Image, result: Image.Image) -> Image.Image:
@@ -302,7 +285,7 @@ def difference(source: Image.Image, result: Image.Image) -> Image.Image:
 
 
 def pixels_of(image: Image.Image) -> Tensor:
-    """Pixels (C, H, W) in [0, 1], float32, of an 8-bit RGB or greyscale image; no geometry."""
+    """Pixels (C, H, W) in [0, 1], float32, of an 8-bit RGB or greyscale image."""
     array = np.array(image)
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy()).float() / 255
 
@@ -318,9 +301,24 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float(torch.linalg.vector_norm(got - wanted) / torch.linalg.vector_norm(wanted))
 
 
+def read_image(path: Path | str) -> Image.Image:
+    """An image from a file, in the file's mode.
+
+    Raises:
+        OSError: if there is none, naming the file.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.copy()
+    except UnidentifiedImageError as error:
+        raise OSError(f"{path} is no image that Pillow can read") from error
+    except OSError as error:
+        raise OSError(f"cannot read the image {path}: {error.strerror or error}") from error
+
+
 def opened(image: Image.Image | Path) -> Image.Image:
     """An image as it is, or an 8-bit one from a file, RGB or greyscale."""
     if isinstance(image, Image.Image):
         return image
-    with Image.open(image) as file:
-        return rgb_image(file.copy()) if file.mode not in ("RGB", "L") else file.copy()
+    found = read_image(image)
+    return found if found.mode in ("RGB", "L") else rgb_image(found)

@@ -1,11 +1,11 @@
-"""Whose weights are these? Null patterns of a patch embedding as a fingerprint (section 6, "model patenting").
+"""Are these the owner's weights? Null patterns of a patch embedding as a fingerprint (section 6, "model patenting").
 
-Training does nothing for it: the owner draws patterns from the nullspace of the own model and shows images with and
-without them to a suspect, which need not open its weights. A model with these weights answers the same. Others react,
-but less than to the same values in another order, since all trained patch embeddings prefer smooth patches: five ViTs
-trained on CIFAR-10 score 0.27 to 0.61 on each other's fingerprint (20 pairs), below 0.001 on their own. So how often an
-innocent model passes is measured, not assumed, on models that are given as innocent. It is no proof against a thief who
-knows the method: noise in the null directions of the weights hides a copy at no cost (docs/ownership.md).
+The owner draws patterns from the nullspace of the own model and shows images with and without them to a suspect, which
+need not open its weights. A model with these weights answers the same. Others react, but less than to the same values
+in another order, since all trained patch embeddings prefer smooth patches: five ViTs trained on CIFAR-10 score 0.27 to
+0.61 on each other's fingerprint (20 pairs), below 0.001 on their own. So the rate at which other models pass is
+measured on models that are known to be others. It is no proof against a thief who knows the method: noise in the null
+directions of the weights hides a copy at no cost (docs/ownership.md).
 """
 
 import math
@@ -48,7 +48,7 @@ class Ownership:
     false_positives: int
     """How many of the other models have a score of at most the threshold."""
     false_positive_rate: Interval
-    """Their share with its Wilson interval, which is wide where few models were given."""
+    """Their share, with its Wilson interval."""
 
 
 def fingerprint(
@@ -60,7 +60,7 @@ def fingerprint(
 
     Raises:
         NoNullspaceError: if there is no pattern that the model cannot see.
-        ValueError: for an amplitude outside of (0, 0.5), or without any pattern.
+        ValueError: for an amplitude outside of (0, 0.5), or a count below 1.
     """
     if count < 1:
         raise ValueError(f"{count} patterns: expected at least 1")
@@ -81,14 +81,13 @@ def fingerprint(
 
 @torch.no_grad()
 def invariance_score(model: PixelClassifier, mark: Fingerprint, pixels: Tensor) -> float:
-    """The median over the patterns of influence of the pattern / influence of its control, 0 or larger.
+    """The median over the patterns of influence of the pattern / influence of its control, at least 0.
 
-    The influence is ``noise_influence`` over ``pixels`` (B, C, H, W) in [0, 1], whose contrast is reduced so that
-    image and pattern stay inside; both are rounded to 8 bits, as images that are sent to a service.
+    The influence is ``noise_influence`` on ``pixels`` (B, C, H, W) in [0, 1], in 8 bits. Their contrast is reduced
+    first, so that they stay in [0, 1] with a pattern.
 
     Raises:
-        ValueError: if the model answers to the controls as little as to nothing, so that invariance means nothing; if
-            its answers are no numbers; without images.
+        ValueError: if the model does not react to the controls either; if its answers are no numbers; without images.
     """
     if not len(pixels):
         raise ValueError("no images: expected at least one")
@@ -125,8 +124,8 @@ def verify_owner(
         others: models known not to have these weights, the more the better: they measure the false positive rate.
             Take some of the same architecture, trained on the same data.
         pixels: images (B, C, H, W) in [0, 1] of the size of the fingerprint.
-        threshold: on :func:`invariance_score`, chosen before the suspect is looked at. Fine-tuning moves the patch
-            embedding, so a fine-tuned copy lies above 0.
+        threshold: on :func:`invariance_score`, chosen before the suspect is looked at; a fine-tuned copy scores
+            above 0.
 
     Raises:
         ValueError: without other models; for a threshold below 0; if a model cannot be judged; if images and

@@ -1,10 +1,10 @@
-"""The nearest image to a wish, inside [0, 1], that the model cannot tell from its source (section 6 of A.7's problem).
+"""The nearest image to a wish, inside [0, 1], that the model cannot tell from its source (the problem of A.7).
 
-For every patch by itself: minimise ||x - target||^2 / 2 over lower <= x <= upper with A x = A source, where the rows of
-A are an orthonormal basis of what the model sees (``PatchNullspace.row_basis``). The Lagrangian's minimiser inside the
-box is x(lambda) = clip(target + A^T lambda), so the dual function is concave and smooth with gradient
-A source - A x(lambda), whose Lipschitz constant is 1 because A's rows are orthonormal: accelerated ascent with step 1
-(FISTA), its momentum dropped, for each patch by itself, whenever it points downhill (O'Donoghue and Candes 2015).
+For every patch by itself: minimise ||x - target||^2 / 2 over 0 <= x <= 1 with A x = A source, where the rows of A are
+an orthonormal basis of what the model sees (``PatchNullspace.row_basis``). The Lagrangian's minimiser inside the box is
+x(lambda) = clip(target + A^T lambda), so the dual function is concave and smooth with gradient A source - A x(lambda),
+with the Lipschitz constant 1 because A's rows are orthonormal: accelerated ascent with step 1 (FISTA); the momentum of
+a patch is dropped whenever it points downhill (O'Donoghue and Candes 2015).
 """
 
 from dataclasses import dataclass
@@ -12,21 +12,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_nullspace.linear.patch import PatchNullspace, join_patches, split_patches
+from hf_nullspace.linear.patch import PatchNullspace, split_patches, with_patches
+
+SLACK = 1e-6  # of [0, 1], for rounding
 
 
 @dataclass(frozen=True, eq=False)
 class BoxSolution:
-    """The patches that were found, all inside the box, and how far they are from optimal."""
+    """The patches that were found, and how far they are from optimal."""
 
     patches: Tensor
     """(N, P), inside the box."""
     kkt_residual: Tensor
-    """(N,): ||A (x - source)|| / max(||A source||, 1), the only one of the optimality conditions that is not met by
-    construction; it is also the relative change of the embedding, in units of the orthonormal basis."""
+    """(N,): ||A (x - source)|| / max(||A source||, 1), the relative change of the embedding. The other optimality
+    conditions are met by construction."""
     duality_gap: Tensor
-    """(N,): primal objective minus dual function. Where the residual is 0 it bounds what is lost; before that it can be
-    negative, because x is not feasible yet."""
+    """(N,): primal objective minus dual function; negative where x is not feasible yet."""
     iterations: int
 
 
@@ -35,40 +36,36 @@ def nearest_in_box(
     source: Tensor,
     target: Tensor,
     *,
-    lower: float = 0.0,
-    upper: float = 1.0,
     iterations: int = 2000,
     tolerance: float = 1e-5,
 ) -> BoxSolution:
-    """Patches nearest to ``target`` (N, P) within [lower, upper], with A x = A source; all in one dtype and place.
+    """Patches nearest to ``target`` (N, P) within [0, 1], with A x = A source; all in one dtype and on one device.
 
     Args:
-        row_basis: A (rank, P) with orthonormal rows, in the space of the box: for pixels that of
-            ``PatchNullspace.in_pixels``.
-        source: patches (N, P) inside the box, so that there is a solution.
+        row_basis: A (rank, P) with orthonormal rows, that of ``PatchNullspace.in_pixels``.
+        source: patches (N, P) in [0, 1], so that there is a solution.
         iterations: at most; each is two products with A for all patches that are not done.
         tolerance: a patch is done when its KKT residual is below this; float32 does not get much below 1e-6.
 
     Raises:
-        ValueError: for shapes that do not fit, or a source outside of the box.
+        ValueError: for shapes that do not fit, or a source outside of [0, 1].
     """
     if source.shape != target.shape or source.dim() != 2 or source.shape[1] != row_basis.shape[1]:
         raise ValueError(
             f"source {tuple(source.shape)} and target {tuple(target.shape)}: expected two times (patches, "
             f"{row_basis.shape[1]}), the row basis being {tuple(row_basis.shape)}"
         )
-    slack = 1e-6 * (upper - lower)
-    if source.numel() and (source.min() < lower - slack or source.max() > upper + slack):
+    if source.numel() and (source.min() < -SLACK or source.max() > 1 + SLACK):
         raise ValueError(
-            f"source in [{float(source.min()):.4g}, {float(source.max()):.4g}], expected [{lower:g}, {upper:g}]: "
-            "start from pixels of a real image"
+            f"source in [{float(source.min()):.4g}, {float(source.max()):.4g}], expected [0, 1]: start from pixels of "
+            "a real image"
         )
     rows = row_basis.to(source)
     wanted = source @ rows.T
     scale = torch.linalg.vector_norm(wanted, dim=1).clamp_min(1.0)
 
     def primal(multipliers: Tensor, which: Tensor) -> Tensor:
-        return (target[which] + multipliers @ rows).clamp(lower, upper)
+        return (target[which] + multipliers @ rows).clamp(0, 1)
 
     multipliers = torch.zeros_like(wanted)
     ahead, momentum = multipliers.clone(), wanted.new_ones(len(source))
@@ -77,7 +74,7 @@ def nearest_in_box(
     for done in range(1, iterations + 1):  # noqa: B007 (reported)
         gradient = wanted[active] - primal(ahead[active], active) @ rows.T
         finished = torch.linalg.vector_norm(gradient, dim=1) <= tolerance * scale[active]
-        # the point whose gradient was taken is the one that is judged
+        # what is judged is the point where the gradient was taken
         multipliers[active[finished]] = ahead[active[finished]]
         active, gradient = active[~finished], gradient[~finished]
         if not len(active):
@@ -110,11 +107,11 @@ def nearest_invisible_image(
 ) -> tuple[Tensor, BoxSolution]:
     """The image nearest to ``target`` among those in [0, 1] with the patch embeddings of ``source``.
 
-    Both are pixels (B, C, H, W) in [0, 1], so ``nullspace`` is one of pixels (``PatchNullspace.in_pixels(std)``), which
-    also knows a std that differs by channel. Returns the pixels (B, C, H, W) and the solution for the B * N patches. A
-    border that belongs to no whole patch stays as it is in the source.
+    Both are pixels (B, C, H, W) in [0, 1], and ``nullspace`` is one of pixels (``PatchNullspace.in_pixels(std)``).
+    Returns the pixels (B, C, H, W) and the solution for the B * N patches. A border that belongs to no whole patch
+    stays as it is in the source.
     """
-    shape, size = nullspace.patch_shape, (source.shape[-2], source.shape[-1])
+    shape = nullspace.patch_shape
     sources, targets = split_patches(source, shape), split_patches(target, shape)
     solution = nearest_in_box(
         nullspace.row_basis,
@@ -123,8 +120,4 @@ def nearest_invisible_image(
         iterations=iterations,
         tolerance=tolerance,
     )
-    inside = join_patches(solution.patches.unflatten(0, sources.shape[:2]), shape, size)
-    rows, columns = size[0] // shape[1] * shape[1], size[1] // shape[2] * shape[2]
-    pixels = source.clone()
-    pixels[:, :, :rows, :columns] = inside[:, :, :rows, :columns]
-    return pixels, solution
+    return with_patches(source, solution.patches.view_as(sources), shape), solution

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_nullspace.models.frozen import frozen
 from hf_nullspace.models.patch_embedding import (
     PatchEmbeddingNoise,
     embeddings_inside,
@@ -20,8 +21,8 @@ from hf_nullspace.models.patch_embedding import (
     unwrap,
 )
 
-# Share of the control's effect up to which a change counts as rounding. In float64 the direction gives about 1e-13;
-# attention that computes its softmax in float32 whatever the model's dtype (transformers' "eager") gives up to 1e-7.
+# Share of the control's effect up to which a change counts as rounding: about 1e-13 in float64, and up to 1e-7 where
+# attention computes its softmax in float32 (transformers' "eager").
 ROUNDING = 1e-6
 
 
@@ -44,7 +45,7 @@ class DirectionCheck:
 
     @property
     def is_rounding(self) -> bool:
-        """Whether the constants did nothing that a float64 run would not blame on rounding (``ROUNDING``)."""
+        """Whether the change by the constants is as small as rounding in float64 (``ROUNDING``)."""
         return self.logit_change <= ROUNDING * self.control_change
 
 
@@ -64,7 +65,7 @@ class LayerNormNullspace:
         return self.patches
 
     def sample(self, generator: torch.Generator, norm: float = 1.0) -> Tensor:
-        """A noise (1, N, D) of this space with the given Euclidean norm, in a uniformly random direction; float64."""
+        """A noise (1, N, D) of this space with that Euclidean norm, in a uniformly random direction; float64."""
         return _constants(self.patches, self.features, generator, norm)
 
     def project(self, noise: Tensor) -> Tensor:
@@ -82,12 +83,10 @@ def exact_encoder_nullspace(
     norm: float = 1000.0,
     seed: int = 0,
 ) -> LayerNormNullspace:
-    """The LayerNorm direction of ``model``, verified on ``pixel_values`` (B, C, H, W) in float64.
-
-    The check runs on a float64 copy of the model (twice the memory of a float32 one); the model is not changed.
+    """The LayerNorm direction, verified on ``pixel_values`` (B, C, H, W) on a float64 copy of the model.
 
     Args:
-        patch_embedding: where the noise is added; needed for models whose patches overlap.
+        patch_embedding: where the noise is added; needed for models with patches that overlap.
         norm: of the noise that is tried. The statement holds for every size.
         seed: of the constants and the control.
 
@@ -97,13 +96,13 @@ def exact_encoder_nullspace(
     """
     inner = unwrap(model)
     module = patch_embedding if patch_embedding is not None else find_patch_embedding(inner)
-    name = next((name for name, other in inner.named_modules() if other is module), None)
-    if name is None:
+    if all(part is not module for part in inner.modules()):
         raise ValueError(f"the patch embedding {type(module).__name__} is no part of {type(inner).__name__}")
-    double = copy.deepcopy(inner).double().eval()
+    double, module = copy.deepcopy((inner, module))
+    double.double().eval()
     images = pixel_values.to(next(double.parameters()).device, torch.float64)
-    patches, features = _embedding_size(double, images, double.get_submodule(name))
-    check = check_direction(double, images, patch_embedding=double.get_submodule(name), norm=norm, seed=seed)
+    patches, features = _embedding_size(double, images, module)
+    check = check_direction(double, images, patch_embedding=module, norm=norm, seed=seed)
     if not check.control_change:
         raise NotANullspaceError(
             f"no noise of norm {norm:g} changes a logit of {type(inner).__name__}: its logits do not depend on the "
@@ -129,31 +128,27 @@ def check_direction(
 ) -> DirectionCheck:
     """Add one constant per token, and a control of the same ``norm``, in the model's own precision; in eval mode.
 
-    ``pixel_values`` (B, C, H, W) are cast to the model's dtype. In float32 large constants cost the bits that they
-    push out: expect about norm * 1e-7 relative to the embeddings, not 0.
+    ``pixel_values`` are (B, C, H, W). In float32 expect changes of about norm * 1e-7 relative to the embeddings, not 0.
     """
     model = unwrap(model)  # a compiled model ignores hooks that come later
     parameter = next(model.parameters())
     images = pixel_values.to(parameter.device, parameter.dtype)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     hook = PatchEmbeddingNoise(model, patch_embedding)
     try:
-        patches, features = _embedding_size(model, images, hook.module)
-        generator = torch.Generator().manual_seed(seed)
-        constants = _constants(patches, features, generator, norm)
-        control = torch.randn(1, patches, features, generator=generator, dtype=torch.float64)
-        control -= control.mean(-1, keepdim=True)
-        control *= norm / torch.linalg.vector_norm(control)
-        clean = _logits(model, images)
-        with hook.adding(constants):
-            shifted = _logits(model, images)
-        with hook.adding(control):
-            controlled = _logits(model, images)
+        with frozen(model):
+            patches, features = _embedding_size(model, images, hook.module)
+            generator = torch.Generator().manual_seed(seed)
+            constants = _constants(patches, features, generator, norm)
+            control = torch.randn(1, patches, features, generator=generator, dtype=torch.float64)
+            control -= control.mean(-1, keepdim=True)
+            control *= norm / torch.linalg.vector_norm(control)
+            clean = _logits(model, images)
+            with hook.adding(constants):
+                shifted = _logits(model, images)
+            with hook.adding(control):
+                controlled = _logits(model, images)
     finally:
         hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return DirectionCheck(
         norm=norm,
         logit_change=float((shifted - clean).abs().max()),

@@ -1,8 +1,8 @@
 """The exact nullspace of the patch embedding: patches that the model cannot see (section 2.2 and A.4 of the paper).
 
-The projection maps the P = C * r * r numbers of one patch to D features, all channels together. Patches p with
-``weight @ p = 0`` form a space of dimension P - rank(weight); added to any patch of any image they leave every
-embedding, so every prediction, as it was, until the pixels are clipped or rounded. The bias plays no part.
+The projection maps the P = C * r * r numbers of one patch to D features. Patches p with ``weight @ p = 0`` form a space
+of dimension P - rank(weight); added to any patch of any image they leave every embedding, so every prediction, as it
+was, until the pixels are clipped or rounded. The bias plays no part.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from hf_nullspace.models.patch_embedding import NotAViTError, find_patch_embedding, patch_projection, unwrap
 
@@ -24,8 +26,8 @@ class PatchNullspace:
     """The nullspace of a patch projection theta, found once, in float64.
 
     Patches live in the space of ``pixel_values`` (normalised); :meth:`in_pixels` gives the same nullspace for pixels in
-    [0, 1]. What is kept is an orthonormal basis of the row space, the patches that the model does see: it is
-    smaller than the nullspace, and the projection onto the nullspace is ``p - row_basis^T row_basis p``.
+    [0, 1]. Kept is an orthonormal basis of the row space, which is smaller than the nullspace: the projection onto the
+    nullspace is ``p - row_basis^T row_basis p``.
     """
 
     weight: Tensor
@@ -48,11 +50,11 @@ class PatchNullspace:
         tolerance: float | None = None,
         stored_dtype: torch.dtype | None = None,
     ) -> Self:
-        """The nullspace of the model's patch embedding, for every family that ``find_patch_embedding`` knows.
+        """The nullspace of the model's patch embedding.
 
         ``stored_dtype`` is the precision of the checkpoint, for the tolerance (:func:`default_tolerance`). Unset, it is
         the coarser of the dtypes of the weights and of ``config.dtype``, so that ``model.double()`` has the same
-        nullspace; a bfloat16 checkpoint that was loaded as float32 has to be named.
+        nullspace; the precision of a bfloat16 checkpoint that was loaded as float32 has to be given.
 
         Raises:
             NotAViTError: if the model has no patch embedding, or its patches overlap.
@@ -61,13 +63,11 @@ class PatchNullspace:
         projection = patch_projection(module)
         if projection is None:
             raise NotAViTError(
-                f"{type(module).__name__} of {type(unwrap(model)).__name__} has no convolution whose stride is its "
+                f"{type(module).__name__} of {type(unwrap(model)).__name__} has no convolution with a stride of its "
                 "kernel size; patches that overlap have no nullspace of their own"
             )
-        config: Any = getattr(unwrap(model), "config", None)
-        return cls.from_weight(
-            projection.weight, tolerance=tolerance, stored_dtype=stored_dtype or _coarser(projection.weight, config)
-        )
+        weight = projection.weight
+        return cls.from_weight(weight, tolerance=tolerance, stored_dtype=stored_dtype or _coarser(weight, model))
 
     @classmethod
     def from_weight(
@@ -76,9 +76,8 @@ class PatchNullspace:
         """The nullspace of a convolution's weight (D, C, height, width)."""
         if weight.dim() != 4:
             raise ValueError(f"the weight of a patch projection is (D, C, height, width), got {tuple(weight.shape)}")
-        whole: Any = weight.detach()
-        whole = whole.full_tensor() if hasattr(whole, "full_tensor") else whole  # FSDP2
-        flat = whole.flatten(1).cpu()
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight  # of FSDP2
+        flat = whole.detach().flatten(1).cpu()
         _, singular_values, rows = torch.linalg.svd(flat.double(), full_matrices=False)
         if tolerance is None:
             tolerance = default_tolerance(singular_values, flat.shape, stored_dtype or flat.dtype)
@@ -119,14 +118,10 @@ class PatchNullspace:
     def project(self, pixel_values: Tensor) -> Tensor:
         """The part of images or of changes of images (B, C, H, W) that the model cannot see, patch by patch.
 
-        Zero beyond the last whole patch of an image that the patches do not divide (some models drop that border,
-        others pad it).
+        It is zero beyond the last whole patch: some models drop that border, others pad it.
         """
-        return join_patches(
-            self.project_patches(split_patches(pixel_values, self.patch_shape)),
-            self.patch_shape,
-            (pixel_values.shape[-2], pixel_values.shape[-1]),
-        )
+        patches = self.project_patches(split_patches(pixel_values, self.patch_shape))
+        return with_patches(torch.zeros_like(pixel_values), patches, self.patch_shape)
 
     def sample(self, generator: torch.Generator, count: int = 1, *, std: float = 1.0) -> Tensor:
         """Patches (count, C, height, width) of the nullspace, float64: equation 4 with lambda_i ~ N(0, std^2).
@@ -142,16 +137,11 @@ class PatchNullspace:
         normal = torch.randn(count, self.weight.shape[1], generator=generator, dtype=torch.float64)
         return self.project_patches(std * normal).unflatten(1, self.patch_shape)
 
-    def tile(self, patch: Tensor, size: tuple[int, int]) -> Tensor:
-        """One patch (C, height, width) repeated over an image: (1, C, H, W) for ``size`` (H, W)."""
-        count = (size[0] // self.patch_shape[1]) * (size[1] // self.patch_shape[2])
-        return join_patches(patch.reshape(1, 1, -1).expand(1, count, -1), self.patch_shape, size)
-
     def residual(self, patches: Tensor) -> float:
         """What the model itself sees of ``patches`` (count, C, height, width) that should be invisible.
 
-        The largest ||theta p|| / (s_max ||p||), multiplied in the precision of the model's weights; 0 would be
-        exact, about the dtype's epsilon is rounding, and a random patch has about 1 / sqrt(P) times the spectrum.
+        The largest ||theta p|| / (s_max ||p||), multiplied in the precision of the model's weights: about the dtype's
+        epsilon is rounding, and a random patch has about 1 / sqrt(P) times the spectrum.
         """
         flat = patches.reshape(len(patches), -1).to(self.weight.dtype).cpu()
         seen = torch.linalg.vector_norm((flat @ self.weight.T).double(), dim=1)
@@ -160,8 +150,8 @@ class PatchNullspace:
     def in_pixels(self, std: Sequence[float]) -> Self:
         """The same nullspace for changes of pixels in [0, 1], by the ``std`` of the image processor.
 
-        A null patch p becomes ``p * std`` (:func:`patches_in_pixels`). Where std differs by channel an orthogonal
-        projection does not carry over, so the basis is made anew: its row space is that of theta * diag(1 / std).
+        A null patch p becomes ``p * std``. An orthogonal projection does not carry over where std differs by channel,
+        so the basis is computed again: its row space is that of theta * diag(1 / std).
         """
         if len(std) != self.patch_shape[0]:
             raise ValueError(f"std {tuple(std)} for patches of {self.patch_shape[0]} channels")
@@ -176,12 +166,10 @@ class PatchNullspace:
 def default_tolerance(singular_values: Tensor, shape: Sequence[int], stored_dtype: torch.dtype) -> float:
     """Largest singular value that counts as zero, for a weight of ``shape`` (D, P) stored in ``stored_dtype``.
 
-    Storing rounds every weight, which lifts exact zeros of the spectrum. For float32 and float64 this is the usual
-    s_max * max(D, P) * eps of that dtype: ViT-B/16 of table 4 has 2 values below it in float32, and none below
-    float64's own. In half precision that product is as large as s_max and would call every patch invisible; there it
-    is what the rounding itself can add: each weight moves by at most eps / 2 of itself, and a matrix of such errors has
-    a norm of about eps / 2 * rms(weight) * (sqrt(D) + sqrt(P)) at most; 0.4 of it was seen. Real singular values may be
-    smaller: look at the spectrum.
+    Storing rounds every weight, which lifts exact zeros of the spectrum. For float32 and float64 the tolerance is the
+    usual s_max * max(D, P) * eps of that dtype. In half precision that is as large as s_max; there it is the norm of
+    the rounding errors: each weight moves by at most eps / 2 of itself, so that norm is about
+    eps / 2 * rms(weight) * (sqrt(D) + sqrt(P)) at most. Real singular values may be smaller: look at the spectrum.
     """
     if not len(singular_values):
         return 0.0
@@ -212,21 +200,27 @@ def split_patches(images: Tensor, patch_shape: tuple[int, int, int]) -> Tensor:
     return parts.reshape(len(images), rows * columns, channels * height * width)
 
 
-def join_patches(patches: Tensor, patch_shape: tuple[int, int, int], size: tuple[int, int]) -> Tensor:
-    """The inverse of :func:`split_patches` for images of ``size`` (H, W); zero beyond the last whole patch."""
+def with_patches(images: Tensor, patches: Tensor, patch_shape: tuple[int, int, int]) -> Tensor:
+    """A copy of ``images`` (B, C, H, W) with other patches (B, N, P); the rest that is no whole patch stays."""
     channels, height, width = patch_shape
-    rows, columns = size[0] // height, size[1] // width
+    rows, columns = images.shape[2] // height, images.shape[3] // width
     if patches.shape[1] != rows * columns:
         raise ValueError(f"{patches.shape[1]} patches for an image of {rows} x {columns}")
     parts = patches.reshape(len(patches), rows, columns, channels, height, width).permute(0, 3, 1, 4, 2, 5)
-    images = patches.new_zeros(len(patches), channels, *size)
-    images[:, :, : rows * height, : columns * width] = parts.reshape(
-        len(patches), channels, rows * height, columns * width
-    )
-    return images
+    result = images.clone()
+    result[:, :, : rows * height, : columns * width] = parts.flatten(4, 5).flatten(2, 3)
+    return result
 
 
-def _coarser(weight: Tensor, config: Any) -> torch.dtype:
-    named = getattr(config, "dtype", None)
-    dtypes = [weight.dtype, *([named] if isinstance(named, torch.dtype) and named.is_floating_point else [])]
+def join_patches(patches: Tensor, patch_shape: tuple[int, int, int], size: tuple[int, int]) -> Tensor:
+    """The inverse of :func:`split_patches` for images of ``size`` (H, W); zero beyond the last whole patch."""
+    return with_patches(patches.new_zeros(len(patches), patch_shape[0], *size), patches, patch_shape)
+
+
+def _coarser(weight: Tensor, model: nn.Module) -> torch.dtype:
+    """The coarser of the dtypes of the weight and of the model's config."""
+    inner = unwrap(model)
+    dtypes = [weight.dtype]
+    if isinstance(inner, PreTrainedModel) and isinstance(inner.config.dtype, torch.dtype):
+        dtypes.append(inner.config.dtype)
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

@@ -1,26 +1,27 @@
 """The weights and the maps of every attention layer, per head: the one place that knows where they are.
 
-transformers moved them in 5.12 (``encoder.layer.N.attention.attention.query`` became ``layers.N.attention.q_proj``) and
-families differ, so a layer is recognised by what it holds, three linear maps under one of the known names, and
-never by its path.
+transformers 5.12 moved them (``encoder.layer.N.attention.attention.query`` became ``layers.N.attention.q_proj``) and
+families differ, so a layer is recognised by its three linear maps under one of the known names, never by its path.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
-from hf_nullspace.models.patch_embedding import unwrap
+from hf_nullspace.models.frozen import frozen
+from hf_nullspace.models.patch_embedding import model_type, unwrap
 
 _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 _HEADS = ("num_attention_heads", "num_heads")
 _PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
-# Families whose heads are softmax(q k^T / sqrt(d_k) + constant) v with q, k, v affine in the layer's input. Not so:
+# Families with heads softmax(q k^T / sqrt(d_k) + constant) v and q, k, v affine in the layer's input. Others have not:
 # Swinv2 (cosine), DINOv3 (rotary), SegFormer and PVT (keys of a shrunken image), Hiera (pooled queries).
 PLAIN_ATTENTION = frozenset(
     {"beit", "clip", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "ijepa", "siglip", "swin", "vit",
@@ -77,29 +78,45 @@ def attention_weights(model: nn.Module) -> list[AttentionWeights]:
     Raises:
         NoAttentionWeightsError: for another kind of attention than ``PLAIN_ATTENTION``'s, or other names inside it.
     """
-    return [_weights(name, module, projections) for name, module, projections in _layers(model)]
+    found = []
+    for name, module, projections in _layers(model):
+        heads = next((vars(module)[attribute] for attribute in _HEADS if attribute in vars(module)), None)
+        if heads is None:
+            raise NoAttentionWeightsError(f"{name} ({type(module).__name__}) does not say how many heads it has")
+        # a Linear's weight is (heads * d_k, D); Q_i, with q = x Q_i, is the transpose of its i-th block
+        matrices = [linear.weight.unflatten(0, (heads, -1)).transpose(1, 2) for linear in projections]
+        biases = [
+            (linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias).view(heads, -1)
+            for linear in projections
+        ]
+        found.append(AttentionWeights(name, *matrices, *biases))
+    return found
 
 
 @torch.no_grad()
 def attention_inputs(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
-    """X of every layer, (B, tokens, D), for images ``pixel_values`` (B, C, H, W): what Q, K and V are applied to.
+    """X of every layer, (B, tokens, D), for images ``pixel_values`` (B, C, H, W): the input of Q, K and V.
 
-    In a pre-LayerNorm model that is after the LayerNorm. Swin's are windows: (B * windows, tokens in a window, D).
-
-    Raises:
-        NoAttentionWeightsError: as :func:`attention_weights`.
+    Swin's are windows: (B * windows, tokens in a window, D). Raises what :func:`attention_weights` raises.
     """
-    seen: list[Tensor] = []
-    handles = [
-        getattr(module, projections[0]).register_forward_pre_hook(lambda linear, args: seen.append(args[0].detach()))
-        for _, module, projections in _layers(model)
-    ]
-    try:
+    queries = [query for _, _, (query, *_) in _layers(model)]
+    with recorded(queries) as seen:
         unwrap(model)(pixel_values=pixel_values)  # a compiled model ignores hooks that come later
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    return [seen[query][0] for query in queries]
+
+
+@contextmanager
+def recorded(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Input and output of every module in the forward pass inside the block, detached."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[module] = args[0].detach(), output.detach()
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(hook))
+        yield seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +126,7 @@ class AttentionGradients:
     logits: Tensor
     """(B, K)."""
     targets: Tensor
-    """(B,), the class whose logit is differentiated."""
+    """(B,), the classes; their logits are differentiated."""
     attentions: list[Tensor]
     """A of every layer, (B, heads, tokens, tokens); a row sums to 1."""
     gradients: list[Tensor]
@@ -121,10 +138,7 @@ def attention_maps(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
     """A of every layer, (B, heads, tokens, tokens), for images ``pixel_values`` (B, C, H, W), in eval mode.
 
     The softmax is taken in the model's own dtype; transformers' eager attention always takes it in float32. Swin's
-    maps are those of windows. The model is left as it was: mode, attention implementation, gradients.
-
-    Raises:
-        NoAttentionWeightsError: as :func:`attention_weights`.
+    maps are those of windows. Raises what :func:`attention_weights` raises.
     """
     with _watched(model) as seen:
         unwrap(model)(pixel_values=pixel_values)
@@ -140,7 +154,6 @@ def attention_gradients(
     inside ``torch.no_grad()``; no ``.grad`` is written.
 
     Raises:
-        NoAttentionWeightsError: as :func:`attention_weights`.
         ValueError: if a target is no class of the model, or their number is not that of the images.
     """
     with torch.inference_mode(False), torch.enable_grad(), _watched(model) as seen:
@@ -164,30 +177,32 @@ def _targets(logits: Tensor, targets: Tensor | int | None) -> Tensor:
 
 
 @contextmanager
+def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Every module of ``model`` computes its attention as ``name`` says ("eager" gives weights); as before afterwards.
+
+    ``_attn_implementation`` would also change sub-configurations that no module has.
+    """
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+@contextmanager
 def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the attention maps of the forward pass inside the block, in eval mode; leaves no trace."""
     inner, layers = unwrap(model), _layers(model)
     seen: list[Tensor] = []
     AttentionInterface.register(_VISIBLE, _visible_attention)
-    modes = [(module, module.training) for module in inner.modules()]
-    found: list[Any] = [getattr(module, "config", None) for module in inner.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation_internal")}
-    before = [(config, config._attn_implementation_internal) for config in configs.values()]
-    handles = [
-        module.register_forward_hook(lambda module, args, output: seen.append(output[1])) for _, module, _ in layers
-    ]
-    try:
-        inner.eval()
-        for config, _ in before:
-            config._attn_implementation_internal = _VISIBLE
+    with frozen(inner), attention_implementation(inner, _VISIBLE), ExitStack() as hooks:
+        for _, module, _ in layers:
+            hooks.enter_context(module.register_forward_hook(lambda module, args, output: seen.append(output[1])))
         yield seen
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
-        for module, training in modes:
-            module.training = training
-        for handle in handles:
-            handle.remove()
 
 
 def _visible_attention(
@@ -218,9 +233,6 @@ class PreNormLayer:
     first: nn.Linear
     second: nn.Linear
 
-    def modules(self) -> tuple[nn.Module, ...]:
-        return tuple(vars(self).values())
-
 
 def pre_norm_layers(model: nn.Module) -> tuple[list[PreNormLayer], nn.Linear]:
     """The layers of a ViT, DeiT or ViTMSN, first to last, and its classifier, which reads the CLS token.
@@ -230,26 +242,26 @@ def pre_norm_layers(model: nn.Module) -> tuple[list[PreNormLayer], nn.Linear]:
     """
     inner: Any = unwrap(model)
     try:
-        if inner.config.model_type not in ("vit", "deit", "vit_msn"):
-            raise AttributeError(f"its model type is {inner.config.model_type}")
+        if (kind := model_type(model)) not in ("vit", "deit", "vit_msn"):
+            raise AttributeError(f"its model type is {kind}")
         layers = []
         for name, attention, projections in _layers(model):
             layer: Any = inner.get_submodule(name.rpartition(".")[0])
-            query, key, value, output = (getattr(attention, part) for part in (*projections, "o_proj"))
+            query, key, value = projections
             before, after, mlp = layer.layernorm_before, layer.layernorm_after, layer.mlp
-            layers.append(PreNormLayer(before, query, key, value, output, after, mlp.fc1, mlp.fc2))
+            layers.append(PreNormLayer(before, query, key, value, attention.o_proj, after, mlp.fc1, mlp.fc2))
         if not isinstance(inner.classifier, nn.Linear):
             raise AttributeError("its classifier is no linear map")
     except AttributeError as error:
         raise NoAttentionWeightsError(
             f"{type(inner).__name__}: {error}; expected ViTForImageClassification, DeiTForImageClassification or "
-            "ViTMSNForImageClassification of transformers 5.18 to 5.x, whose classifier reads the CLS token"
+            "ViTMSNForImageClassification of transformers 5.18 to 5.x, with a classifier that reads the CLS token"
         ) from error
     return layers, inner.classifier
 
 
 def prefix_tokens(model: nn.Module) -> int:
-    """How many tokens stand before the patches: CLS, DeiT's distillation token, registers; 0 for SigLIP and Swin."""
+    """How many tokens come before the patches: CLS, DeiT's distillation token, registers; 0 for SigLIP and Swin."""
     count = 0
     for name, parameter in unwrap(model).named_parameters():
         if name.rpartition(".")[2] in _PREFIX_TOKENS:
@@ -257,40 +269,25 @@ def prefix_tokens(model: nn.Module) -> int:
     return count
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module, tuple[str, str, str]]]:
-    inner = unwrap(model)
-    kind = getattr(getattr(inner, "config", None), "model_type", None)
+def _layers(model: nn.Module) -> list[tuple[str, Any, list[nn.Linear]]]:
+    """The path of every attention module, the module, and its maps to queries, keys and values."""
+    inner, kind = unwrap(model), model_type(model)
     if kind not in PLAIN_ATTENTION:
         raise NoAttentionWeightsError(
             f"{type(inner).__name__} (model type {kind}): its attention is not known to be softmax(q k^T) v of linear "
             f"maps of the layer's input; known are {', '.join(sorted(PLAIN_ATTENTION))}"
         )
-    found = [
-        (name, module, projections)
-        for name, module in inner.named_modules()
-        for projections in _PROJECTIONS
-        if all(isinstance(getattr(module, part, None), nn.Linear) for part in projections)
-    ]
+    found = []
+    for name, module in inner.named_modules():
+        children = dict(module.named_children())
+        for names in _PROJECTIONS:
+            linears = [child for each in names if isinstance(child := children.get(each), nn.Linear)]
+            if len(linears) == len(names):
+                found.append((name, module, linears))
     if not found:
-        import transformers
-
         raise NoAttentionWeightsError(
             f"{type(inner).__name__} of transformers {transformers.__version__} has no attention module with linear "
             f"maps named {' or '.join('/'.join(names) for names in _PROJECTIONS)}. This package knows transformers "
             "5.18 to 5.x; adapters (PEFT) and quantised layers have to be merged first"
         )
     return found
-
-
-def _weights(name: str, module: nn.Module, projections: tuple[str, str, str]) -> AttentionWeights:
-    heads = next((getattr(module, attribute) for attribute in _HEADS if hasattr(module, attribute)), None)
-    if heads is None:
-        raise NoAttentionWeightsError(f"{name} ({type(module).__name__}) does not say how many heads it has")
-    linears: list[Any] = [getattr(module, part) for part in projections]
-    # a Linear's weight is (heads * d_k, D); Q_i, with q = x Q_i, is the transpose of its i-th block
-    matrices = [linear.weight.unflatten(0, (heads, -1)).transpose(1, 2) for linear in linears]
-    biases = [
-        (linear.bias if linear.bias is not None else linear.weight.new_zeros(linear.out_features)).view(heads, -1)
-        for linear in linears
-    ]
-    return AttentionWeights(name, *matrices, *biases)

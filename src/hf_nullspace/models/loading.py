@@ -15,6 +15,9 @@ HEAD_NAMES = ("classifier", "cls_classifier", "distillation_classifier")
 """What transformers calls the heads of its image classifiers."""
 
 
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
 class ModelNotLoadedError(OSError):
     """A checkpoint that is not there or cannot be used; the message is one line that names it."""
 
@@ -59,23 +62,23 @@ def load_model(
             ignore_mismatched_sizes=True,  # transformers' own error does not name them
             output_loading_info=True,
         )
-    if other := [entry for entry in found["mismatched_keys"] if not (new_head and _of_the_head(entry[0]))]:
-        key, theirs, ours = min(other, key=lambda entry: str(entry[0]))
-        raise ModelNotLoadedError(
-            f"cannot load the model {name!r}: {key} has the shape {tuple(theirs)}, and its config.json asks for "
-            f"{tuple(ours)}; take both from one checkpoint"
-        )
-    missing = sorted(map(str, found["missing_keys"]))
-    if missing and not all(map(_of_the_head, missing)):
-        raise ModelNotLoadedError(
-            f"cannot load the model {name!r}: {len(missing)} of its weights are missing, such as {missing[0]}; "
-            f"the file is not of a {type(model).__name__}, or not whole"
-        )
-    if missing and not (new_head or headless):
-        raise NoHeadError(
-            f"cannot load the model {name!r}: it has no weights for its head ({missing[0]}); name a checkpoint that "
-            "was trained to classify, or fine-tune this one first"
-        )
+        if other := [entry for entry in found["mismatched_keys"] if not (new_head and _of_the_head(entry[0]))]:
+            key, theirs, ours = min(other, key=lambda entry: str(entry[0]))
+            raise ModelNotLoadedError(
+                f"{key} has the shape {tuple(theirs)}, and its config.json asks for {tuple(ours)}; take both from one "
+                "checkpoint"
+            )
+        missing = sorted(map(str, found["missing_keys"]))
+        if not all(map(_of_the_head, missing)):
+            raise ModelNotLoadedError(
+                f"{len(missing)} of its weights are missing, such as {missing[0]}; the file is not of a "
+                f"{type(model).__name__}, or not whole"
+            )
+        if missing and not (new_head or headless):
+            raise NoHeadError(
+                f"it has no weights for its head ({missing[0]}); name a checkpoint that was trained to classify, or "
+                "fine-tune this one first"
+            )
     return model
 
 
@@ -85,19 +88,14 @@ def load_image_processor(name: str, revision: str | None = None) -> Any:
     Raises:
         ModelNotLoadedError: if there is none, or it is damaged.
     """
-    folder = Path(_place(name))
-    if folder.is_dir() and not any((folder / file).is_file() for file in _PROCESSOR_FILES):
-        raise ModelNotLoadedError(
-            f"cannot load the model {name!r}: the folder has no preprocessor_config.json, so nobody knows how images "
-            "are prepared; save it with image_processor.save_pretrained(FOLDER)"
-        )
     with _one_line(name):
-        return AutoImageProcessor.from_pretrained(
-            str(folder) if folder.is_dir() else name, revision=revision, backend="pil", trust_remote_code=False
-        )
-
-
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+        place = _place(name)
+        if Path(place).is_dir() and not any((Path(place) / file).is_file() for file in _PROCESSOR_FILES):
+            raise ModelNotLoadedError(
+                "the folder has no preprocessor_config.json, so how to prepare images is not known; save it with "
+                "image_processor.save_pretrained(FOLDER)"
+            )
+        return AutoImageProcessor.from_pretrained(place, revision=revision, backend="pil", trust_remote_code=False)
 
 
 def _of_the_head(key: str) -> bool:
@@ -106,28 +104,26 @@ def _of_the_head(key: str) -> bool:
 
 def _place(name: str) -> str:
     """The folder or the Hub id, if it can be one."""
+    expected = "expected a folder that save_pretrained wrote, or a Hub id such as ORG/NAME"
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelNotLoadedError(
-                f"cannot load the model {name!r}: it has no config.json; expected a folder that save_pretrained wrote"
-            )
+            raise ModelNotLoadedError("it has no config.json; expected a folder that save_pretrained wrote")
         return str(folder)
-    expected = "expected a folder that save_pretrained wrote, or a Hub id such as ORG/NAME"
     if folder.exists():
-        raise ModelNotLoadedError(f"cannot load the model {name!r}: it is a file; {expected}")
+        raise ModelNotLoadedError(f"it is a file; {expected}")
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
-        raise ModelNotLoadedError(f"cannot load the model {name!r}: there is no such folder; {expected}")
+        raise ModelNotLoadedError(f"there is no such folder; {expected}")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ModelNotLoadedError(f"cannot load the model {name!r}: {expected}") from error
+        raise ModelNotLoadedError(expected) from error
     return name
 
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """transformers does not log its table of missing and unexpected weights: the caller looks at them itself."""
+    """Without transformers' table of missing and unexpected weights: the caller looks at them itself."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -138,12 +134,12 @@ def without_load_report() -> Iterator[None]:
 
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
+    """What many libraries raise becomes one line that names the model."""
     try:
         yield
-    except ModelNotLoadedError:
-        raise
-    except Exception as error:  # many libraries speak here; each reason becomes one line
-        raise ModelNotLoadedError(f"cannot load the model {name!r}: {_reason(error)}") from error
+    except Exception as error:
+        kind = type(error) if isinstance(error, ModelNotLoadedError) else ModelNotLoadedError
+        raise kind(f"cannot load the model {name!r}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -160,5 +156,7 @@ def _reason(error: Exception) -> str:
         return f"{text.rstrip('.')}: copy or download it again"
     if isinstance(error, OSError):
         return text
-    text = f"{type(error).__name__}: {text.partition('. ')[0]}"
-    return f"{text}; the files are damaged, or not those of one checkpoint: copy or download them again"
+    return (
+        f"{type(error).__name__}: {text.partition('. ')[0]}; the files are damaged, or not those of one checkpoint: "
+        "copy or download them again"
+    )

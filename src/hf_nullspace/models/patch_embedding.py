@@ -1,9 +1,8 @@
 """The patch embedding of any ViT-like model, and the one persistent hook that adds noise to its output.
 
 The noise v (1, N, D) is added to the output u (B, N, D) of the patch projection, before CLS token and position
-embedding (equation 5 of the paper). A forward hook on the module needs no second forward implementation and survives
-renames inside the encoder; it is registered once, before the first compiled call, because a compiled model ignores a
-hook that is added later.
+embedding (equation 5 of the paper). A forward hook needs no second forward implementation. It is registered once,
+before the first compiled call, because a compiled model ignores a hook that is added later.
 """
 
 import math
@@ -17,8 +16,9 @@ from typing import Any, Protocol, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-# Models whose `get_input_embeddings()` does not answer with the patch embedding, and where it is instead.
+# Where the patch embedding is, if `get_input_embeddings()` returns another module.
 _PATCH_EMBEDDING_PATHS = {"CLIPForImageClassification": "vision_model.embeddings.patch_embedding"}
 
 
@@ -46,8 +46,8 @@ def find_patch_embedding(model: nn.Module) -> nn.Module:
 def _not_a_vit(model: nn.Module) -> NotAViTError:
     return NotAViTError(
         f"{type(model).__name__} has no patch embedding; the nullspace is defined for ViT-like models "
-        "(ViT, DeiT, BEiT, DINOv2, ViTMSN, Swin, SigLIP, CLIP and their kin). "
-        "Pass patch_embedding=<the module whose output are the patch embeddings>."
+        "(ViT, DeiT, BEiT, DINOv2, ViTMSN, Swin, SigLIP, CLIP and similar ones). "
+        "Pass patch_embedding=<the module that outputs the patch embeddings>."
     )
 
 
@@ -60,6 +60,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     if hasattr(model, "get_base_model"):  # of PEFT, which need not be installed
         return cast(Any, model).get_base_model()
     return model
+
+
+def model_type(model: nn.Module) -> str | None:
+    """What the config of a model of transformers calls its family."""
+    inner = unwrap(model)
+    return inner.config.model_type if isinstance(inner, PreTrainedModel) else None
 
 
 def patch_projection(patch_embedding: nn.Module) -> nn.Conv2d | None:
@@ -152,14 +158,14 @@ class LearnedNoise(Protocol):
 def patch_embedding_noise(
     model: nn.Module, noise: Tensor | LearnedNoise, patch_embedding: nn.Module | None = None
 ) -> Iterator[nn.Module]:
-    """Run ``model`` with ``noise`` on its patch embeddings; leaves no trace, also after an exception.
+    """Run ``model`` with ``noise`` on its patch embeddings inside the block.
 
     ``noise`` is a NullspaceNoise or a tensor (1, N, D). There is a warning if a NullspaceNoise was learned on other
     weights than the model's, and if no forward pass inside the block had the noise.
 
     Raises:
         NotAViTError: if the model has no patch embedding.
-        RuntimeError: if the model is compiled: once it ran, it ignores hooks that are added later.
+        RuntimeError: if the model is compiled.
         ValueError: in the forward pass, if the noise has another shape than the embeddings.
     """
     if not isinstance(noise, Tensor):
@@ -167,25 +173,23 @@ def patch_embedding_noise(
         noise = noise.tensor
     hook = PatchEmbeddingNoise(model, patch_embedding)
     name = type(unwrap(model)).__name__
-    added: set[bool] = set()
-    watch = hook.module.register_forward_hook(lambda *given: added.add(True), prepend=True)
+    calls: set[bool] = set()
     try:
         if _is_compiled(model, hook.module):
             raise RuntimeError(
                 f"{name} is compiled, and a compiled model that ran before ignores a noise: put it on the model that "
                 "torch.compile was given (model._orig_mod) and call that one, or load the model again"
             )
-        with hook.adding(noise):
+        with hook.adding(noise), hook.module.register_forward_hook(lambda *given: calls.add(True), prepend=True):
             yield model
-        if not added:
+        if not calls:
             warnings.warn(
                 f"no forward pass of {name} inside of patch_embedding_noise had the noise: call this model there, and "
-                "not a compiled one made of it",
+                "not one that torch.compile made of it",
                 stacklevel=3,
             )
     finally:
         hook.remove()
-        watch.remove()
 
 
 def _is_compiled(model: nn.Module, module: nn.Module) -> bool:
@@ -198,13 +202,10 @@ def _is_compiled(model: nn.Module, module: nn.Module) -> bool:
 def embeddings_inside(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collects what the patch embedding ``module`` gives in every forward pass inside the block."""
     seen: list[Tensor] = []
-    handle = module.register_forward_hook(
+    with module.register_forward_hook(
         lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
-    )
-    try:
+    ):
         yield seen
-    finally:
-        handle.remove()
 
 
 def patches_and_features(embeddings: Tensor) -> tuple[int, int]:
@@ -219,8 +220,7 @@ def embedding_shape(model: nn.Module, pixel_values: Tensor, patch_embedding: nn.
     """Shape of the patch embeddings for images like ``pixel_values`` (B, C, H, W); only the first image is used.
 
     Raises:
-        NotAViTError: if the model has no patch embedding.
-        ValueError: if the images do not fit the model (the message of the model itself).
+        NotAViTError: if the model has no patch embedding, or its patches overlap.
     """
     module = patch_embedding if patch_embedding is not None else find_patch_embedding(model)
     projection = patch_projection(module)

@@ -16,7 +16,9 @@ from hf_nullspace.robustness.attacks.base import loss_gradient, seeded_like
 from hf_nullspace.robustness.attacks.gradient import PGD
 from hf_nullspace.robustness.pixel_model import PixelModel
 
+Answer = tuple[bool, str]  # whether the check passed, and what it saw
 Survivors = Callable[[float, int], int]  # (radius, steps) -> images that the model still gets right under PGD
+Dropout, BatchNorm = nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True)
@@ -39,31 +41,46 @@ def run_checks(
 
     A check that cannot run (an exception in the model) fails with the exception's text. The model is left as it was.
     """
-    seeds = [seed + b for b in range(len(pixels))]
+    n, seeds = len(labels), [seed + b for b in range(len(pixels))]
+
+    @torch.no_grad()
+    def logits() -> Tensor:
+        return model(pixels)
+
+    def right(images: Tensor) -> int:
+        with torch.no_grad():
+            return int((model(images).argmax(1) == labels).sum())
 
     @cache
     def survivors(radius: float, steps: int) -> int:
-        return right(model, PGD(radius, steps=steps)(model, pixels, labels, seeds=seeds), labels)
+        return right(PGD(radius, steps=steps)(model, pixels, labels, seeds=seeds))
 
-    checks: list[tuple[str, str, Callable[[], tuple[bool, str]]]] = [
-        ("input range", "all", lambda: input_range(pixels)),
-        ("range guarded", "all", lambda: range_guarded(model, pixels)),
-        ("logits, not probabilities", "all", lambda: logits_not_probabilities(model, pixels)),
-        ("deterministic", "all", lambda: deterministic(model, pixels)),
-        ("better than chance", "all", lambda: better_than_chance(model, pixels, labels)),
-        ("gradients", "attacks", lambda: gradients(model, pixels, labels)),
-        ("accuracy falls to 0 as eps grows", "attacks", lambda: falls_to_zero(survivors, eps, len(labels))),
-        ("more steps are not weaker", "attacks", lambda: more_steps(survivors, eps, len(labels))),
-        ("gradients beat noise", "attacks", lambda: beats_noise(model, pixels, labels, seeds, eps, survivors)),
-    ]
-    results = [eval_mode(model)]
+    def under_random_signs() -> int:
+        signs = (2 * seeded_like(pixels, seeds, "uniform") - 1).sign()
+        return right((pixels + eps * signs).clamp(0, 1))
+
+    about_all: dict[str, Callable[[], Answer]] = {
+        "input range": lambda: input_range(pixels),
+        "range guarded": lambda: range_guarded(model, pixels),
+        "logits, not probabilities": lambda: logits_not_probabilities(logits()),
+        "deterministic": lambda: deterministic(logits(), logits()),
+        "better than chance": lambda: better_than_chance(logits(), labels),
+    }
+    about_attacks: dict[str, Callable[[], Answer]] = {
+        "gradients": lambda: gradients(loss_gradient(model, pixels, labels)),
+        "accuracy falls to 0 as eps grows": lambda: falls_to_zero(survivors, eps, n),
+        "more steps are not weaker": lambda: more_steps(survivors, eps, n),
+        "gradients beat noise": lambda: beats_noise(under_random_signs(), survivors(eps, 10)),
+    }
+    results = [Check("eval mode", *eval_mode(model))]  # before `frozen` changes it
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
-        for name, concerns, check in checks:
-            try:
-                passed, detail = check()
-            except Exception as error:  # whatever the model raises is the answer
-                passed, detail = False, f"{type(error).__name__}: {error}"
-            results.append(Check(name, passed, detail, concerns))
+        for concerns, checks in (("all", about_all), ("attacks", about_attacks)):
+            for name, check in checks.items():
+                try:
+                    passed, detail = check()
+                except Exception as error:  # whatever the model raises is the answer
+                    passed, detail = False, f"{type(error).__name__}: {error}"
+                results.append(Check(name, passed, detail, concerns))
     return results
 
 
@@ -72,25 +89,20 @@ def unreliable(checks: Sequence[Check], *, attack: bool) -> list[str]:
     return [check.name for check in checks if not check.passed and (attack or check.concerns == "all")]
 
 
-def eval_mode(model: nn.Module) -> Check:
+def eval_mode(model: nn.Module) -> Answer:
     """Attacks and the suite switch to eval mode themselves; a model that was given in train mode is worth a look."""
-    noisy = [m for m in model.modules() if m.training and isinstance(m, NOISY) and getattr(m, "p", 1) > 0]
+    training = [module for module in model.modules() if module.training]
+    noisy = [m for m in training if isinstance(m, BatchNorm) or (isinstance(m, Dropout) and m.p > 0)]
     kinds = ", ".join(sorted({type(module).__name__ for module in noisy}))
-    return Check(
-        "eval mode", not noisy, f"{len(noisy)} modules train ({kinds})" if noisy else "no active dropout or batch norm"
-    )
+    return not noisy, f"{len(noisy)} modules train ({kinds})" if noisy else "no active dropout or batch norm"
 
 
-NOISY = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-
-
-def input_range(pixels: Tensor) -> tuple[bool, str]:
-    low, high = pixels.min().item(), pixels.max().item()
-    spread = pixels.std().item()
+def input_range(pixels: Tensor) -> Answer:
+    low, high, spread = pixels.min().item(), pixels.max().item(), pixels.std().item()
     return 0 <= low < 0.5 < high <= 1 and spread > 0.02, f"pixels lie in [{low:.3f}, {high:.3f}], spread {spread:.3f}"
 
 
-def range_guarded(model: PixelModel, pixels: Tensor) -> tuple[bool, str]:
+def range_guarded(model: PixelModel, pixels: Tensor) -> Answer:
     try:
         model(pixels[:1] * 2 - 1 - 1e-3)
     except ValueError:
@@ -98,60 +110,41 @@ def range_guarded(model: PixelModel, pixels: Tensor) -> tuple[bool, str]:
     return False, "the model took values below 0"
 
 
-def logits_not_probabilities(model: PixelModel, pixels: Tensor) -> tuple[bool, str]:
-    with torch.no_grad():
-        logits = model(pixels)
-    sums = logits.sum(1)
-    are_probabilities = bool((logits >= 0).all() and (sums - 1).abs().max() < 1e-3)
-    are_logs = bool((logits <= 0).all() and (logits.logsumexp(1)).abs().max() < 1e-3)
+def logits_not_probabilities(logits: Tensor) -> Answer:
     if not logits.isfinite().all():
         return False, "not finite"
-    if are_probabilities:
+    if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:
         return False, "every row is non-negative and sums to 1: a softmax inside the model masks gradients"
-    return True, f"{'log-probabilities' if are_logs else 'logits'} in [{logits.min():.2f}, {logits.max():.2f}]"
+    logs = (logits <= 0).all() and logits.logsumexp(1).abs().max() < 1e-3
+    return True, f"{'log-probabilities' if logs else 'logits'} in [{logits.min():.2f}, {logits.max():.2f}]"
 
 
-def deterministic(model: PixelModel, pixels: Tensor) -> tuple[bool, str]:
-    with torch.no_grad():
-        gap = (model(pixels) - model(pixels)).abs().max().item()
+def deterministic(first: Tensor, second: Tensor) -> Answer:
+    gap = (first - second).abs().max().item()
     return gap < 1e-4, f"two forwards differ by {gap:.2g}"
 
 
-def better_than_chance(model: PixelModel, pixels: Tensor, labels: Tensor) -> tuple[bool, str]:
-    with torch.no_grad():
-        logits = model(pixels)
-    share = (logits.argmax(1) == labels).float().mean().item()
-    return share > 2 / logits.shape[
-        1
-    ] or share > 0.9, f"{100 * share:.0f}% of {len(labels)} images, {logits.shape[1]} classes"
+def better_than_chance(logits: Tensor, labels: Tensor) -> Answer:
+    classes, share = logits.shape[1], (logits.argmax(1) == labels).float().mean().item()
+    return share > 2 / classes or share > 0.9, f"{100 * share:.0f}% of {len(labels)} images, {classes} classes"
 
 
-def gradients(model: PixelModel, pixels: Tensor, labels: Tensor) -> tuple[bool, str]:
-    gradient = loss_gradient(model, pixels, labels)
+def gradients(gradient: Tensor) -> Answer:
     zero = (gradient.flatten(1).abs().amax(1) == 0).sum().item()
     share = (gradient == 0).float().mean().item()
-    fine = bool(gradient.isfinite().all()) and zero == 0 and share < 0.5
-    return fine, f"zero for {zero} of {len(pixels)} images, {100 * share:.0f}% of all values zero"
+    sound = bool(gradient.isfinite().all()) and zero == 0 and share < 0.5
+    return sound, f"zero for {zero} of {len(gradient)} images, {100 * share:.0f}% of all values zero"
 
 
-def falls_to_zero(survivors: Survivors, eps: float, n: int) -> tuple[bool, str]:
+def falls_to_zero(survivors: Survivors, eps: float, n: int) -> Answer:
     some, none = survivors(eps, 10), survivors(0.5, 10)
     return none <= 0.05 * n and none <= some, f"of {n} images {some} right at {eps * 255:g}/255, {none} at 127.5/255"
 
 
-def more_steps(survivors: Survivors, eps: float, n: int) -> tuple[bool, str]:
+def more_steps(survivors: Survivors, eps: float, n: int) -> Answer:
     few, many = survivors(eps, 2), survivors(eps, 10)
     return many <= few + max(1, 0.02 * n), f"{few} right after 2 steps, {many} after 10"
 
 
-def beats_noise(
-    model: PixelModel, pixels: Tensor, labels: Tensor, seeds: Sequence[int], eps: float, survivors: Survivors
-) -> tuple[bool, str]:
-    noisy = (pixels + eps * (2 * seeded_like(pixels, seeds, "uniform") - 1).sign()).clamp(0, 1)
-    by_noise, by_gradient = right(model, noisy, labels), survivors(eps, 10)
+def beats_noise(by_noise: int, by_gradient: int) -> Answer:
     return by_gradient <= by_noise, f"{by_noise} right under random signs, {by_gradient} under PGD"
-
-
-def right(model: PixelModel, pixels: Tensor, labels: Tensor) -> int:
-    with torch.no_grad():
-        return int((model(pixels).argmax(1) == labels).sum())

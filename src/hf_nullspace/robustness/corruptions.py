@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hf_nullspace.core.settings import nearest
 from hf_nullspace.robustness import corruption_functions as functions
 from hf_nullspace.robustness.corruption_functions import from_image, to_image
 
@@ -61,6 +62,14 @@ IMAGENET: dict[str, tuple[Any, ...]] = {
 }
 
 
+def check_cell(corruption: str, severity: int) -> None:
+    """Raise ``ValueError`` unless it is one of the fifteen corruptions at a severity 1 to 5 (an int)."""
+    if corruption not in CORRUPTIONS:
+        raise ValueError(f"unknown corruption {corruption!r}{nearest(corruption, CORRUPTIONS)}")
+    if type(severity) is not int or severity not in SEVERITIES:
+        raise ValueError(f"severity={severity!r} of {corruption}: expected 1 to 5")
+
+
 def corrupt(image: Image.Image, corruption: str, severity: int, *, seed: int, index: int) -> Image.Image:
     """``image`` (PIL, RGB) with ``corruption`` at ``severity`` 1 to 5; ``index`` is the image's place in its set.
 
@@ -69,10 +78,7 @@ def corrupt(image: Image.Image, corruption: str, severity: int, *, seed: int, in
     """
     if image.mode != "RGB":
         raise ValueError(f"corruptions act on RGB images, got mode {image.mode!r}; convert it first")
-    if corruption not in CORRUPTIONS:
-        raise ValueError(f"unknown corruption {corruption!r}; the 15 are {', '.join(CORRUPTIONS)}")
-    if severity not in SEVERITIES:
-        raise ValueError(f"severity is {severity!r}; expected 1 to 5")
+    check_cell(corruption, severity)
     rng = np.random.default_rng([seed, index, CORRUPTIONS.index(corruption), severity])
     table = CIFAR if max(image.size) <= SMALL else IMAGENET
     if corruption not in table:

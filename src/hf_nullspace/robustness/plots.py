@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_nullspace.core.files import write_whole
+from hf_nullspace.core.canvas import canvas, save_png
+from hf_nullspace.core.text import short
 from hf_nullspace.robustness.corruptions import SEVERITIES
 from hf_nullspace.robustness.suite import ConditionResult
 
@@ -22,14 +23,15 @@ def plot_bars(results: Results, path: str | Path) -> Path:
     first = next(iter(results.values()))
     shown = [i for i in range(len(first)) if len(first) <= MOST_BARS or cell(first[i]) is None][:MOST_BARS]
     rows = [part.tolist() for part in np.array_split(shown, max(1, -(-len(shown) // IN_A_ROW)))]
-    figure, every_axes = new_figure(max(6.0, 1.6 + len(rows[0]) * (0.5 + 0.25 * len(results))), len(rows))
+    figure, every_axes = accuracy_axes(max(6.0, 1.6 + len(rows[0]) * (0.5 + 0.25 * len(results))), len(rows))
     width = 0.8 / len(results)
     for axes, row in zip(every_axes, rows, strict=True):
         for place, (name, conditions) in enumerate(results.items()):
             heights, spread = percentages([conditions[i] for i in row])
             where = np.arange(len(row)) + (place - (len(results) - 1) / 2) * width
             axes.bar(where, heights, width, yerr=spread, capsize=2, label=name, error_kw={"linewidth": 0.8})
-        axes.set_xticks(range(len(row)), [short(first[i].condition) for i in row], rotation=30, ha="right", fontsize=8)
+        names = [short(first[i].condition.removeprefix("generated ")).replace("_", " ") for i in row]
+        axes.set_xticks(range(len(row)), names, rotation=30, ha="right", fontsize=8)
         axes.set_xlim(-0.6, len(rows[0]) - 0.4)
     if len(shown) < len(first):
         every_axes[0].set_title(f"{len(shown)} of {len(first)} conditions; the table has all", fontsize=9)
@@ -41,7 +43,7 @@ def plot_severity(results: Results, path: str | Path) -> Path | None:
     whole = complete_corruptions(next(iter(results.values())))
     if not whole:
         return None
-    figure, (axes,) = new_figure(6.0)
+    figure, (axes,) = accuracy_axes(6.0)
     for name, conditions in results.items():
         cells = {cell(r): r.score.value for r in conditions}
         for kind, corruptions in whole.items():
@@ -69,7 +71,7 @@ def plot_strength(results: Results, path: str | Path) -> Path | None:
         return None
     for (name, _), points in curves.items():
         points[:0] = [(0.0, result) for result in results[name] if result.condition == "clean"]
-    figure, (axes,) = new_figure(6.0)
+    figure, (axes,) = accuracy_axes(6.0)
     styles = dict(zip(sorted({attack for _, attack in curves}), ("-", "--", ":", "-."), strict=False))
     for (name, attack), points in curves.items():
         heights, spread = percentages([result for _, result in points])
@@ -110,31 +112,17 @@ def percentages(results: Sequence[ConditionResult]) -> tuple[np.ndarray, np.ndar
     return np.array([100 * s.value for s in scores]), np.maximum(np.array(spread), 0)
 
 
-def new_figure(width: float, rows: int = 1) -> tuple[Any, list[Any]]:
+def accuracy_axes(width: float, rows: int = 1) -> tuple[Any, list[Any]]:
     """A figure, and the axes of its rows."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 1.5 + 3.0 * rows), layout="constrained")
-    every_axes = list(figure.subplots(rows, squeeze=False)[:, 0])
-    for axes in every_axes:
-        axes.set_ylim(0, 100)
-        axes.set_ylabel("accuracy in %")
+    figure, grid = canvas(width, 1.5 + 3.0 * rows, rows)
+    for axes in grid[:, 0]:
+        axes.set(ylim=(0, 100), ylabel="accuracy in %")
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    return figure, every_axes
+    return figure, list(grid[:, 0])
 
 
 def save(figure: Any, axes: Any, path: str | Path, entries: int) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     handles = axes.get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=min(entries, 3), frameon=False, fontsize=9)
-    canvas = FigureCanvasAgg(figure)
-    return write_whole(path, lambda temporary: canvas.print_png(str(temporary)))
-
-
-def short(condition: str) -> str:
-    """A condition's name for an axis: its full settings stand in the table."""
-    name, _, settings = condition.removeprefix("generated ").partition("(")
-    first = settings.rstrip(")").split(", ")[0]
-    return f"{name} {first}".strip().replace("_", " ")
+    return save_png(figure, path, dpi=100)

@@ -1,4 +1,4 @@
-"""Finished conditions on disk: a record per condition, found again only if nothing that it depends on has changed."""
+"""Finished results on disk, found again only if nothing that they depend on has changed; conditions, and others."""
 
 import base64
 import hashlib
@@ -73,59 +73,64 @@ def from_bits(text: str, n: int) -> NDArray[np.bool_]:
 
 
 class Records:
-    """The folder of finished conditions, one JSON file each, named by the hash of everything it depends on."""
+    """Finished results, one JSON file each: a result is made once, and again if anything that it depends on changes."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def key(self, **depends_on: Any) -> str:
-        """A name for a condition: fingerprints of model and images, condition, protocol, seed, dtype."""
-        text = json.dumps({"format": FORMAT, **depends_on}, sort_keys=True, default=str)
+    @staticmethod
+    def key(*, sort_keys: bool = True, **depends_on: Any) -> str:
+        """A name for a result: a hash of everything it depends on (fingerprints, condition, protocol, seed, dtype).
+
+        ``sort_keys=False``: the order of the arguments counts.
+        """
+        text = json.dumps({"format": FORMAT, **depends_on}, sort_keys=sort_keys, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def load(self, key: str) -> ConditionResult | None:
-        """The result under ``key``, or None; a damaged one is said, and counts as none."""
-        entry = self.read(key)
-        try:
-            return None if entry is None else result_from_record(entry)
-        except (ValueError, KeyError, TypeError) as error:
-            self._say_damaged(f"{self.folder / key}.json is damaged ({type(error).__name__}: {error})")
-            return None
+    def read(self, name: str, parse: Callable[[Any], Any] = lambda entry: entry) -> Any:
+        """What ``parse`` makes of the file ``name``, or None if there is none, or a damaged one, which is logged.
 
-    def save(self, key: str, result: ConditionResult) -> None:
-        self.write(key, record(result))
-
-    def read(self, key: str) -> Any:
-        """What is under ``key``, or None: on the main process's word, so that no process goes another way.
-
-        A damaged file is said, and counts as none.
+        The main process reads it for all, so that no process goes another way.
         """
         found: list[Any] = [None]
         rank, world = rank_and_world_size()
-        path = self.folder / f"{key}.json"
+        path = self.folder / f"{name}.json"
         if rank == 0 and path.is_file():
             try:
-                found = [read_json(path)]
-            except DamagedFileError as error:
-                self._say_damaged(str(error))
+                found = [parse(read_json(path))]
+            except (ValueError, KeyError, TypeError) as error:
+                is_named = isinstance(error, DamagedFileError)
+                problem = error if is_named else f"{path} is damaged ({type(error).__name__}: {error})"
+                logger.warning("%s; it is made again", problem)
         if world > 1:
             dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def _say_damaged(self, problem: str) -> None:
-        if rank_and_world_size()[0] == 0:
-            logger.warning("%s; it is measured again", problem)
-
-    def write(self, key: str, entry: Any) -> None:
+    def write(self, name: str, entry: Any) -> None:
         """Keep what JSON can hold; of a mapping every later change is noticed."""
         if rank_and_world_size()[0] == 0:
-            write_json(self.folder / f"{key}.json", entry, sealed=isinstance(entry, Mapping))
+            write_json(self.folder / f"{name}.json", entry, sealed=isinstance(entry, Mapping))
+
+    def kept(self, make: Callable[[], Any], **depends_on: Any) -> Any:
+        """What ``make()`` returned in this or an earlier run, as JSON gives it back."""
+        key = self.key(**depends_on)
+        if (found := self.read(key)) is None:
+            self.write(key, make())
+            found = self.read(key)
+        return found
+
+    def load(self, key: str) -> ConditionResult | None:
+        """The result of a condition; None if there is none."""
+        return self.read(key, result_from_record)
+
+    def save(self, key: str, result: ConditionResult) -> None:
+        """Keep the result of a condition."""
+        self.write(key, record(result))
 
     def others(self, keys: Iterable[str]) -> int:
         """How many records belong to another checkpoint, protocol, data set or seed; they are never mixed in."""
         known = set(keys)
-        conditions = [path.stem for path in self.folder.glob("*.json") if not path.stem.startswith("checks-")]
-        return sum(key not in known for key in conditions)
+        return sum(p.stem not in known for p in self.folder.glob("*.json") if not p.stem.startswith("checks-"))
 
 
 def model_fingerprint(model: PixelModel) -> str:
@@ -181,7 +186,7 @@ def evaluate_resumably(
     confidence per image are written there as parquet. ``fingerprint`` is the model's where the caller knows it.
     """
     fingerprints = {"model": fingerprint or model_fingerprint(model), "images": images_fingerprint(images)}
-    usual = fingerprints | {"seed": seed, "dtype": dtype, "written": modification_stamp(images)}
+    usual: dict[str, Any] = fingerprints | {"seed": seed, "dtype": dtype, "written": modification_stamp(images)}
     keys = {
         title: records.key(**usual, title=title, condition=repr(condition), **batch_settings(condition, batch_size))
         for title, condition in conditions.items()

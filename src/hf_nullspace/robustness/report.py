@@ -7,12 +7,13 @@ carries a mark, quoted numbers say that they are quoted.
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from hf_nullspace.core.files import write_json, write_whole
-from hf_nullspace.core.text import PIPE, escape
+from hf_nullspace.core.files import write_json, write_text
+from hf_nullspace.core.text import cell, escape, table, with_interval
 from hf_nullspace.robustness.checks import Check, unreliable
 from hf_nullspace.robustness.plots import plot_bars, plot_severity, plot_strength
 from hf_nullspace.robustness.published import TABLE_1, TABLE_1_COLUMNS
@@ -25,15 +26,16 @@ Results = Mapping[str, Sequence[ConditionResult]]  # checkpoint name -> its resu
 Checks = Mapping[str, Sequence[Check]]  # checkpoint name -> what checks.run_checks said
 Missing = Mapping[str, str]  # condition -> why it was not measured, and how to get what it needs
 UNRELIABLE = "(!)"
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def write_report(
     results: Results,
     folder: str | Path,
     *,
-    context: Mapping[str, Any] | None = None,
-    missing: Missing | None = None,
-    checks: Checks | None = None,
+    context: Mapping[str, Any] = NOTHING,
+    missing: Missing = NOTHING,
+    checks: Checks = NOTHING,
     published: bool = False,
 ) -> dict[str, Path]:
     """Write results.json, .md, .csv and pictures into ``folder``; returns their paths.
@@ -42,59 +44,57 @@ def write_report(
     there is something to draw. Call it on the main process only.
     """
     folder = Path(folder)
-    paths = {kind: folder / f"results.{kind}" for kind in ("json", "md", "csv", "png")}
-    write_json(paths["json"], as_json(results, context or {}, missing, checks))
-    write_text(paths["md"], markdown(results, missing=missing, checks=checks, published=published))
-    write_text(paths["csv"], csv_table(results))
-    plot_bars(results, paths["png"])
+    text = markdown(results, missing=missing, checks=checks, published=published)
+    paths = {
+        "json": write_json(folder / "results.json", as_json(results, context, missing, checks)),
+        "md": write_text(folder / "results.md", text),
+        "csv": write_text(folder / "results.csv", csv_table(results)),
+        "png": plot_bars(results, folder / "results.png"),
+    }
     for name, plot in (("severity", plot_severity), ("strength", plot_strength)):
         if (path := plot(results, folder / f"{name}.png")) is not None:
             paths[name] = path
     return paths
 
 
-def table_rows(results: Results, missing: Missing | None = None, checks: Checks | None = None) -> list[list[str]]:
+def table_rows(results: Results, missing: Missing = NOTHING, checks: Checks = NOTHING) -> list[list[str]]:
     """Header and rows in %: a column per checkpoint, then its 95% Wilson intervals, or, of several checkpoints, the
     differences with 95% paired bootstrap intervals."""
     check_same_conditions(results)
     names = list(results)
     pairs = comparisons(names)
-    last = ["95% interval"] if len(names) == 1 else [f"{after} - {before}" for before, after in pairs]
+    last = [f"{after} - {before}" for before, after in pairs] or ["95% interval"]
+    blank = [""] * len(last)
     rows = [["condition", "images", *names, *last]]
     for index, first in enumerate(results[names[0]]):
-        row = [results[name][index] for name in names]
-        scores = [f"{100 * r.score.value:.2f}{mark(r, (checks or {}).get(n))}" for n, r in zip(names, row, strict=True)]
-        if len(names) == 1:  # several have the intervals of their differences
-            scores.append(f"[{100 * first.score.low:.2f}, {100 * first.score.high:.2f}]")
-        changes = [signed(difference(results, before, after, index)) for before, after in pairs]
+        row = {name: results[name][index] for name in names}
+        doubts = {name: unreliable(checks.get(name, ()), attack="attack" in r.protocol) for name, r in row.items()}
+        scores = [f"{100 * r.score.value:.2f}{f' {UNRELIABLE}' * bool(doubts[name])}" for name, r in row.items()]
+        interval = f"[{100 * first.score.low:.2f}, {100 * first.score.high:.2f}]"
+        changes = [signed(difference(results, before, after, index)) for before, after in pairs] or [interval]
         rows.append([first.condition, str(first.n), *scores, *changes])
         if first.correct_all is not None:
-            every = [f"{100 * r.correct_all.mean():.2f}" for r in row if r.correct_all is not None]
-            rows.append([f"{first.condition}, among all classes", str(first.n), *every, *[""] * len(last)])
+            every = [f"{100 * r.correct_all.mean():.2f}" for r in row.values() if r.correct_all is not None]
+            rows.append([f"{first.condition}, among all classes", str(first.n), *every, *blank])
     averages = {name: summaries(results[name], results[names[0]]) for name in names}
     weights = image_averages([r.condition for r in results[names[0]]])
     for title in dict.fromkeys(title for found in averages.values() for title in found):
         values = {name: found[title] for name, found in averages.items() if title in found}
-        changes = [f"{values[a] - values[b]:+.2f}" if a in values and b in values else "" for b, a in pairs]
-        changes = changes or [""] * len(last)
-        if title in weights and pairs:
-            changes = [signed(average_difference(results, b, a, weights[title])) for b, a in pairs]
-        rows.append([title, "", *(f"{values[name]:.2f}" if name in values else "" for name in names), *changes])
-    rows += [[title, "", *["missing"] * len(names), *[""] * len(last)] for title in grouped(missing or {})]
+        if title in weights:
+            changes = [signed(average_difference(results, before, after, weights[title])) for before, after in pairs]
+        else:
+            changes = [f"{values[a] - values[b]:+.2f}" if a in values and b in values else "" for b, a in pairs]
+        rows.append([title, "", *(f"{values[n]:.2f}" if n in values else "" for n in names), *(changes or blank)])
+    rows += [[title, "", *["missing"] * len(names), *blank] for title in grouped(missing)]
     return rows
 
 
-def mark(result: ConditionResult, checks: Sequence[Check] | None) -> str:
-    """A sign at a number whose checks failed."""
-    return f" {UNRELIABLE}" if unreliable(checks or (), attack="attack" in result.protocol) else ""
-
-
-def notes(results: Results, missing: Missing | None, checks: Checks | None) -> list[str]:
+def notes(results: Results, missing: Missing, checks: Checks) -> list[str]:
     """What has to be read with the table."""
     lines = ["Accuracy in %; mCE in %, lower is better."]
     if len(results) > 1:
         lines[0] += " Differences in points with 95% intervals (paired bootstrap over images)."
-    for name, answers in (checks or {}).items():
+    for name, answers in checks.items():
         failed = [check for check in answers if not check.passed]
         lines += [f"{UNRELIABLE} {name}: {check.name}: {check.detail}" for check in failed]
         if not failed:
@@ -107,7 +107,7 @@ def notes(results: Results, missing: Missing | None, checks: Checks | None) -> l
     lines += [f"Note: {note}" for note in sorted(partial)]
     if missing:
         lines.append("Averages over what is missing are left out; none is over a part.")
-    lines += [f"Missing: {title}: {why}" for title, why in grouped(missing or {}).items()]
+    lines += [f"Missing: {title}: {why}" for title, why in grouped(missing).items()]
     return lines
 
 
@@ -123,11 +123,7 @@ def grouped(missing: Missing) -> dict[str, str]:
 
 
 def terminal_table(
-    results: Results,
-    *,
-    missing: Missing | None = None,
-    checks: Checks | None = None,
-    published: bool = False,
+    results: Results, *, missing: Missing = NOTHING, checks: Checks = NOTHING, published: bool = False
 ) -> str:
     """Aligned columns, numbers to the right, and what has to be read with them."""
     lines = aligned(table_rows(results, missing, checks)) + notes(results, missing, checks)
@@ -137,31 +133,22 @@ def terminal_table(
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
+        "  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
     ]
     return [lines[0], "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])]
 
 
-def markdown(
-    results: Results, *, missing: Missing | None = None, checks: Checks | None = None, published: bool = False
-) -> str:
+def markdown(results: Results, *, missing: Missing = NOTHING, checks: Checks = NOTHING, published: bool = False) -> str:
     """The same as a Markdown document."""
-    parts = [
-        markdown_table([[escape(cell) for cell in row] for row in table_rows(results, missing, checks)]),
-        "\n".join(f"* {escape(n)}" for n in notes(results, missing, checks)),
-    ]
+    head, *rows = [[cell(text) for text in row] for row in table_rows(results, missing, checks)]
+    parts = ["\n".join(table(head, rows)), "\n".join(f"* {escape(note)}" for note in notes(results, missing, checks))]
     if published:
-        parts += ["Quoted from the paper, table 1 (not measured here):", markdown_table(published_rows())]
+        head, *rows = published_rows()
+        parts += ["Quoted from the paper, table 1 (not measured here):", "\n".join(table(head, rows))]
     return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    cells = [[cell.replace("|", PIPE) for cell in row] for row in rows]
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
 
 
 def published_rows() -> list[list[str]]:
@@ -178,14 +165,13 @@ def csv_table(results: Results) -> str:
         writer.writerow(["checkpoint", "condition", "n", "correct", "accuracy", "low", "high", "seconds", "seed"])
         for name, conditions in results.items():
             for r in conditions:
-                score = r.score
-                counts = (r.n, int(r.correct.sum()))
-                writer.writerow([name, r.condition, *counts, score.value, score.low, score.high, r.seconds, r.seed])
+                counts, score = (r.n, int(r.correct.sum())), astuple(r.score)
+                writer.writerow([name, r.condition, *counts, *score, r.seconds, r.seed])
         return file.getvalue()
 
 
 def as_json(
-    results: Results, context: Mapping[str, Any], missing: Missing | None = None, checks: Checks | None = None
+    results: Results, context: Mapping[str, Any], missing: Missing = NOTHING, checks: Checks = NOTHING
 ) -> dict[str, Any]:
     """One record per checkpoint and condition, averages, differences between checkpoints, checks, versions."""
     check_same_conditions(results)
@@ -202,8 +188,8 @@ def as_json(
         "results": records,
         "averages": {name: summaries(conditions, first) for name, conditions in results.items()},
         "differences": differences,
-        "missing": dict(missing or {}),
-        "checks": {name: [asdict(check) for check in answers] for name, answers in (checks or {}).items()},
+        "missing": dict(missing),
+        "checks": {name: [asdict(check) for check in answers] for name, answers in checks.items()},
     }
 
 
@@ -224,7 +210,7 @@ def average_difference(results: Results, before: str, after: str, weights: Mappi
 
 
 def signed(change: Interval) -> str:
-    return f"{100 * change.value:+.2f} [{100 * change.low:+.2f}, {100 * change.high:+.2f}]"
+    return with_interval(100 * change.value, 100 * change.low, 100 * change.high)
 
 
 def check_same_conditions(results: Results) -> None:
@@ -235,10 +221,3 @@ def check_same_conditions(results: Results) -> None:
         if other != first:
             odd = sorted({str(c) for c in set(first) ^ set(other)})
             raise ValueError(f"{name} was measured under other conditions than {next(iter(results))}: {', '.join(odd)}")
-
-
-def write_text(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)

@@ -150,28 +150,6 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, *, bin
     return float(np.abs(surplus).sum() / correct.size)
 
 
-def match_rate(before: ArrayLike, after: ArrayLike) -> float:
-    """Share of images with the same predicted class in both lists of predictions."""
-    before, after = np.asarray(before), np.asarray(after)
-    if before.shape != after.shape or before.ndim != 1 or not before.size:
-        raise ValueError(f"expected two lists of as many predictions, got {before.shape} and {after.shape}")
-    return float((before == after).mean())
-
-
-def influence(before: ArrayLike, after: ArrayLike) -> float:
-    """Mean over images of the squared shift of the predicted distribution, in [0, 2] (Algorithm 1, line 8).
-
-    ``before`` and ``after`` are probabilities of shape (images, classes).
-    """
-    before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
-    if before.shape != after.shape or before.ndim != 2 or not before.size:
-        raise ValueError(f"expected probabilities of shape (images, classes), got {before.shape} and {after.shape}")
-    for probabilities in (before, after):
-        if (probabilities < 0).any() or np.abs(probabilities.sum(1) - 1).max() > 1e-3:
-            raise ValueError("rows must be probabilities: non-negative, with sum 1; pass a softmax, not logits")
-    return float(np.square(after - before).sum(1).mean())
-
-
 def worst_condition(accuracies: Mapping[str, float]) -> tuple[str, float]:
     """Name and accuracy of the condition with the lowest accuracy; the first of equals."""
     if not accuracies:

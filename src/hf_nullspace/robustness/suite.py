@@ -1,7 +1,6 @@
 """The one evaluation loop: conditions over a set of images, counted exactly on any number of processes."""
 
 import contextlib
-import difflib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from hf_nullspace.core.processes import rank_and_world_size
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.frozen import frozen
 from hf_nullspace.robustness.attacks.base import Attack
-from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES, SMALL, corrupt
+from hf_nullspace.robustness.corruptions import SMALL, check_cell, corrupt
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.scores import Interval, accuracy
@@ -62,12 +61,7 @@ class Corrupted:
     cost = 1.0
 
     def __post_init__(self) -> None:
-        if self.corruption not in CORRUPTIONS:
-            near = difflib.get_close_matches(str(self.corruption), CORRUPTIONS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the 15 are {', '.join(CORRUPTIONS)}"
-            raise ValueError(f"unknown corruption {self.corruption!r}; {hint}")
-        if type(self.severity) is not int or self.severity not in SEVERITIES:
-            raise ValueError(f"severity={self.severity!r} of {self.corruption}: expected 1, 2, 3, 4 or 5")
+        check_cell(self.corruption, self.severity)
 
     def __str__(self) -> str:
         return f"generated {self.corruption} {self.severity}"

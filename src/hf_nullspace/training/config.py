@@ -4,19 +4,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
-from hf_nullspace.core.settings import check_numbers, check_output_dir
+from hf_nullspace.core.settings import check_choices, check_numbers, check_output_dir, fraction
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
-from hf_nullspace.training import adversarial_objectives as _adversarial  # noqa: F401  (they register themselves)
-from hf_nullspace.training.noise_objectives import DISTRIBUTIONS, MIXES
-from hf_nullspace.training.objectives import check_objective
+from hf_nullspace.training.adversarial import madry, trades
+from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, register_objective
 from hf_nullspace.training.preflight import RANGES, check_trackers
+
+register_objective("madry", madry)
+register_objective("trades", trades)
 
 _PAPER: dict[str, Any] = {
     "rounds": 20,
@@ -59,8 +60,16 @@ that leaves epsilon untrue of the noise: no decay of the noise, and epsilon is t
 learns noises that follow the edge of epsilon, for less than the fine-tuning itself costs: the default."""
 
 
+Settings = TypeVar("Settings", NoiseSettings, BoundarySettings)
+
+
 def _preset(text: str) -> Any:
-    return field(default=None, metadata={"help": f"{text} Default: from the preset."})
+    """A field that gets its value from the preset: typed as it is after ``__post_init__``, when it is never None."""
+    return _unset(f"{text} Default: from the preset.")
+
+
+def _unset(text: str) -> Any:
+    return field(default=None, metadata={"help": text})
 
 
 @dataclass(repr=False)  # TrainingArguments' own does not show the token
@@ -92,24 +101,24 @@ class NullspaceConfig(TrainingArguments):
             "training), or several joined by '+'."
         },
     )
-    rounds: int | None = _preset("K: how often a new noise is learned.")
-    steps_per_round: int | None = _preset("S: optimizer steps between two noises.")
-    global_batch_size: int | None = _preset("B: images per optimizer step over all processes and accumulation.")
-    epsilon: float | None = _preset("Threshold on the noise's influence, in (0, 2].")
-    noise_learner: str | None = _preset("'boundary': follow the edge of the epsilon region; 'descent': Algorithm 1.")
-    noise_limit: float | None = _preset("A: the noise starts as U(-A, A); boundary: no token gets longer than that.")
-    noise_learning_rate: float | None = _preset("Learning rate of the noise (AdamW, cosine over noise_max_steps).")
-    noise_max_steps: int | None = _preset("T: the most gradient steps that one noise may take; boundary: takes all.")
-    noise_weight_decay: float | None = _preset("Descent: AdamW's decay of the noise; anything above 0 shrinks it.")
-    noise_loss: str | None = _preset("'l2': mean of ||z' - z|| (equation 10); 'squared_l2': of its square.")
-    noise_stop_on: str | None = _preset("Descent: where epsilon has to be reached, 'held_out' or 'minibatch'.")
-    noise_on_limit: str | None = _preset("Descent: after T steps outside of epsilon 'use', 'rescale' or 'error'.")
-    noise_pool_images: int | None = _preset("Boundary: images whose clean logits are kept for a round; 0: fresh ones.")
-    noises_at_once: int | None = _preset("Boundary: noises learned at once, each on its share of every batch.")
-    noise_bank_size: int | None = _preset("Noises of a round: the new ones, and the newest of earlier rounds.")
-    noise_mix: str | None = _preset("Which noise of the round an image gets: 'one', 'choice' or 'convex' (random).")
-    noise_warm_start: bool | None = _preset("Whether learning starts from the last round's noises.")
-    noise_batch_size: int | None = _preset("Images per noise step over all processes.")
+    rounds: int = _preset("K: how often a new noise is learned.")
+    steps_per_round: int = _preset("S: optimizer steps between two noises.")
+    global_batch_size: int = _preset("B: images per optimizer step over all processes and accumulation.")
+    epsilon: float = _preset("Threshold on the noise's influence, in (0, 2].")
+    noise_learner: str = _preset("'boundary': follow the edge of the epsilon region; 'descent': Algorithm 1.")
+    noise_limit: float = _preset("A: the noise starts as U(-A, A); boundary: no token gets longer than that.")
+    noise_learning_rate: float = _preset("Learning rate of the noise (AdamW, cosine over noise_max_steps).")
+    noise_max_steps: int = _preset("T: the most gradient steps that one noise may take; boundary: takes all.")
+    noise_weight_decay: float = _preset("Descent: AdamW's decay of the noise; anything above 0 shrinks it.")
+    noise_loss: str = _preset("'l2': mean of ||z' - z|| (equation 10); 'squared_l2': of its square.")
+    noise_stop_on: str = _preset("Descent: where epsilon has to be reached, 'held_out' or 'minibatch'.")
+    noise_on_limit: str = _preset("Descent: after T steps outside of epsilon 'use', 'rescale' or 'error'.")
+    noise_pool_images: int = _preset("Boundary: images whose clean logits are kept for a round; 0: fresh ones.")
+    noises_at_once: int = _preset("Boundary: noises learned at once, each on its share of every batch.")
+    noise_bank_size: int = _preset("Noises of a round: the new ones, and the newest of earlier rounds.")
+    noise_mix: str = _preset("Which noise of the round an image gets: 'one', 'choice' or 'convex' (random).")
+    noise_warm_start: bool = _preset("Whether learning starts from the last round's noises.")
+    noise_batch_size: int = _preset("Images per noise step over all processes.")
     held_out_images: int = field(
         default=512,
         metadata={"help": "Training images per round that the noise is not learned on, but its influence measured."},
@@ -134,24 +143,20 @@ class NullspaceConfig(TrainingArguments):
         metadata={"help": "Folder or Hub id of weights that this average starts from. Unset: the model's own."},
     )
 
-    learning_rate: float | None = _preset("Learning rate of the model.")  # type: ignore[assignment]
-    weight_decay: float | None = _preset("AdamW's decay of the model.")  # type: ignore[assignment]
-    max_grad_norm: float | None = _preset("Gradient clipping of the model; 0 is none.")  # type: ignore[assignment]
-    lr_scheduler_type: str | None = _preset("Schedule of the model's learning rate.")  # type: ignore[assignment]
-    warmup_steps: float | None = _preset("Warm-up of the model's learning rate.")  # type: ignore[assignment]
-    max_steps: int | None = _preset("Optimizer steps; rounds x steps_per_round.")  # type: ignore[assignment]
-    per_device_train_batch_size: int | None = _preset(  # type: ignore[assignment]
+    learning_rate: float = _preset("Learning rate of the model.")
+    weight_decay: float = _preset("AdamW's decay of the model.")
+    max_grad_norm: float = _preset("Gradient clipping of the model; 0 is none.")
+    lr_scheduler_type: str = _preset("Schedule of the model's learning rate.")
+    warmup_steps: float = _preset("Warm-up of the model's learning rate.")
+    max_steps: int = _preset("Optimizer steps; rounds x steps_per_round.")
+    per_device_train_batch_size: int = _preset(
         "Images per device and micro-batch; global_batch_size / processes / accumulation."
     )
-    num_train_epochs: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Not used: the length of a run is rounds x steps_per_round."}
-    )
+    num_train_epochs: float = _unset("Not used: the length of a run is rounds x steps_per_round.")
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(map(repr, PRESETS))}")
+        check_choices(self, {"preset": PRESETS, "noise_distribution": DISTRIBUTIONS})
         check_objective(self.objective)
-        self._check("noise_distribution", self.noise_distribution in DISTRIBUTIONS, "'uniform' or 'normal'")
         check_numbers(self, RANGES)
         self.attack_settings()  # raises on values out of range
         check_output_dir(self.output_dir)
@@ -159,42 +164,43 @@ class NullspaceConfig(TrainingArguments):
             self._check("ema_from", bool(self.ema_from), "a folder or an id on the Hub")
             self._check("ema_from", self.ema_decay is not None, "ema_decay beside it")
         self._settle_length()
-        batch_size, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
-        global_batch_size = self.global_batch_size
+        given = {name: getattr(self, name) for name in ("per_device_train_batch_size", "global_batch_size")}
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.noise_settings()  # raises on values out of range
         if self.needs_held_out():
             self._check("held_out_images", self.held_out_images >= 1, "at least 1: epsilon is tested on them")
-        self.per_device_train_batch_size = batch_size or 1
+        self.per_device_train_batch_size = self.per_device_train_batch_size or 1
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate 1.15 does not see the other processes, and each trains by itself
         super().__post_init__()
         check_trackers(list(self.report_to or []))
-        views = self.world_size * accumulation
-        if batch_size is None:
-            total = self.global_batch_size or 0
-            if total < 1 or total % views:
-                raise ValueError(
-                    f"global_batch_size={total} is no multiple of {self.world_size} processes x "
-                    f"{accumulation} gradient_accumulation_steps; change one of them"
-                )
-            self.per_device_train_batch_size = total // views
-        elif global_batch_size is not None and global_batch_size != batch_size * views:
-            raise ValueError(
-                f"global_batch_size={global_batch_size}, but per_device_train_batch_size={batch_size} x "
-                f"{self.world_size} processes x {accumulation} gradient_accumulation_steps is {batch_size * views}; "
-                "give one of them"
-            )
-        else:
-            self.global_batch_size = batch_size * views
-        if (self.noise_batch_size or 0) < self.world_size:
+        self._settle_batch_size(given["per_device_train_batch_size"], given["global_batch_size"])
+        if self.noise_batch_size < self.world_size:
             raise ValueError(f"noise_batch_size={self.noise_batch_size} is less than one image per process")
 
     def _check(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
             raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
+
+    def _settle_batch_size(self, per_device: int | None, all_devices: int | None) -> None:
+        """Make the two batch sizes agree, from what was given of them: B = per device x processes x accumulation."""
+        count = self.world_size * self.gradient_accumulation_steps
+        parts = f"{self.world_size} processes x {self.gradient_accumulation_steps} gradient_accumulation_steps"
+        if per_device is None:
+            if self.global_batch_size % count:
+                raise ValueError(
+                    f"global_batch_size={self.global_batch_size} is no multiple of {parts}; change one of them"
+                )
+            self.per_device_train_batch_size = self.global_batch_size // count
+        elif all_devices is not None and all_devices != per_device * count:
+            raise ValueError(
+                f"global_batch_size={all_devices}, but per_device_train_batch_size={per_device} x {parts} is "
+                f"{per_device * count}; give one of them"
+            )
+        else:
+            self.global_batch_size = per_device * count
 
     def _settle_length(self) -> None:
         """Make rounds K, steps_per_round S and max_steps agree: K * S = max_steps."""
@@ -229,22 +235,23 @@ class NullspaceConfig(TrainingArguments):
 
         If the trial did not set ``max_steps``, it follows from rounds and steps per round.
         """
+        unset: Any = None
         if self.max_steps == self._settled_steps:
-            self.max_steps = None
+            self.max_steps = unset
         else:
-            self.rounds = None
-        self.num_train_epochs = None
+            self.rounds = unset
+        self.num_train_epochs = unset
         check_numbers(self, RANGES)
         self._settle_length()
         self.noise_settings()
 
     def needs_held_out(self) -> bool:
         """Whether a round needs held-out images: to test epsilon on, or to scale a noise to it."""
-        made = {"nullspace", "random", "permuted"} & set(check_objective(self.objective))
-        paper = (
-            self.noise_learner == "descent" and self.noise_stop_on != "held_out" and self.noise_on_limit != "rescale"
-        )
-        return bool(made - {"nullspace"} if paper else made)
+        with_noise = {"nullspace", "random", "permuted"} & set(check_objective(self.objective))
+        settings = self.noise_settings()
+        if isinstance(settings, NoiseSettings) and not settings.needs_held_out:
+            with_noise -= {"nullspace"}
+        return bool(with_noise)
 
     def attack_settings(self) -> dict[str, Any]:
         """Radius, step and steps of the attack in adversarial training, as numbers for pixels in [0, 1].
@@ -256,9 +263,9 @@ class NullspaceConfig(TrainingArguments):
         for name in ("attack_eps", "attack_step"):
             value = getattr(self, name)
             try:
-                numbers[name.removeprefix("attack_")] = None if value is None else float(Fraction(str(value)))
-            except (ValueError, ZeroDivisionError):
-                raise ValueError(f"{name}={value!r}: expected a number like 8/255 or 0.03") from None
+                numbers[name.removeprefix("attack_")] = None if value is None else fraction(value)
+            except ValueError as error:
+                raise ValueError(f"{name}={error}") from None
         self._check("attack_eps", 0 <= numbers["eps"] <= 1, "a radius for pixels in [0, 1], such as 8/255")
         self._check("attack_step", numbers["step"] is None or numbers["step"] > 0, "a positive number")
         return numbers
@@ -269,26 +276,25 @@ class NullspaceConfig(TrainingArguments):
         Raises:
             ValueError: if one is out of range.
         """
-        known = {"noise_learner": ("boundary", "descent"), "noise_mix": MIXES}
-        known |= {"noise_stop_on": ("held_out", "minibatch"), "noise_on_limit": ("use", "rescale", "error")}
-        for name, choices in known.items():
-            self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
-        self._check(
-            "noise_bank_size", (self.noise_bank_size or 0) >= (self.noises_at_once or 1), "at least noises_at_once"
-        )
-        self._check("noises_at_once", 1 <= (self.noises_at_once or 0) <= (self.noise_batch_size or 0), "1 to a batch")
+        check_choices(self, {"noise_learner": ("boundary", "descent"), "noise_mix": MIXES})
+        self._check("noise_bank_size", self.noise_bank_size >= self.noises_at_once, "at least noises_at_once")
+        self._check("noises_at_once", 1 <= self.noises_at_once <= self.noise_batch_size, "1 to a batch")
         descent = self.descent_settings()  # raises on values out of range, for either learner
         if self.noise_learner == "descent":
             self._check("noises_at_once", self.noises_at_once == 1, "1, or noise_learner='boundary'")
             return descent
-        shared = self._shared_settings()
-        with _said_of_the_noise():
-            return BoundarySettings(
-                **shared,
-                steps=self.noise_max_steps,  # type: ignore[arg-type]
-                pool_images=self.noise_pool_images,  # type: ignore[arg-type]
-                count=self.noises_at_once,  # type: ignore[arg-type]
-            )
+        fields = {"steps": "noise_max_steps", "pool_images": "noise_pool_images", "count": "noises_at_once"}
+        return self._noise_settings(BoundarySettings, fields)
+
+    def stream_settings(self) -> dict[str, Any]:
+        """How the images of a noise are drawn, for :func:`hf_nullspace.training.noise_stream.noise_stream`."""
+        return {
+            "batch_size": self.noise_batch_size,
+            "held_out_images": self.held_out_images,
+            "rank": self.process_index,
+            "processes": self.world_size,
+            "num_workers": self.dataloader_num_workers,
+        }
 
     def descent_settings(self) -> NoiseSettings:
         """The settings of Algorithm 1, whichever learner is chosen.
@@ -296,31 +302,31 @@ class NullspaceConfig(TrainingArguments):
         Raises:
             ValueError: if one is out of range.
         """
-        shared = self._shared_settings()
-        with _said_of_the_noise():
-            return NoiseSettings(
-                **shared,
-                max_steps=self.noise_max_steps,  # type: ignore[arg-type]
-                weight_decay=self.noise_weight_decay,  # type: ignore[arg-type]
-                stop_on=self.noise_stop_on,  # type: ignore[arg-type]
-                on_limit=self.noise_on_limit,  # type: ignore[arg-type]
-            )
+        names = ("max_steps", "weight_decay", "stop_on", "on_limit")
+        check_choices(self, {"noise_stop_on": ("held_out", "minibatch"), "noise_on_limit": ("use", "rescale", "error")})
+        return self._noise_settings(NoiseSettings, {name: f"noise_{name}" for name in names})
 
-    def _shared_settings(self) -> dict[str, Any]:
-        return {
-            "epsilon": self.epsilon,
-            "noise_limit": self.noise_limit,
-            "learning_rate": self.noise_learning_rate,
-            "loss": self.noise_loss,
-        }
+    def _noise_settings(self, kind: type[Settings], fields: dict[str, str]) -> Settings:
+        """The fields that both learners have, and those of one: its name -> ours."""
+        shared = {"noise_limit": "noise_limit", "learning_rate": "noise_learning_rate", "loss": "noise_loss"}
+        values = {name: getattr(self, ours) for name, ours in (shared | fields | {"epsilon": "epsilon"}).items()}
+        try:
+            return kind(**values)
+        except ValueError as error:
+            raise ValueError(f"noise setting {error}") from None
 
 
 @contextmanager
-def _said_of_the_noise() -> Iterator[None]:
+def changed(args: NullspaceConfig, **values: Any) -> Iterator[None]:
+    """Inside, fields of ``args`` have other values."""
+    before = {name: getattr(args, name) for name in values}
     try:
+        for name, value in values.items():
+            setattr(args, name, value)
         yield
-    except ValueError as error:
-        raise ValueError(f"noise setting {error}") from None
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
 
 
 def usable_config(args: Any) -> NullspaceConfig:

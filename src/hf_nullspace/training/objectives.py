@@ -4,20 +4,30 @@ An objective turns a batch into views (clean, noisy, adversarial, ...) that go t
 views into a loss. "a+b" is the union of the views of a and b and the sum of their losses.
 """
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise
+from hf_nullspace.core.seeds import generator_of
+from hf_nullspace.core.settings import nearest
+from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise, unwrap
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.training.rounds import Made, Round
+from hf_nullspace.noise.influence import permuted
+from hf_nullspace.training.rounds import Round, RoundNoises
+
+DISTRIBUTIONS: dict[str, Callable[..., Tensor]] = {"uniform": torch.rand, "normal": torch.randn}
+"""Of the random control; both are scaled, so only the shape counts."""
+MIXES = ("one", "choice", "convex")
+"""How an image gets its noise from those of the round (:class:`NoisyView`)."""
+_PERMUTATION = 1  # keeps its random numbers apart from those of the learned noise's start
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +67,8 @@ class Objective(ABC):
     needs_pixels = False
     """Whether it needs to know how images are normalised (the trainer then asks for the image processor)."""
 
-    def round_noise(self, round: Round) -> Made | None:
-        """The noises of a round that begins, and how they came about; ``None`` if there are none."""
-        return None
+    round_noise: Callable[[Round], RoundNoises | None] | None = None
+    """Gives the noises of a round that begins, and how they came about; ``None`` without noises. May be a method."""
 
     @abstractmethod
     def views(self, batch: Batch) -> dict[str, View]:
@@ -83,24 +92,74 @@ class Plain(Objective):
         return batch.cross_entropy(logits["clean"]) + batch.cross_entropy(logits["again"])
 
 
+class NoisyView(Objective):
+    """CE(z, y) + CE(z', y) (Algorithm 1, line 19): every batch twice, as it is and with the round's noise.
+
+    ``make`` is a function from a :class:`Round` to its noises; ``mix`` says which of them an image gets.
+
+    A round may have several noises. "one" takes the first for all images; "choice" gives each image one of them at
+    random; "convex" gives each image a convex combination of them with random weights (uniform on the simplex), which
+    by the closure of the nullspace (A.5) stays within epsilon. What an image gets depends on (seed, step, place).
+    """
+
+    def __init__(self, make: Callable[[Round], RoundNoises], mix: str = "one") -> None:
+        self.round_noise, self.mix = make, mix
+
+    def views(self, batch: Batch) -> dict[str, View]:
+        return {"clean": View(batch.images), "noisy": View(batch.images, self._noise(batch))}
+
+    def _noise(self, batch: Batch) -> Tensor | None:
+        noises = batch.noises
+        if noises is None or len(noises) == 1 or self.mix == "one":
+            return None if noises is None else noises[:1]
+        seeds = batch.seeds()
+        if self.mix == "choice":
+            return noises[torch.tensor([seed % len(noises) for seed in seeds])]
+        drawn = np.stack([np.random.default_rng(seed).exponential(size=len(noises)) for seed in seeds])
+        weights = torch.from_numpy(drawn / drawn.sum(1, keepdims=True)).to(noises)
+        return torch.einsum("bm,mnd->bnd", weights, noises)
+
+    def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return batch.cross_entropy(logits["clean"]) + batch.cross_entropy(logits["noisy"])
+
+
+def random_noise(round: Round, distribution: str = "uniform") -> RoundNoises:
+    """The control of table 3: one random vector (1, N, D) for all images, as visible as a learned one.
+
+    It is scaled to the influence epsilon on the held-out images of the round. With ``bank_size`` M they are M vectors.
+    """
+    generator = torch.Generator().manual_seed(round.seed)
+    shape = (1, round.shape.patches, round.shape.features)
+    directions = [DISTRIBUTIONS[distribution](shape, generator=generator) for _ in range(round.bank_size)]
+    if distribution == "uniform":
+        directions = [2 * direction - 1 for direction in directions]
+    return round.scaled(directions, f"random, {distribution}")
+
+
+def permuted_noise(round: Round) -> RoundNoises:
+    """The learned noises with their elements permuted (figure 2), scaled to epsilon on the held-out images."""
+    noises, history = round.learn(alone=True)  # those of the round before are permuted
+    generator = generator_of(round.seed, _PERMUTATION)
+    made = round.scaled([permuted(noise.tensor, generator) for noise in noises], "learned, then permuted", history)
+    return made._replace(noises=(*made.noises, *round.kept(round.bank_size - len(made.noises))))
+
+
 class Sum(Objective):
     """Several objectives at once: the union of their views, computed once each, and the sum of their losses.
 
     "nullspace+madry" is CE(z, y) + CE(z', y) + CE(z_adv, y), the attack being on the model without the noise.
 
     Raises:
-        ValueError: when a round begins, if two of them make a noise.
+        ValueError: if two of them make a noise.
     """
 
     def __init__(self, parts: list[Objective]) -> None:
         self.parts = parts
         self.needs_pixels = any(part.needs_pixels for part in parts)
-
-    def round_noise(self, round: Round) -> Made | None:
-        made = [noise for part in self.parts if (noise := part.round_noise(round)) is not None]
-        if len(made) > 1:
-            raise ValueError(f"{len(made)} objectives of a sum make a noise; a batch has one noisy view: choose one")
-        return made[0] if made else None
+        makers = [part.round_noise for part in parts if part.round_noise is not None]
+        if len(makers) > 1:
+            raise ValueError(f"{len(makers)} objectives of a sum make a noise; a batch has one noisy view: choose one")
+        self.round_noise = makers[0] if makers else None
 
     def views(self, batch: Batch) -> dict[str, View]:
         found: dict[str, View] = {}
@@ -135,10 +194,9 @@ def check_objective(name: str) -> list[str]:
     names = name.split("+")
     for part in names:
         if part not in _OBJECTIVES:
-            near = difflib.get_close_matches(part, _OBJECTIVES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            known = ", ".join(map(repr, _OBJECTIVES))
-            raise ValueError(f"objective={name!r}: expected one of {known}, or several joined by '+'{hint}")
+            raise ValueError(
+                f"objective={name!r}: expected an objective, or several joined by '+'{nearest(part, _OBJECTIVES)}"
+            )
     if len(set(names)) < len(names):
         raise ValueError(f"objective={name!r}: one stands there twice")
     return names
@@ -155,6 +213,11 @@ def make_objective(name: str, args: Any) -> Objective:
 
 
 register_objective("plain", lambda args: Plain())
+register_objective("nullspace", lambda args: NoisyView(Round.learn, args.noise_mix))
+register_objective(
+    "random", lambda args: NoisyView(lambda round: random_noise(round, args.noise_distribution), args.noise_mix)
+)
+register_objective("permuted", lambda args: NoisyView(permuted_noise, args.noise_mix))
 
 
 def forward_views(
@@ -200,8 +263,19 @@ def forward_views(
     return dict(zip(names, chunks, strict=True))
 
 
-def view_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of one view in at least float32: the sum over its images / ``count``, or their mean if ``None``."""
+def view_loss(
+    logits: Tensor,
+    labels: Tensor,
+    count: Tensor | int | None,
+    label_smoothing: float = 0.0,
+    loss_func: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """Cross-entropy of one view in at least float32: the sum over its images / ``count``, or their mean if ``None``.
+
+    ``loss_func`` is a user's ``compute_loss_func`` instead.
+    """
+    if loss_func is not None:
+        return loss_func(ImageClassifierOutput(logits=logits), labels, num_items_in_batch=count)
     logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
     reduction = "mean" if count is None else "sum"
     loss = cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
@@ -215,11 +289,29 @@ def mean_over_images(values: Tensor, labels: Tensor, count: Tensor | int | None)
     return total / (counted.sum() if count is None else count)
 
 
-def check_labels(labels: Tensor, classes: int | None) -> None:
-    """Raise a ValueError if a label is none of the model's classes; -100 (ignored by the loss) is allowed.
+def known_preprocessing(objective: Objective, image_processor: Any, name: str) -> Preprocessing | None:
+    """How images are normalised, for an objective with ``needs_pixels``. Raises a ValueError if it is not known."""
+    if not objective.needs_pixels:
+        return None
+    if image_processor is None:
+        raise ValueError(
+            f"objective={name!r} attacks images in pixels: pass processing_class=image_processor, which knows "
+            "their mean and std"
+        )
+    return Preprocessing.from_processor(image_processor)
 
-    On a GPU such a label is an assertion in a kernel that names nothing and ends the process.
+
+def check_labels(inputs: Mapping[str, Any], model: nn.Module, *, soft: bool = False) -> None:
+    """Raise a ValueError if there are no labels or one is none of the model's classes; -100 is ignored by the loss.
+
+    On a GPU such a label is an assertion in a kernel that names nothing and ends the process. ``soft``: the user has a
+    loss function, which may want other labels.
     """
+    if "labels" not in inputs:
+        raise ValueError(f"training rows have {sorted(inputs)} but no 'labels'; name the label column")
+    if soft:
+        return
+    labels, classes = inputs["labels"], getattr(getattr(unwrap(model), "config", None), "num_labels", None)
     wrong = (labels < 0) & (labels != -100)
     if classes is not None:
         wrong |= labels >= classes

@@ -17,12 +17,8 @@ PRIVATE: dict[str, tuple[str, ...]] = {
     # Weights of a checkpoint: loaded without losing any (transformers #48805), the average where it was the best.
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
-    # A checkpoint is pushed with its noises and a card, as one commit. on_save comes when it may be deleted already.
-    "_push_from_checkpoint": ("checkpoint_folder",),
-    # A full disk is one clear error, and the manifest is written before older checkpoints are deleted.
+    # A full disk is one clear error; the push and the deletion of older checkpoints come when all of it is written.
     "_save_checkpoint": ("model", "trial"),
-    # The last thing that every rank writes into a checkpoint: what follows has to wait for all of them.
-    "_save_rng_state": ("output_dir",),
     # Public, with a private parameter: whether the user called it, which is when a push follows.
     "save_model": ("output_dir", "_internal_call"),
     # Public, but documented nowhere: called once when a training loop begins, before the optimizer is made.

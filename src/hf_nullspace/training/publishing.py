@@ -11,11 +11,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import CommitInfo, HfApi
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
@@ -96,124 +96,124 @@ def _how_to_repeat(run: Path, repo_id: str) -> str:
     return f'The run in {run} is whole; repeat the upload with: python -c "{call}"'
 
 
-class PublishingTrainer(Trainer):
-    """A Trainer whose uploads are whole: each is one commit of what belongs together, and training survives a failure.
-
-    ``hub_strategy`` means what it means for the Trainer. Only the main process pushes.
-    """
+class Publisher(Protocol):
+    """What is asked of a trainer."""
 
     args: Any
+    state: Any
+    control: Any
+    callback_handler: Any
     hub_model_id: Any
+    push_in_progress: Any
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """The Trainer's: at the start of a run, so that what makes every push fail is known before hours of training.
+    def is_world_process_zero(self) -> bool: ...
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None: ...
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
+    def create_model_card(self, language: Any = None, license: str | None = None) -> None: ...
 
-        Raises:
-            UploadError: in one line, with what to do.
-        """
-        if not self.is_world_process_zero():
-            return
-        output = Path(str(self.args.output_dir))
-        for left in output.glob(f"{_STAGED}*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        self.hub_model_id = open_repository(
-            self.args.hub_model_id or output.absolute().name,
-            private=private if private is not None else self.args.hub_private_repo,
-            token=token or self.args.hub_token,
-            afterwards=f"{output} is as it was; without push_to_hub everything stays here",
-        )
-        self.push_in_progress: Any = None
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's, but ``training_args.bin`` is without the token of the Hub."""
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super().save_model(output_dir, _internal_call=True)
-        finally:
-            self.args.hub_token = token
-        if self.args.push_to_hub and not _internal_call:  # as the Trainer's
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+def open_run(trainer: Publisher, token: str | None = None, private: bool | None = None) -> None:
+    """Find or create the run's repository, so that what makes every push fail is known before hours of training.
 
-    def create_model_card(self, language: Any = None, license: str | None = None, *more: Any, **named: Any) -> None:
-        """Write README.md from what the run left in the folder; of the Trainer's arguments only the license is used."""
-        if self.is_world_process_zero():
-            write_card(Path(str(self.args.output_dir)), self.hub_model_id, license=license)
+    Raises:
+        UploadError: in one line, with what to do.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    args, output = trainer.args, _folder_of(trainer)
+    for left in output.glob(f"{_STAGED}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    trainer.hub_model_id = open_repository(
+        args.hub_model_id or output.absolute().name,
+        private=private if private is not None else args.hub_private_repo,
+        token=token or args.hub_token,
+        afterwards=f"{output} is as it was; without push_to_hub everything stays here",
+    )
+    trainer.push_in_progress = None
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Save the model, write the card, and upload the run's folder as one commit; ``kwargs`` go to the card.
 
-        Not ``blocking``: a copy of the folder is uploaded, and a future is returned. Call it on every process; others
-        than the main one return None.
+def write_run_card(trainer: Publisher, license: str | None = None) -> None:
+    """Write README.md from what the run left in its folder."""
+    if trainer.is_world_process_zero():
+        write_card(_folder_of(trainer), trainer.hub_model_id, license=license)
 
-        Raises:
-            UploadError: if the Hub does not take it, with what to do. The run is whole in ``output_dir`` then.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token or self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**{name: value for name, value in kwargs.items() if name != "model_name"})
-        if self.push_in_progress is not None:
-            self.push_in_progress.wait_until_done()
-        run = Path(str(self.args.output_dir))
-        staged = _staged_run(run, linked=blocking)  # meanwhile nobody writes, or else everything is copied
-        named: dict[str, Any] = {
-            "revision": revision or self.args.hub_revision,
-            "commit_message": commit_message or "End of training",
-            "token": token,
-            "replace": REPLACED,
-            "afterwards": _how_to_repeat(run, str(self.hub_model_id)),
-        }
-        if blocking:
-            return _push_staged(staged, str(self.hub_model_id), **named)
-        return _BACKGROUND.run_as_future(_push_staged, staged, str(self.hub_model_id), **named)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload the checkpoint's model as it is now, in the background; training goes on, and survives a failure."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if running and not self.args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        checkpoint, run = Path(checkpoint_folder), Path(str(self.args.output_dir))
-        place = None
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            place = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
-        now = f"step {self.state.global_step}"
-        if self.args.save_strategy != SaveStrategy.STEPS:
-            now = f"epoch {int(self.state.epoch or 0)}"
-        try:
-            staged = _staged_checkpoint(checkpoint, run, place, str(self.hub_model_id))
-        except (OSError, ValueError) as error:
-            logger.warning("%s was not pushed, it could not be gathered: %s. Training goes on", checkpoint.name, error)
-            return
-        job = _BACKGROUND.run_as_future(
-            _push_staged,
-            staged,
-            str(self.hub_model_id),
-            survives=True,
-            revision=self.args.hub_revision,
-            commit_message=f"Training in progress, {now}",
-            token=self.args.hub_token,
-            replace=[*REPLACED, *([f"{place}/*"] if place else [])],
-            afterwards=f"Training goes on, {checkpoint} is whole, and the next push brings all of it",
-        )
-        if running:
-            self.push_in_progress.jobs.append(job)
-        else:
-            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
+def push_after_training(
+    trainer: Publisher,
+    commit_message: str | None = "End of training",
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    license: str | None = None,
+    **ignored: Any,
+) -> Any:
+    """Save the model, write the card, and upload the run's folder as one commit, by the main process.
+
+    Not ``blocking``: a copy of the folder is uploaded, and a future is returned.
+
+    Raises:
+        UploadError: if the Hub does not take it, with what to do. The run is whole in ``output_dir`` then.
+    """
+    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    token = token or trainer.args.hub_token
+    if trainer.hub_model_id is None:
+        trainer.init_hf_repo(token=token, private=private)
+    trainer.save_model(_internal_call=True)
+    if not trainer.is_world_process_zero():
+        return None
+    trainer.create_model_card(license=license)
+    if trainer.push_in_progress is not None:
+        trainer.push_in_progress.wait_until_done()
+    run, repo_id = _folder_of(trainer), str(trainer.hub_model_id)
+    staged = _staged_run(run, linked=blocking)  # meanwhile nobody writes, or else everything is copied
+    named: dict[str, Any] = {
+        "revision": revision or trainer.args.hub_revision,
+        "commit_message": commit_message or "End of training",
+        "token": token,
+        "replace": REPLACED,
+        "afterwards": _how_to_repeat(run, repo_id),
+    }
+    return (_push_staged if blocking else partial(_BACKGROUND.run_as_future, _push_staged))(staged, repo_id, **named)
+
+
+def push_checkpoint(trainer: Publisher, checkpoint: Path) -> None:
+    """Upload the checkpoint's model as it is now, in the background; training goes on, and survives a failure."""
+    args, state, run = trainer.args, trainer.state, _folder_of(trainer)
+    running = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
+    if args.hub_strategy == HubStrategy.END or (running and not args.hub_always_push):
+        return
+    trainer.callback_handler.on_push_begin(args, state, trainer.control)
+    place = None
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+    now = f"step {state.global_step}"
+    if args.save_strategy != SaveStrategy.STEPS:
+        now = f"epoch {int(state.epoch or 0)}"
+    try:
+        staged = _staged_checkpoint(checkpoint, run, place, str(trainer.hub_model_id))
+    except (OSError, ValueError) as error:
+        logger.warning("%s was not pushed, it could not be gathered: %s. Training goes on", checkpoint.name, error)
+        return
+    job: Any = _BACKGROUND.run_as_future(
+        _push_staged,
+        staged,
+        str(trainer.hub_model_id),
+        survives=True,
+        revision=args.hub_revision,
+        commit_message=f"Training in progress, {now}",
+        token=args.hub_token,
+        replace=[*REPLACED, *([f"{place}/*"] if place else [])],
+        afterwards=f"Training goes on, {checkpoint} is whole, and the next push brings all of it",
+    )
+    if running:
+        trainer.push_in_progress.jobs.append(job)
+    else:
+        trainer.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # annotated as one future, used as a list
+
+
+def _folder_of(trainer: Publisher) -> Path:
+    return Path(str(trainer.args.output_dir))
 
 
 def published_files(folder: Path, *more: str) -> list[str]:

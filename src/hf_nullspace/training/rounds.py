@@ -3,12 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from hf_nullspace import __version__
 from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise, embedding_shape
@@ -22,8 +25,8 @@ _LARGEST = 2.0
 """By how much an earlier noise is scaled up at most, if the model has got used to it."""
 
 
-class Made(NamedTuple):
-    """The noises of a round, the new one first, and what happened while that was made."""
+class RoundNoises(NamedTuple):
+    """The noises of a round, the new one first, and what happened while that was learned."""
 
     noises: tuple[NullspaceNoise, ...]
     history: NoiseHistory
@@ -68,7 +71,7 @@ class Round:
         with torch.no_grad():
             return embedding_shape(self.model, example, self.hook.module)
 
-    def learn(self, *, alone: bool = False) -> Made:
+    def learn(self, *, alone: bool = False) -> RoundNoises:
         """Noises learned on the present model, and earlier ones scaled to epsilon on it, up to ``bank_size``.
 
         Learned by Algorithm 1 (lines 3 to 14), or by following the boundary, as the settings say. ``alone``: without
@@ -98,7 +101,7 @@ class Round:
             start = None if start is None else start[:1]
             noise, history = learn_noise(self.model, self._images[1], settings, start=start, **options)
             learned = [noise]
-        return Made((*learned, *(() if alone else self.kept(self.bank_size - len(learned)))), history)
+        return RoundNoises((*learned, *(() if alone else self.kept(self.bank_size - len(learned)))), history)
 
     def kept(self, count: int) -> tuple[NullspaceNoise, ...]:
         """The ``count`` newest of the round before (or all, if there are fewer), scaled to epsilon on this model."""
@@ -126,7 +129,7 @@ class Round:
         options: dict[str, Any] = {"hook": self.hook, "chunk_size": self.chunk_size, "largest": largest}
         return calibrate(self.model, directions, epsilon, self.held_out, **options)
 
-    def scaled(self, directions: Sequence[Tensor], made: str, history: NoiseHistory | None = None) -> Made:
+    def scaled(self, directions: Sequence[Tensor], made: str, history: NoiseHistory | None = None) -> RoundNoises:
         """Each of ``directions`` (1, N, D) scaled to the influence epsilon on the held-out images.
 
         ``made`` says in the provenance where they come from; ``history`` is that of their making, if any. Where no
@@ -159,4 +162,38 @@ class Round:
                 library=f"hf_nullspace {__version__}",
             )
             noises.append(NullspaceNoise(scaled.noise.detach().cpu(), self.shape.grid, provenance))
-        return Made(tuple(noises), history)
+        return RoundNoises(tuple(noises), history)
+
+
+class WithoutDDP:
+    """The training model to be asked without a backward pass to its parameters, which DDP's forward would expect."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._compiled: tuple[nn.Module, Any] | None = None  # what DDP wraps, and that compiled
+
+    def __call__(self, model: nn.Module) -> Any:
+        """``model``, or what DDP wraps; compiled if the model is."""
+        wrapped = model._modules.get("_orig_mod", model)
+        if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            return model
+        if wrapped is model:
+            return model.module
+        if self._compiled is None or self._compiled[0] is not wrapped.module:
+            options = self._accelerator.state.dynamo_plugin.to_kwargs()
+            self._compiled = wrapped.module, torch.compile(wrapped.module, **options)
+        return self._compiled[1]
+
+
+@contextmanager
+def noise_progress(
+    title: str, steps: int, *, epsilon: float | None, hidden: bool
+) -> Iterator[Callable[[int, float], None]]:
+    """A bar over the steps of a noise; gives what to call with (steps done, influence)."""
+    with tqdm(total=steps, desc=title, leave=False, disable=hidden) as bar:
+
+        def show(step: int, influence: float) -> None:
+            bar.set_postfix(influence=f"{influence:.4f}", epsilon=epsilon, refresh=False)
+            bar.update(step - bar.n)
+
+        yield show

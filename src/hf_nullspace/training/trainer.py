@@ -4,54 +4,37 @@ Every S optimizer steps a noise v is learned that the present model cannot see; 
 through the model twice in one forward pass, as it is and with v on its patch embeddings: CE(z, y) + CE(z', y).
 """
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from hf_nullspace.core.files import make_lasting, one_clear_error, read_json, write_json
+from hf_nullspace.core.files import make_lasting, one_clear_error
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
-from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.noise.artifact import WEIGHTS_NAME, NullspaceNoise, load_noise_bank, save_noise_bank
-from hf_nullspace.training.checkpoints import (
-    HISTORY_NAME,
-    checkpoint_to_resume,
-    complete_checkpoint,
-    load_weights,
-    restore_noises,
-)
-from hf_nullspace.training.config import NullspaceConfig, usable_config
-from hf_nullspace.training.cost import NAME as COST_NAME
-from hf_nullspace.training.cost import Cost
-from hf_nullspace.training.ema import FOLDER as EMA_FOLDER
-from hf_nullspace.training.ema import EmaCallback
-from hf_nullspace.training.noise_stream import an_empty_stream_is_said
-from hf_nullspace.training.objectives import (
-    Batch,
-    check_head,
-    check_labels,
-    forward_views,
-    make_objective,
-    mean_over_images,
-    view_loss,
-)
+from hf_nullspace.noise.artifact import NullspaceNoise, provenance_of
+from hf_nullspace.training import ema, objectives, publishing
+from hf_nullspace.training.checkpoints import checkpoint_to_resume, complete_checkpoint, load_weights
+from hf_nullspace.training.config import NullspaceConfig, changed, usable_config
+from hf_nullspace.training.divergence import check_loss, check_weights
+from hf_nullspace.training.events import RunEvents
+from hf_nullspace.training.noise_stream import an_empty_stream_is_said, noise_stream, own_randomness
 from hf_nullspace.training.preflight import check_images
 from hf_nullspace.training.private_methods import check_private_methods
-from hf_nullspace.training.publishing import PublishingTrainer
-from hf_nullspace.training.round_trainer import RoundTrainer
+from hf_nullspace.training.record import RunRecord
+from hf_nullspace.training.rounds import Round, WithoutDDP, noise_progress
 
 check_private_methods()
 
-BANK_NAME = "nullspace_bank"
-"""Folder of a checkpoint whose round has several noises; the first of them is the one beside the model, too."""
 
-
-class NullspaceTrainer(PublishingTrainer, RoundTrainer):
+class NullspaceTrainer(Trainer):
     """A drop-in Trainer for image classifiers with a patch embedding; ``args`` is a :class:`NullspaceConfig`.
 
     Everything else is the Trainer's: evaluation and prediction see the clean model; resuming, accumulation, mixed
@@ -59,7 +42,7 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
     writes ``noises/round-000.safetensors`` ..., ``nullspace_history.json``, and the noise into every checkpoint.
 
     Args:
-        patch_embedding: the module whose output are the patch embeddings, for a model that is not known.
+        patch_embedding: the module that gives the patch embeddings, for a model that is not known.
 
     Raises:
         NotAViTError: if the model has no patch embedding.
@@ -69,6 +52,8 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
 
     args: NullspaceConfig
     model: Any
+    hub_model_id: Any
+    push_in_progress: Any
 
     def __init__(
         self,
@@ -80,31 +65,34 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
     ) -> None:
         args = usable_config(args)
         self._patch_embedding = patch_embedding
-        self._hook: PatchEmbeddingNoise | None = None
-        self.noises: tuple[NullspaceNoise, ...] = ()
-        self.history: list[dict[str, Any]] = []
-        self.run: str | None = None  # the identity of the run, for its checkpoints
-        self.cost = Cost()
-        self._round: int | None = None
+        self._hook: Any = None  # a PatchEmbeddingNoise, when there is a model
+        self.record = RunRecord()
+        self.history, self.cost = self.record.history, self.record.cost
+        self.run: str | None = None
+        """The identity of the run, for its checkpoints."""
         self._place = (-1, 0)  # optimizer step, micro-batch within it
+        self._in_trial: Any = None
         self._resumed: Path | None = None
         self._start: dict[str, Tensor] | None = None
-        self._compiled: nn.Module | None = None
         if model is not None:
             self._attach(model)
         super().__init__(model, args, *positional, **named)
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__"):
-            check_images(self.args, len(self.train_dataset))
-        self._objective = make_objective(self.args.objective, self.args)  # `objective` is the Trainer's, in a search
-        self._preprocessing = self._pixels_known() if self._objective.needs_pixels else None
+            check_images(args, len(self.train_dataset))
+        self._objective = objectives.make_objective(args.objective, args)  # `objective` is the Trainer's, in a search
+        self._preprocessing = objectives.known_preprocessing(self._objective, self.processing_class, args.objective)
         self._given_optimizer = self.optimizer
-        self.ema: EmaCallback | None = None
-        if self.args.ema_decay is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
+        self._without_ddp = WithoutDDP(self.accelerator)
+        self._is_plain = isinstance(self.model, PreTrainedModel) and not (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        )
+        self.ema: ema.EmaCallback | None = None
+        if args.ema_decay is not None:
+            if not self._is_plain:
                 raise ValueError("ema_decay needs a whole transformers model per process: no FSDP, DeepSpeed or PEFT")
-            self.ema = EmaCallback(self.model, self.args.ema_decay, self.args.ema_from)
+            self.ema = ema.EmaCallback(self.model, args.ema_decay, args.ema_from)
             self.add_callback(self.ema)
-        self.add_callback(_RunBegins(self))
+        self.add_callback(RunEvents(self))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -112,22 +100,24 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         return model
 
     def _attach(self, model: nn.Module) -> None:
-        """Put the hook on the model, before anything is compiled; refuse heads that the loss is not made for."""
-        check_head(getattr(unwrap(model), "config", None))
+        """Put the hook on the model before anything is compiled; refuse heads that the loss is not made for."""
+        objectives.check_head(getattr(unwrap(model), "config", None))
         if self._hook is not None:
             self._hook.remove()
         self._hook = PatchEmbeddingNoise(model, self._patch_embedding)
+        self._input_name = getattr(unwrap(model), "main_input_name", "pixel_values")
 
-    def _pixels_known(self) -> Preprocessing:
-        """How images are normalised: an attack in pixels has to know."""
-        if self.processing_class is None:
-            raise ValueError(
-                f"objective={self.args.objective!r} attacks images in pixels: pass processing_class=image_processor, "
-                "which knows their mean and std"
-            )
-        return Preprocessing.from_processor(self.processing_class)
+    @property
+    def noise(self) -> NullspaceNoise | None:
+        """The newest noise of the present round; None before the first, and for objectives without one."""
+        return self.noises[0] if self.noises else None
 
-    # ---- one batch
+    @property
+    def noises(self) -> tuple[NullspaceNoise, ...]:
+        """The noises of the present round, the newest first."""
+        return self.record.noises
+
+    # ---- a step
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         with an_empty_stream_is_said():
@@ -135,17 +125,16 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's step; the first micro-batch of every S-th optimizer step learns the round's noise before it."""
-        if "labels" not in inputs:
-            raise ValueError(f"training rows have {sorted(inputs)} but no 'labels'; name the label column")
-        if self.compute_loss_func is None:
-            check_labels(inputs["labels"], getattr(getattr(unwrap(self.model), "config", None), "num_labels", None))
+        objectives.check_labels(inputs, self.model, soft=self.compute_loss_func is not None)
         step = self.state.global_step
         self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
-        round_ = step // self.args.steps_per_round  # type: ignore[operator]
-        if round_ != self._round:
-            self.noises = self._learn(model, round_)
-            self._round = round_
-        return super().training_step(model, inputs, num_items_in_batch)
+        number = step // self.args.steps_per_round
+        if self._objective.round_noise is not None and number != self.record.round:
+            self._begin_round(model, number)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.logging_nan_inf_filter:  # the default: the Trainer waits for the loss as well, and hides NaN
+            check_loss(float(loss), step, self.model, inputs)
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -153,22 +142,23 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         """Training: the objective's loss over its views (line 19). Evaluation: the Trainer's."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        assert self._hook is not None
-        labels, name = inputs["labels"], getattr(unwrap(self.model), "main_input_name", "pixel_values")
-        batch = Batch(
+        labels, name = inputs["labels"], self._input_name
+        batch = objectives.Batch(
             images=inputs[name],
             labels=labels,
             noises=torch.cat([noise.tensor for noise in self.noises]) if self.noises else None,
-            model=self.cost.counted(self._model_to_ask(model)),
-            cross_entropy=lambda logits: self._view_loss(logits, labels, num_items_in_batch),
-            mean=lambda values: mean_over_images(values, labels, num_items_in_batch),
+            model=self.cost.counted(self._without_ddp(model)),
+            cross_entropy=lambda logits: objectives.view_loss(
+                logits, labels, num_items_in_batch, self.args.label_smoothing_factor, self.compute_loss_func
+            ),
+            mean=lambda values: objectives.mean_over_images(values, labels, num_items_in_batch),
             seeds=lambda: self._image_seeds(len(labels)),
             preprocessing=self._preprocessing,
         )
         with self.cost.during("attack"):
             views = self._objective.views(batch)
         together = self.args.device.type != "cpu"
-        logits = forward_views(self.cost.counted(model), self._hook, inputs, views, name, together=together)
+        logits = objectives.forward_views(self.cost.counted(model), self._hook, inputs, views, name, together=together)
         loss = self._objective.loss(logits, batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # undo the mean that DDP takes over processes
@@ -180,14 +170,53 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
         first = (micro * self.args.world_size + self.args.process_index) * count
         return [derive_seed(self.args.seed, max(step, 0), first + index) for index in range(count)]
 
-    def _view_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Any) -> Tensor:
-        """The loss of one view; a ``compute_loss_func`` of the user is asked for each view."""
-        if self.compute_loss_func is not None:
-            outputs = ImageClassifierOutput(logits=logits)
-            return self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-        return view_loss(logits, labels, num_items_in_batch, self.args.label_smoothing_factor)
+    # ---- a round
 
-    # ---- checkpoints
+    def _begin_round(self, model: nn.Module, number: int) -> None:
+        """The objective makes the round's noises (lines 3 to 14), on a seeded stream of their own."""
+        assert self._objective.round_noise is not None
+        args, step = self.args, self.state.global_step
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        images_at_once = self.get_total_train_batch_size(args) // (args.gradient_accumulation_steps * args.world_size)
+        hidden = args.disable_tqdm or not self.is_local_process_zero()
+        title, round_seed = f"Noise {number + 1}/{args.rounds}", derive_seed(seed, number)
+        with (
+            noise_progress(title, args.noise_max_steps, epsilon=args.epsilon, hidden=hidden) as on_step,
+            own_randomness(round_seed),
+            self.cost.during("noise"),
+        ):
+            round_ = Round(
+                number=number,
+                seed=round_seed,
+                settings=args.noise_settings(),
+                model=self.cost.counted(self._without_ddp(model)),
+                hook=self._hook,
+                stream=partial(self._noise_images, seed, number),
+                known=lambda: replace(
+                    provenance_of(self.model, hashed=not self.is_fsdp_enabled), training_step=step, round=number
+                ),
+                chunk_size=2 * images_at_once,  # what a training step takes fits here too
+                previous=self.noises,
+                warm_start=args.noise_warm_start,
+                bank_size=args.noise_bank_size,
+                on_step=on_step,
+            )
+            try:
+                made = self._objective.round_noise(round_)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"round {number}, after {step} optimizer steps: {error}") from None
+        if logs := self.record.add(number, step, made, self._run_folder, writes=args.should_save):
+            self.log(logs)
+
+    def _noise_images(self, seed: int, number: int) -> Any:
+        """Held-out batches of a round and the endless others, this process's share of each."""
+        loader: Any = self.callback_handler.train_dataloader
+        loader = self.get_train_dataloader() if loader is None else loader  # without columns that the model lacks
+        data = loader.dataset if isinstance(self.train_dataset, Dataset) else self.train_dataset
+        settings = self.args.stream_settings() | {"seed": seed, "round": number, "input_name": self._input_name}
+        return noise_stream(data, loader.collate_fn, **settings)
+
+    # ---- a run: it begins, goes on from a checkpoint, ends
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
@@ -196,11 +225,14 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
 
         Raises:
             NoCheckpointError: if there is none, or the one that is named is not whole.
+            FloatingPointError: if a loss, a noise or a weight is NaN or infinite, with the step and the tensor's name.
         """
         self._in_trial, self._start = trial, None
         output, processes = str(self.args.output_dir), self.args.world_size
         self._resumed = checkpoint_to_resume(resume_from_checkpoint, output, processes)
-        return super().train(str(self._resumed) if self._resumed else None, trial, ignore_keys_for_eval)
+        outputs = super().train(str(self._resumed) if self._resumed else None, trial, ignore_keys_for_eval)
+        check_weights(self.model, self.state.global_step)
+        return outputs
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """The Trainer's, when a training loop begins: for the first time, or again after out of memory."""
@@ -212,95 +244,82 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
             self.model.load_state_dict(self._start)  # upstream goes on with what the failed loop left
             self.optimizer = self._given_optimizer
         self._epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
-        finished = self._resumed is not None and _step_of(self._resumed) >= max_steps
+        finished = False
+        if self._resumed is not None:
+            finished = TrainerState.load_from_json(str(self._resumed / "trainer_state.json")).global_step >= max_steps
         # A finished run has no epoch left: upstream (5.23) would train one step more, in the middle of an epoch.
         return (0 if finished else self._epochs, *others, max_steps)
 
-    def _begin(self) -> None:
-        """A run begins: afresh, also when ``auto_find_batch_size`` begins again; or goes on from a checkpoint."""
+    def begin_run(self) -> None:
+        """A training loop begins: from the start, also after out of memory; or from a checkpoint."""
         self.state.num_train_epochs = self._epochs
-        self.noises, self._round, self.history, self._place = (), None, [], (-1, 0)
-        self.cost.start()
+        self._place = (-1, 0)
+        self.record.start(self._resumed, self._run_folder, writes=self.args.should_save)
         if self.ema is not None:
             self.ema.start(self.model, self._resumed)
-        if self._resumed is not None:
-            self._restore(self._resumed)
 
-    def _restore(self, checkpoint: Path) -> None:
-        if (checkpoint / HISTORY_NAME).exists():
-            self.history = read_json(checkpoint / HISTORY_NAME)
-            if self.args.should_save:
-                restore_noises(checkpoint, self._run_folder, self.history)
-        if (checkpoint / COST_NAME).exists():
-            self.cost.start(read_json(checkpoint / COST_NAME))
-        if (checkpoint / WEIGHTS_NAME).exists():
-            self.noises = _saved_noises(checkpoint)
-            self._round = self.noises[0].provenance.round
-
-    def _end(self) -> None:
-        """A run has ended: what it cost. A checkpoint too many, which a kill may have left, goes."""
+    def end_run(self) -> None:
+        """The training loop has ended: write its cost, and delete a checkpoint too many that a kill may have left."""
         self.cost.sync()
         if self.args.should_save:
-            write_json(self._run_folder / COST_NAME, self.cost.summary())
+            self.record.save_cost(self._run_folder)
             rotate_checkpoints(str(self._run_folder), self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's, with the present noise, the history and the averaged weights beside the model's."""
-        folder = Path(output_dir or str(self.args.output_dir))
-        with one_clear_error(folder):
-            if self.args.should_save:
-                self._save_noise(folder)
-                if self.ema is not None:
-                    self.ema.save(folder, self.processing_class)
-            super().save_model(output_dir, _internal_call)
-            if self.args.should_save:
-                make_lasting(folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's; older checkpoints are deleted when this one is on the disk, noises of the run included."""
-        self.cost.sync()
-        summary = self.cost.summary()
-        self.log({f"cost/{name}": summary[name] for name in ("forward_equivalents", "seconds")})
-        run, limit = self._run_folder, self.args.save_total_limit
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with one_clear_error(folder):
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
-            if self.args.should_save:
-                complete_checkpoint(run, folder, self.history, self.run)
-                rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
-
-    def _save_noise(self, folder: Path) -> None:
-        if self.noise is not None:
-            self.noise.save_beside_model(folder)
-        if len(self.noises) > 1:
-            save_noise_bank(self.noises, folder / BANK_NAME)
-        write_json(folder / HISTORY_NAME, self.history)
-        write_json(folder / COST_NAME, self.cost.summary())
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # every rank's part is written
-        self.args.save_total_limit = None  # the Trainer would delete older checkpoints before this one is on the disk
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = model if model is not None else self.model
-        if isinstance(target, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self._is_plain and isinstance(target, PreTrainedModel):
             load_weights(target, resume_from_checkpoint)  # works around transformers #48805
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if isinstance(self.model, PreTrainedModel) and best and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self._is_plain and best:
             averaged = self.ema is not None and "ema_" in (self.args.metric_for_best_model or "")
-            load_weights(self.model, Path(best) / EMA_FOLDER if averaged else best)  # transformers #48805, as above
+            load_weights(self.model, Path(best) / ema.FOLDER if averaged else best)  # transformers #48805, as above
         else:
             super()._load_best_model()
-        if best and (Path(best) / WEIGHTS_NAME).exists():
-            self.noises = _saved_noises(Path(best))  # saved beside the weights: those they were for
+        if best:
+            self.record.load_noises(Path(best))
+
+    # ---- what is written
+
+    @property
+    def _run_folder(self) -> Path:
+        """Where this run writes: ``output_dir``, or the folder of a trial in it."""
+        return Path(self._get_output_dir(self._in_trial))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's, with the present noise, the history and the averaged weights beside the model's."""
+        check_weights(self.model, self.state.global_step)
+        folder = Path(output_dir or str(self.args.output_dir))
+        with one_clear_error(folder), changed(self.args, hub_token=None):  # training_args.bin does not hold it
+            if self.args.should_save:
+                self.record.save(folder)
+                if self.ema is not None:
+                    self.ema.save(folder, self.processing_class)
+            super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                make_lasting(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub("Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's; older checkpoints are deleted when this one is on the disk, noises of the run included."""
+        args, run = self.args, self._run_folder
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.cost.sync()
+        summary = self.cost.summary()
+        self.log({f"cost/{name}": summary[name] for name in ("forward_equivalents", "seconds")})
+        with one_clear_error(folder):
+            with changed(args, save_total_limit=None, push_to_hub=False):  # both come below
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every rank has written its part
+            if args.push_to_hub and self.is_world_process_zero():
+                publishing.push_checkpoint(self, folder)
+            if args.should_save:
+                complete_checkpoint(run, folder, self.history, self.run)
+                rotate_checkpoints(str(run), args.save_total_limit, self.state.best_model_checkpoint)
 
     # ---- evaluation
 
@@ -315,32 +334,16 @@ class NullspaceTrainer(PublishingTrainer, RoundTrainer):
                 metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_ema")
         return metrics
 
+    # ---- the Hub: one commit of what belongs together
 
-def _saved_noises(folder: Path) -> tuple[NullspaceNoise, ...]:
-    """The noises of the round in which a checkpoint was written."""
-    if (folder / BANK_NAME).is_dir():
-        return tuple(load_noise_bank(folder / BANK_NAME))
-    return (NullspaceNoise.load(folder / WEIGHTS_NAME),)
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """The Trainer's, at the start of a run: what makes every push fail is an UploadError before training begins."""
+        publishing.open_run(self, token, private)
 
+    def create_model_card(self, language: Any = None, license: str | None = None, *more: Any, **named: Any) -> None:
+        """Write README.md from what the run left in the folder; of the Trainer's arguments only the license is used."""
+        publishing.write_run_card(self, license)
 
-def _step_of(checkpoint: Path) -> int:
-    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
-
-
-class _RunBegins(TrainerCallback):
-    """Tells the trainer that a training loop begins, and the data set which epoch; the Trainer has no method for it."""
-
-    def __init__(self, trainer: NullspaceTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._begin()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._end()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # accelerate 1.15 tells it to a map-style data set only if there is one process and nothing was skipped.
-        data: Any = self._trainer.train_dataset
-        if hasattr(data, "set_epoch") and hasattr(data, "__len__"):
-            data.set_epoch(int(state.epoch or 0))
+    def push_to_hub(self, *args: Any, **named: Any) -> Any:
+        """The Trainer's, called on every process; see :func:`hf_nullspace.training.publishing.push_after_training`."""
+        return publishing.push_after_training(self, *args, **named)

@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_nullspace.command_line import UsageError
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, InMemory
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.suite import Clean, Corrupted, evaluate
-from study.images import ImageStore, MixedSizesError
+from study.images import ImageStore
 
 PLAIN = Preprocessing((0.5,) * 3, (0.5,) * 3, (12, 12), (12, 12))
 
@@ -53,13 +54,13 @@ def test_an_image_is_the_same_whatever_the_limit(tmp_path):
 
 
 def test_they_are_made_once(tmp_path, monkeypatch):
-    made, make = [], ImageStore._made
+    made, make = [], ImageStore._array
 
-    def noted(self, places, corrupted):
-        made.append(corrupted)
-        return make(self, places, corrupted)
+    def noted(self, places, condition):
+        made.append(condition)
+        return make(self, places, condition)
 
-    monkeypatch.setattr(ImageStore, "_made", noted)
+    monkeypatch.setattr(ImageStore, "_array", noted)
     for _ in range(2):
         ImageStore(tmp_path, pictures(), seed=0).get((0, 1), Corrupted("contrast", 1))
     assert len(made) == 1
@@ -71,7 +72,7 @@ def test_they_are_made_once(tmp_path, monkeypatch):
 
 def test_what_does_not_fit_is_an_error(tmp_path):
     rows = [{"image": Image.new("RGB", (8, 8 + i)), "label": 0} for i in range(2)]
-    with pytest.raises(MixedSizesError, match="Resize the set"):
+    with pytest.raises(UsageError, match="Resize the set"):
         ImageStore(tmp_path, ImageSet("mixed", rows, PLAIN), seed=0).get((0, 1), Clean())
-    with pytest.raises(ValueError, match="the test split has 20 images"):
+    with pytest.raises(UsageError, match="the test split has 20 images"):
         ImageStore(tmp_path, pictures(), seed=0).get((0, 25), Clean())

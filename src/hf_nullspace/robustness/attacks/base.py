@@ -1,27 +1,28 @@
 """What every attack shares: its name, its threat model, seeded starts, and leaving the model as it was."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import Field, fields
-from numbers import Integral, Real
-from typing import Any, get_args
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_nullspace.core.settings import check_numbers
 from hf_nullspace.models.frozen import frozen
 
-# What the settings of all attacks may be, by name; numbers are finite.
-AT_LEAST = {
-    **dict.fromkeys(("steps", "binary_search_steps", "num_patch", "targets", "queries", "iterations"), 1),
-    **dict.fromkeys(("eps", "kappa", "decay", "attention_weight", "attention_layer", "sparse", "sparse_freeze"), 0),
+# What the settings of all attacks may be, by name.
+INTERVALS = {
+    **dict.fromkeys(("steps", "binary_search_steps", "num_patch", "targets", "queries", "iterations"), "int [1, inf)"),
+    **dict.fromkeys(("attention_layer", "sparse", "sparse_freeze"), "int [0, inf)"),
+    **dict.fromkeys(("eps", "kappa", "decay", "attention_weight", "start"), "[0, inf)"),
+    **dict.fromkeys(("step", "c", "lr"), "(0, inf)"),
 }
-ABOVE_ZERO = ("step", "c", "lr")
 CHOICES = {"norm": ("linf", "l2"), "mild": ("linf", "l2"), "choice": ("attention", "saliency", "random")}
 
 
+@dataclass(frozen=True, repr=False)
 class Attack(ABC):
     """A small frozen object from (model, pixels, labels) to adversarial pixels.
 
@@ -35,12 +36,23 @@ class Attack(ABC):
 
     seeded = False  # whether it draws random numbers, and so needs one seed per image
     batch_dependent = False  # whether the result for an image depends on the others of its batch
+    steps = 1  # forward and backward passes
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if wanted := _wanted(field, value):
-                raise ValueError(f"{type(self).__name__}: {field.name} is {value!r}; expected {wanted}")
+        name = type(self).__name__
+        for field in fields(self):
+            value, optional = getattr(self, field.name), field.default is None
+            choices = (True, False) if isinstance(field.default, bool) else CHOICES.get(field.name, ())
+            allowed = [repr(choice) for choice in choices]
+            if value is None and optional:
+                continue
+            if value is None or isinstance(value, list | tuple) or (allowed and repr(value) not in allowed):
+                expected = " or ".join(allowed) or "a number"
+                raise ValueError(f"{name}: {field.name}={value!r}: expected {expected}")
+        try:
+            check_numbers(self, {f.name: INTERVALS[f.name] for f in fields(self) if f.name in INTERVALS})
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     def __call__(
         self, model: nn.Module, pixels: Tensor, labels: Tensor, *, seeds: Sequence[int] | None = None
@@ -61,11 +73,14 @@ class Attack(ABC):
             pixels, labels = pixels.detach().clone(), labels.detach().clone()  # inference tensors cannot take part
             if not len(pixels):
                 return pixels
-            return self.project(self.perturb(model, pixels, labels, seeds), pixels).detach()
+            return self.project(self.perturb(model, pixels, labels, () if seeds is None else seeds), pixels).detach()
 
     @abstractmethod
-    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int] | None) -> Tensor:
-        """The attack itself; gradients are on, the model is in eval mode and its parameters need no gradient."""
+    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The attack itself; gradients are on, the model is in eval mode and its parameters need no gradient.
+
+        ``seeds`` holds one integer per image if the attack is ``seeded``; otherwise it may be empty.
+        """
 
     def project(self, adversarial: Tensor, pixels: Tensor) -> Tensor:
         """The nearest image to ``adversarial`` that the threat model allows around ``pixels``; here any in [0, 1]."""
@@ -77,41 +92,20 @@ class Attack(ABC):
     @property
     def cost(self) -> float:
         """Rough price in forward passes (a backward counts as two), for the time left on progress bars."""
-        return 3.0 * getattr(self, "steps", 1)
+        return 3.0 * self.steps
 
     def settings(self) -> dict[str, Any]:
         """Every setting with its resolved value, in the order of the fields."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={readable(v)}' for k, v in self.settings().items())})"
 
 
-def _wanted(field: Field[Any], value: Any) -> str | None:
-    """What a setting has to be; None if it is that."""
-    kinds = get_args(field.type) or (field.type,)
-    if value is None and type(None) in kinds:
-        return None
-    if bool in kinds:
-        return None if isinstance(value, bool) else "True or False"
-    if choices := CHOICES.get(field.name):
-        return None if value in choices else f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
-    if not {int, float} & set(kinds):
-        return None
-    low, above = AT_LEAST.get(field.name, -math.inf), field.name in ABOVE_ZERO
-    number = isinstance(value, Real if float in kinds else Integral) and not isinstance(value, bool)
-    if number and math.isfinite(value) and value >= low and (value > 0 or not above):
-        return None
-    kind = "a number" if float in kinds else "a whole number"
-    return f"{kind} above 0" if above else f"{kind} of at least {low}" if low > -math.inf else f"{kind}, not infinite"
-
-
 def check_radius(attack: Attack, eps: float, norm: str) -> None:
     """Raise ``ValueError`` for an L-inf radius above 1: no pixel in [0, 1] is that far from another."""
     if norm == "linf" and eps > 1:
-        raise ValueError(
-            f"{type(attack).__name__}: eps is {eps}; expected a radius for pixels in [0, 1], such as 8 / 255"
-        )
+        raise ValueError(f"{type(attack).__name__}: eps={eps}: expected a radius for pixels in [0, 1], such as 8 / 255")
 
 
 def readable(value: Any) -> str:
@@ -141,9 +135,18 @@ def seeded_like(pixels: Tensor, seeds: Sequence[int], kind: str) -> Tensor:
     return torch.stack(rows).to(pixels)
 
 
-def norms(batch: Tensor) -> Tensor:
-    """L2 norm per image, shaped (B, 1, 1, 1)."""
-    return batch.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+def norms(batch: Tensor, *, over: int = 1) -> Tensor:
+    """L2 norms over the dimensions from ``over`` on, which keep size 1: per image, or (2) per image and channel."""
+    return batch.flatten(over).norm(dim=over).reshape(*batch.shape[:over], *[1] * (batch.dim() - over))
+
+
+def within(adversarial: Tensor, pixels: Tensor, eps: float, norm: str, *, over: int = 1) -> Tensor:
+    """The nearest to ``adversarial`` within ``eps`` of ``pixels``: per value ("linf"), or in ``norms`` ("l2")."""
+    if norm == "linf":
+        return torch.minimum(torch.maximum(adversarial, pixels - eps), pixels + eps)
+    change = adversarial - pixels
+    length = norms(change, over=over)
+    return torch.where(length > eps, pixels + change * (eps / length), adversarial)
 
 
 class Adam:

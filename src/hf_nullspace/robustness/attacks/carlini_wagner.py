@@ -35,7 +35,7 @@ class CW(Attack):
     def cost(self) -> float:
         return 3.0 * self.steps * self.binary_search_steps
 
-    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int] | None) -> Tensor:
+    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         best = pixels.clone()
         with torch.no_grad():
             right = ~beaten(model(pixels), labels, self.kappa)

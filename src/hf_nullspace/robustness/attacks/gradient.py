@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_nullspace.robustness.attacks.base import Attack, check_radius, loss_gradient, norms, seeded_like
+from hf_nullspace.robustness.attacks.base import Attack, check_radius, loss_gradient, norms, seeded_like, within
 
 
 class BoundedAttack(Attack):
@@ -21,13 +21,8 @@ class BoundedAttack(Attack):
         check_radius(self, self.eps, self.norm)
 
     def project(self, adversarial: Tensor, pixels: Tensor) -> Tensor:
-        if self.norm == "linf":
-            inside = torch.minimum(torch.maximum(adversarial, pixels - self.eps), pixels + self.eps)
-        else:
-            change = adversarial - pixels
-            length = norms(change)
-            inside = torch.where(length > self.eps, pixels + change * (self.eps / length), adversarial)
-        return inside.clamp(0, 1)  # towards the image, so never out of either ball
+        # the clamp moves towards the image, so never out of the ball
+        return within(adversarial, pixels, self.eps, self.norm).clamp(0, 1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +34,7 @@ class FGSM(BoundedAttack):
 
     eps: float = 1 / 255
 
-    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int] | None) -> Tensor:
+    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         return pixels + self.eps * loss_gradient(model, pixels, labels).sign()
 
 
@@ -58,15 +53,15 @@ class PGD(BoundedAttack):
     random_start: bool = True
 
     @property
-    def seeded(self) -> bool:  # type: ignore[override]
+    def seeded(self) -> bool:  # type: ignore[override]  # a class attribute elsewhere
         return self.random_start
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"step": self.eps / 4 if self.step is None else self.step}
 
-    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int] | None) -> Tensor:
+    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         step = self.settings()["step"]
-        adversarial = self.start(pixels, seeds) if seeds is not None and self.random_start else pixels
+        adversarial = self.start(pixels, seeds) if self.random_start else pixels
         for _ in range(self.steps):
             gradient = loss_gradient(model, adversarial, labels)
             direction = gradient.sign() if self.norm == "linf" else unit(gradient)
@@ -99,7 +94,7 @@ class MIM(BoundedAttack):
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"step": self.eps / self.steps if self.step is None else self.step}
 
-    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int] | None) -> Tensor:
+    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         step = self.settings()["step"]
         adversarial, momentum = pixels, torch.zeros_like(pixels)
         for _ in range(self.steps):

@@ -1,16 +1,60 @@
 """Patch-Fool (Fu et al., ICLR 2022): replace the content of one patch so that the attention follows it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_nullspace.robustness.attacks.base import Adam, Attack, check_radius, loss_gradient, seeded_like
+from hf_nullspace.models.attention import attention_implementation
+from hf_nullspace.robustness.attacks.base import Adam, Attack, check_radius, loss_gradient, seeded_like, within
 from hf_nullspace.robustness.pixel_model import PixelModel
+
+
+@dataclass(frozen=True)
+class Patches:
+    """How ``model`` cuts an image: ``size`` (height, width) of a patch, ``shape`` (rows, columns) of their grid."""
+
+    model: PixelModel
+    size: tuple[int, int]
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, model: PixelModel, pixels: Tensor) -> Self:
+        config = getattr(model.model, "config", None)
+        size = getattr(getattr(config, "vision_config", config), "patch_size", None)
+        if size is None:
+            name = type(model.model).__name__
+            raise ValueError(f"{name} has no patches (no config.patch_size); PatchFool needs a ViT")
+        height, width = (size, size) if isinstance(size, int) else size
+        return cls(model, (height, width), (pixels.shape[2] // height, pixels.shape[3] // width))
+
+    @property
+    def count(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def attentions(self, outputs: Any) -> list[Tensor]:
+        """Attention to the patches per layer, (B, heads, tokens, patches); they are the last tokens."""
+        attentions, name = getattr(outputs, "attentions", None), type(self.model.model).__name__
+        if not attentions or attentions[0] is None:
+            raise ValueError(f"{name} returns no attentions; PatchFool needs a ViT that does")
+        batch, _, queries, keys = attentions[0].shape
+        if batch != len(self.model.logits_of(outputs)) or queries != keys or keys < self.count:
+            raise ValueError(
+                f"{name} has attentions of shape {tuple(attentions[0].shape)} for {self.count} patches; PatchFool "
+                "needs global attention over all patches (ViT, DeiT, BEiT, DINOv2, CLIP, ...)"
+            )
+        return [(a if a.dtype == torch.float64 else a.float())[..., -self.count :] for a in attentions]
+
+    def mask(self, chosen: Tensor, pixels: Tensor) -> Tensor:
+        """The pixels of the ``chosen`` patches (B, n), as bool of shape (B, 1, H, W)."""
+        patches = torch.zeros(len(pixels), self.count, dtype=torch.bool, device=pixels.device)
+        patches = patches.scatter(1, chosen, True).view(-1, 1, *self.shape)
+        mask = patches.repeat_interleave(self.size[0], 2).repeat_interleave(self.size[1], 3)
+        return F.pad(mask, (0, pixels.shape[3] - mask.shape[3], 0, pixels.shape[2] - mask.shape[2]))
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,62 +111,47 @@ class PatchFool(Attack):
         return self.steps * (6.0 if self.attention_weight else 3.0)
 
     def project(self, adversarial: Tensor, pixels: Tensor) -> Tensor:
-        if self.mild == "linf":
-            assert self.eps is not None
-            adversarial = torch.minimum(torch.maximum(adversarial, pixels - self.eps), pixels + self.eps)
-        elif self.mild == "l2":
-            assert self.eps is not None
-            change = adversarial - pixels
-            length = change.flatten(2).norm(dim=2)[:, :, None, None]
-            adversarial = torch.where(length > self.eps, pixels + change * (self.eps / length), adversarial)
+        if self.mild is not None and self.eps is not None:
+            adversarial = within(adversarial, pixels, self.eps, self.mild, over=2)
         return adversarial.clamp(0, 1)
 
-    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int] | None) -> Tensor:
+    def perturb(self, model: nn.Module, pixels: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         if not isinstance(model, PixelModel):
             raise TypeError(f"PatchFool needs a PixelModel (its std, its attentions), got {type(model).__name__}")
-        assert seeds is not None
         looks = self.choice == "attention" or bool(self.attention_weight)
-        with eager_attention(model.model) if looks else nullcontext():
-            grid = PatchGrid.of(model.model, pixels)
-            if self.num_patch > grid.count:
-                raise ValueError(f"num_patch={self.num_patch}, but the image has {grid.count} patches")
-            chosen = self.choose(model, grid, pixels, labels, seeds)
-            return self.optimise(model, grid, pixels, labels, seeds, chosen)
+        with attention_implementation(model.model, "eager") if looks else nullcontext():
+            patches = Patches.of(model, pixels)
+            if self.num_patch > patches.count:
+                raise ValueError(f"num_patch={self.num_patch}, but the image has {patches.count} patches")
+            return self.optimise(patches, self.choose(patches, pixels, labels, seeds), pixels, labels, seeds)
 
-    def choose(
-        self, model: PixelModel, grid: "PatchGrid", pixels: Tensor, labels: Tensor, seeds: Sequence[int]
-    ) -> Tensor:
+    def choose(self, patches: Patches, pixels: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         """Indices of the patches, (B, num_patch)."""
         if self.choice == "random":
             generators = [torch.Generator().manual_seed(seed + 2) for seed in seeds]
-            rows = [torch.randperm(grid.count, generator=generator)[: self.num_patch] for generator in generators]
+            rows = [torch.randperm(patches.count, generator=generator)[: self.num_patch] for generator in generators]
             return torch.stack(rows).to(pixels.device)
         if self.choice == "saliency":
-            strength = loss_gradient(model, pixels, labels).abs().sum(1, keepdim=True)
-            per_patch = F.avg_pool2d(strength, grid.size).flatten(1)
+            strength = loss_gradient(patches.model, pixels, labels).abs().sum(1, keepdim=True)
+            per_patch = F.avg_pool2d(strength, patches.size).flatten(1)
         else:
             with torch.no_grad():
-                attentions = grid.attentions(model.outputs(pixels, output_attentions=True), model)
+                attentions = patches.attentions(patches.model.outputs(pixels, output_attentions=True))
             middle = 4 if len(attentions) >= 10 else len(attentions) // 2
             layer = middle if self.attention_layer is None else self.attention_layer
             if layer >= len(attentions):
                 raise ValueError(f"attention_layer={layer}, but the model has {len(attentions)} layers, from 0")
-            per_patch = attentions[layer].mean(dim=(1, 2))[:, -grid.count :]
+            per_patch = attentions[layer].mean(dim=(1, 2))
         return per_patch.topk(self.num_patch, dim=1).indices
 
     def optimise(
-        self,
-        model: PixelModel,
-        grid: "PatchGrid",
-        pixels: Tensor,
-        labels: Tensor,
-        seeds: Sequence[int],
-        chosen: Tensor,
+        self, patches: Patches, chosen: Tensor, pixels: Tensor, labels: Tensor, seeds: Sequence[int]
     ) -> Tensor:
+        """The images with the content of the ``chosen`` patches (B, num_patch) learned."""
         result = pixels.clone()
         rows = torch.arange(len(pixels), device=pixels.device)
-        std = PixelModel.channels(model.std, pixels)
-        region = grid.mask(chosen, pixels)
+        std = PixelModel.channels(patches.model.std, pixels)
+        region = patches.mask(chosen, pixels)
         start = seeded_like(pixels, seeds, "uniform")
         if self.mild == "linf" and self.eps is not None:
             start = pixels + self.eps * (2 * start - 1)
@@ -132,7 +161,7 @@ class PatchFool(Attack):
         for step in range(self.steps):
             mask = self.mask(scores, region)
             adversarial = torch.where(mask, content, pixels)
-            gradient, logits = self.ascent(model, grid, adversarial, labels, chosen, region)
+            gradient, logits = self.ascent(patches, chosen, adversarial, labels, region)
             if self.early_stop and (wrong := logits.argmax(1) != labels).any():
                 result[rows[wrong]] = adversarial[wrong]
                 left = ~wrong
@@ -160,26 +189,20 @@ class PatchFool(Attack):
         return torch.zeros_like(inside, dtype=torch.bool).scatter(1, top, True).view_as(region)
 
     def ascent(
-        self, model: PixelModel, grid: "PatchGrid", adversarial: Tensor, labels: Tensor, chosen: Tensor, region: Tensor
+        self, patches: Patches, chosen: Tensor, adversarial: Tensor, labels: Tensor, region: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The combined gradient inside the region, (B, C, H, W), and the logits."""
         point = adversarial.detach().requires_grad_()
-        if not self.attention_weight:
-            logits = model(point)
-            attentions: list[Tensor] = []
-        else:
-            outputs = model.outputs(point, output_attentions=True)
-            logits = model.logits_of(outputs)
-            attentions = grid.attentions(outputs, model)
+        asked = {"output_attentions": True} if self.attention_weight else {}
+        outputs = patches.model.outputs(point, **asked)
+        logits, attentions = patches.model.logits_of(outputs), patches.attentions(outputs) if asked else []
         layers = list(range(1, len(attentions) // 2)) or [min(1, len(attentions) - 1)] * bool(attentions)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         gradient = torch.autograd.grad(loss, point, retain_graph=bool(layers))[0] * region
         total = gradient
         for layer in layers:
-            columns = (attentions[layer].shape[-1] - grid.count + chosen)[:, None].expand(
-                -1, attentions[layer].shape[2], -1
-            )
-            attention = attentions[layer].mean(1).gather(2, columns)
+            attention = attentions[layer].mean(1)
+            attention = attention.gather(2, chosen[:, None].expand(-1, attention.shape[1], -1))
             wish = attention.clamp_min(torch.finfo(attention.dtype).tiny).log().mean(dim=(1, 2)).sum()
             pull = torch.autograd.grad(wish, point, retain_graph=layer != layers[-1])[0] * region
             total = total + self.attention_weight * without_conflict(pull, gradient, original=self.original_projection)
@@ -193,69 +216,3 @@ def without_conflict(pull: Tensor, gradient: Tensor, *, original: bool = False) 
     divisor = length if original else length.square()
     factor = torch.where((overlap < 0) & (divisor > 0), overlap / divisor, 0)
     return pull - factor[:, None, None, None] * gradient
-
-
-@dataclass(frozen=True)
-class PatchGrid:
-    """How an image falls into patches: ``size`` (height, width) of a patch, ``shape`` (rows, columns) of the grid."""
-
-    size: tuple[int, int]
-    shape: tuple[int, int]
-
-    @classmethod
-    def of(cls, model: nn.Module, pixels: Tensor) -> "PatchGrid":
-        config = getattr(model, "config", None)
-        config = getattr(config, "vision_config", config)
-        size = getattr(config, "patch_size", None)
-        if size is None:
-            raise ValueError(f"{type(model).__name__} has no patches (no config.patch_size); PatchFool needs a ViT")
-        height, width = (size, size) if isinstance(size, int) else size
-        return cls((height, width), (pixels.shape[2] // height, pixels.shape[3] // width))
-
-    @property
-    def count(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    def attentions(self, outputs: Any, model: PixelModel) -> list[Tensor]:
-        """Attention per layer, (B, heads, tokens, tokens); the patches are the last ``count`` tokens."""
-        attentions = getattr(outputs, "attentions", None)
-        if not attentions or attentions[0] is None:
-            raise ValueError(f"{type(model.model).__name__} returns no attentions; PatchFool needs a ViT that does")
-        batch, _, queries, keys = attentions[0].shape
-        if batch != len(model.logits_of(outputs)) or queries != keys or keys < self.count:
-            raise ValueError(
-                f"{type(model.model).__name__} has attentions of shape {tuple(attentions[0].shape)} for {self.count} "
-                "patches; PatchFool needs global attention over all patches (ViT, DeiT, BEiT, DINOv2, CLIP, ...)"
-            )
-        return [a if a.dtype == torch.float64 else a.float() for a in attentions]
-
-    def mask(self, chosen: Tensor, pixels: Tensor) -> Tensor:
-        """The pixels of the ``chosen`` patches (B, n), as bool of shape (B, 1, H, W)."""
-        patches = torch.zeros(len(pixels), self.count, dtype=torch.bool, device=pixels.device)
-        patches = patches.scatter(1, chosen, True).view(-1, 1, *self.shape)
-        mask = patches.repeat_interleave(self.size[0], 2).repeat_interleave(self.size[1], 3)
-        rest = (0, pixels.shape[3] - mask.shape[3], 0, pixels.shape[2] - mask.shape[2])
-        return F.pad(mask, rest)
-
-
-@contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Attention weights exist only with ``attn_implementation="eager"``: switch for the attack, restore afterwards."""
-    found: dict[int, Any] = {}
-
-    def collect(config: Any) -> None:
-        if config is not None and id(config) not in found and hasattr(config, "_attn_implementation"):
-            found[id(config)] = config
-            for name in getattr(config, "sub_configs", {}):
-                collect(getattr(config, name, None))
-
-    for module in model.modules():
-        collect(getattr(module, "config", None))
-    before = [(config, config._attn_implementation) for config in found.values()]
-    try:
-        for config, _ in before:
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for config, implementation in before:  # from the outside in: setting one reaches those below it
-            config._attn_implementation = implementation

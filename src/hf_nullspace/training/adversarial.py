@@ -17,7 +17,7 @@ from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.attacks.base import Attack, seeded_like
 from hf_nullspace.robustness.attacks.gradient import PGD, BoundedAttack
 from hf_nullspace.robustness.pixel_model import PixelModel
-from hf_nullspace.training.objectives import Batch, Objective, View, register_objective
+from hf_nullspace.training.objectives import Batch, Objective, View
 
 _OUTSIDE = 0.01  # how far from [0, 1] pixels may be rounded that came in bfloat16
 
@@ -113,5 +113,11 @@ def pixels_of(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     return pixels.clamp(0, 1)
 
 
-register_objective("madry", lambda args: Madry(PGD(**args.attack_settings())))
-register_objective("trades", lambda args: Trades(DivergencePGD(**args.attack_settings()), args.trades_beta))
+def madry(args: Any) -> Objective:
+    """``objective="madry"``, with the attack of the run's settings."""
+    return Madry(PGD(**args.attack_settings()))
+
+
+def trades(args: Any) -> Objective:
+    """``objective="trades"``, with the attack of the run's settings."""
+    return Trades(DivergencePGD(**args.attack_settings()), args.trades_beta)

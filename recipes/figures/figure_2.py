@@ -6,47 +6,74 @@ in another direction.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from figures.bench import Bench, influence_and_match
+from figures.experiment import Experiment, embedding_norm, influence_and_match
+from figures.setting import Setting
+from hf_nullspace.core import text
 from hf_nullspace.core.canvas import canvas, save_png
-from hf_nullspace.core.seeds import derive_seed
+from hf_nullspace.core.seeds import generator_of
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.influence import centred_norm, permuted
+from hf_nullspace.noise.probe import Probe, probing
 
 # Section 2.3 says it in words; figure 2 has no numbers to read off.
 QUOTED = "all being fairly benign to the model's predictions; the permuted noise significantly degrades them"
 
 
-def sweep(
-    bench: Bench, settings: Sequence[NoiseSettings], seeds: int, *, raw_permutation: bool = False
-) -> Iterator[dict[str, Any]]:
-    """One point after the other: every setting (one lambda each) with every seed; finished ones are not learned again.
+def make(setting: Setting) -> None:
+    """Noises of growing norm, learned and permuted."""
+    setting.load(aligned=False)
+    experiment = Experiment(setting, setting.classifier.model)
+    points = []
+    with probing(experiment.model, experiment.batches) as probe:
+        for point in sweep(experiment, probe):
+            points.append(point)
+            setting.say(line_of(point))
+        scale = embedding_norm(probe)
+    rows = curves(points)
+    setting.say(f"\n{table(rows)}\n\nCentred norm of an image's own embeddings: {scale:.1f}")
+    setting.say(f"Quoted from the paper: {QUOTED}\n")
+    found = {"images": len(setting.eval_set), "points": points, "curves": rows, "embedding_norm": scale}
+    setting.keep("figure2", found, QUOTED, partial(plot_sweep, points, scale))
 
-    Seed i means the same start, the same batches and the same permutation for every lambda. ``raw_permutation``
-    permutes the elements as they are, as the paper does (:func:`noise.influence.permuted`).
+
+def sweep(experiment: Experiment, probe: Probe) -> Iterator[dict[str, Any]]:
+    """One point after the other: every lambda with every seed; finished ones are not learned again.
+
+    Seed i means the same start, the same batches and the same permutation for every lambda.
     """
-    work = [(setting, index) for setting in settings for index in range(seeds)]
-    with bench.probe() as probe:
-        for setting, index in bench.each(work, lambda: bench.cost(settings[0])):
+    args = experiment.setting.args
+    base = replace(
+        experiment.config.descent_settings(),
+        epsilon=None,
+        max_steps=args.sweep_steps,
+        noise_limit=args.sweep_limit,
+        norm=args.sweep_norm,  # type: ignore[arg-type]  # checked with the other options
+    )
+    work = [(replace(base, norm_weight=weight), index) for weight in args.lambdas for index in range(args.seeds)]
+    for settings, index in experiment.each(work, lambda: experiment.cost(base)):
+        depends_on = {"learning": experiment.learning(settings), "index": index, "raw": args.raw_permutation}
+        yield experiment.kept(partial(_point, experiment, probe, settings, index), figure=2, **depends_on)
 
-            def make(setting: NoiseSettings = setting, index: int = index) -> dict[str, Any]:
-                noise, history = bench.learn(setting, index, f"lambda {setting.norm_weight:g}, seed {index}")
-                tensor = noise.tensor.to(probe.device)
-                generator = torch.Generator().manual_seed(derive_seed(bench.config.seed, index, 2))
-                other = permuted(tensor, generator, raw=raw_permutation)
-                return {
-                    "lambda": setting.norm_weight,
-                    "seed": index,
-                    "steps": history.steps,
-                    "learned": sizes(tensor) | influence_and_match(probe, tensor),
-                    "permuted": sizes(other) | influence_and_match(probe, other),
-                }
 
-            yield bench.kept(make, figure=2, learning=bench.learning(setting), index=index, raw=raw_permutation)
+def _point(experiment: Experiment, probe: Probe, settings: NoiseSettings, index: int) -> dict[str, Any]:
+    noise, history = experiment.learn(settings, index, f"lambda {settings.norm_weight:g}, seed {index}")
+    learned = noise.tensor.to(probe.device)
+    generator = generator_of(experiment.config.seed, index, 2)
+    other = permuted(learned, generator, raw=experiment.setting.args.raw_permutation)
+    return {
+        "lambda": settings.norm_weight,
+        "seed": index,
+        "steps": history.steps,
+        "learned": sizes(learned) | influence_and_match(probe, learned),
+        "permuted": sizes(other) | influence_and_match(probe, other),
+    }
 
 
 def line_of(point: dict[str, Any]) -> str:
@@ -69,9 +96,8 @@ def curves(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for weight in sorted({point["lambda"] for point in points}):
         mine = [point for point in points if point["lambda"] == weight]
-        row: dict[str, Any] = {"lambda": weight, "seeds": len(mine)}
+        row: dict[str, Any] = {"lambda": weight, "seeds": len(mine), "learned": {}, "permuted": {}}
         for kind in ("learned", "permuted"):
-            row[kind] = {}
             for name in ("norm", "centred_norm", "influence", "match"):
                 values = [point[kind][name] for point in mine]
                 row[kind][name] = {"mean": sum(values) / len(values), "low": min(values), "high": max(values)}
@@ -80,29 +106,26 @@ def curves(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The curves for a terminal and a page, as Markdown: mean over the seeds, spread in brackets."""
+    """The curves as Markdown: mean over the seeds, spread in brackets."""
 
     def cell(found: dict[str, float], digits: int, factor: float = 1.0) -> str:
         mean, low, high = (f"{factor * found[name]:.{digits}f}" for name in ("mean", "low", "high"))
         return mean if low == high else f"{mean} [{low}, {high}]"
 
-    lines = [
-        "| lambda | norm | centred norm | match, learned, % | match, permuted, % | influence, learned | permuted |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        learned, other = row["learned"], row["permuted"]
-        cells = [
+    head = ("lambda", "norm", "centred norm", "match, learned, %", "match, permuted, %", "influence, learned")
+    cells = [
+        [
             f"{row['lambda']:g}",
-            cell(learned["norm"], 1),
-            cell(learned["centred_norm"], 1),
-            cell(learned["match"], 1, 100),
-            cell(other["match"], 1, 100),
-            cell(learned["influence"], 4),
-            cell(other["influence"], 3),
+            cell(row["learned"]["norm"], 1),
+            cell(row["learned"]["centred_norm"], 1),
+            cell(row["learned"]["match"], 1, 100),
+            cell(row["permuted"]["match"], 1, 100),
+            cell(row["learned"]["influence"], 4),
+            cell(row["permuted"]["influence"], 3),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return "\n".join(text.table([*head, "permuted"], cells, align="r"))
 
 
 def plot_sweep(points: Sequence[dict[str, Any]], embeddings: float, path: Path) -> Path:
@@ -113,26 +136,21 @@ def plot_sweep(points: Sequence[dict[str, Any]], embeddings: float, path: Path) 
     figure, ((match, influence, norm),) = canvas(13.5, columns=3)
     rows = curves(points)
     for kind, style, colour in (("learned", "-", "C0"), ("permuted", "--", "C3")):
-        x = [row[kind]["centred_norm"]["mean"] for row in rows]
+        means = [row[kind]["centred_norm"]["mean"] for row in rows]
+        each = [point[kind]["centred_norm"] for point in points]
         for axes, name, factor in ((match, "match", 100), (influence, "influence", 1)):
-            axes.plot(x, [factor * row[kind][name]["mean"] for row in rows], style, color=colour, label=kind)
-            axes.plot(
-                [point[kind]["centred_norm"] for point in points],
-                [factor * point[kind][name] for point in points],
-                ".",
-                color=colour,
-                alpha=0.5,
-            )
+            axes.plot(means, [factor * row[kind][name]["mean"] for row in rows], style, color=colour, label=kind)
+            axes.plot(each, [factor * point[kind][name] for point in points], ".", color=colour, alpha=0.5)
     for axes in (match, influence):
         axes.axvline(embeddings, color="grey", linestyle=":", linewidth=1, label="an image's own embeddings")
     match.set(xlabel="centred norm of the noise", ylabel="equal predictions in %", ylim=(0, 102), title="(a)")
     influence.set(xlabel="centred norm of the noise", ylabel="influence (MSE probability)", title="(b)")
-    influence.set_ylim(bottom=0)
     for name, label in (("centred_norm", "centred"), ("norm", "raw")):
         norm.plot([row["lambda"] for row in rows], [row["learned"][name]["mean"] for row in rows], ".-", label=label)
     norm.set(xlabel="lambda", ylabel="norm of the learned noise", title="(c)")
     norm.set_xscale("symlog", linthresh=min([row["lambda"] for row in rows if row["lambda"] > 0], default=1.0))
-    norm.set_ylim(bottom=0)
+    for axes in (influence, norm):
+        axes.set_ylim(bottom=0)
     for axes in (match, influence, norm):
         axes.legend(fontsize="small")
     return save_png(figure, path, dpi=110)
