@@ -56,7 +56,6 @@ DEFAULTS = [
                             "original_projection": False, "early_stop": False}),
     (patch_fool.without_conflict, {"original": False}),
     (auto.AutoAttack, {"eps": 8 / 255, "norm": "linf", "targets": 9, "queries": 5000, "iterations": 100}),
-    (base.Adam, {"betas": (0.9, 0.999), "eps": 1e-8}),
     # Measuring: 95% intervals, 15 bins (Guo et al. 2017)
     (scores.accuracy, {"confidence": 0.95}),
     (scores.wilson, {"confidence": 0.95}),
