@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from figures.table_4 import HEADER, line_of, plot_table_4, remark, table_4
+from figures.table_4 import plot_table_4, remark, table_4
 from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.files import only_run_in, write_json
@@ -207,11 +207,7 @@ def attention_report(model: nn.Module, pixel_values: Tensor, seed: int) -> dict[
 
 def table_4_report(args: AnalyzeArguments) -> list[dict[str, Any]]:
     """One row for each model or configuration D:patch, printed as it comes."""
-    print(HEADER)
-    rows: list[dict[str, Any]] = []
-    for row in table_4(args.table4 or [], load_model, stored_dtype=args.dtype(), seed=args.seed):
-        rows.append(row)
-        print(line_of(row))
+    rows = table_4(args.table4 or [], load_model, print, stored_dtype=args.dtype(), seed=args.seed)
     if said := remark(rows):
         print(said)
     return rows

@@ -188,11 +188,7 @@ def make_study(args: CompareArguments) -> Study:
 
 
 def mapping_of(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping, or JSON of one.
-
-    Raises:
-        UsageError: if it is neither.
-    """
+    """A mapping, or JSON of one; anything else is a UsageError."""
     try:
         content = json.loads(value) if isinstance(value, str) else dict(value)
     except ValueError as error:

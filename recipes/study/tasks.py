@@ -69,7 +69,7 @@ def measurements_of(run: Run, plan: list[Planned], where: Slice) -> list[Measure
 
 @dataclass
 class Runner:
-    """Runs tasks below ``folder``; knows the checkpoint, the data and the settings of all runs."""
+    """Does tasks below ``folder``; knows the checkpoint, the data and the settings of all runs."""
 
     folder: Path
     store: ImageStore
@@ -92,12 +92,12 @@ class Runner:
 
     def finished(self, task: Task) -> dict[str, Any] | None:
         """What a task gave, or None if it is not finished."""
-        trained = self._records(task.run).read(FINISHED)
+        trained = self._records(Training(task.run)).read(FINISHED)
         if trained is None or not self._files_are_whole(task.run, trained):
             return None
         if isinstance(task, Training):
             return trained
-        found = self._records(task.run, task.slice).read(slug(task.planned.title))
+        found = self._records(task).read(slug(task.planned.title))
         return found if found is not None and found["key"] == self._key(task, trained["weights"]) else None
 
     def correct(self, task: Measurement) -> NDArray[np.bool_]:
@@ -106,8 +106,8 @@ class Runner:
         assert found is not None
         return from_bits(found["correct_bits"], found["n"])
 
-    def _records(self, run: Run, where: Slice | None = None) -> Records:
-        return Records(self.folder / run.folder / (where.name if where else ""))
+    def _records(self, task: Task) -> Records:
+        return Records(self.folder / task.run.folder / (task.slice.name if isinstance(task, Measurement) else ""))
 
     def _files_are_whole(self, run: Run, trained: Mapping[str, Any]) -> bool:
         """Whether the files of a finished training are as they were written; looked at once."""
@@ -160,13 +160,13 @@ class Runner:
             self._measure(task)
         elif task.run.seed is None:
             entry: dict[str, Any] = {"weights": model_hash(self.load_base()), "cost": None, "rounds": []}
-            self._records(task.run).write(FINISHED, entry)
+            self._records(task).write(FINISHED, entry)
         else:
-            return self._train(task.run, deadline)
+            return self._train(task, deadline)
         return True
 
-    def _train(self, run: Run, deadline: float | None) -> bool:
-        folder = self.folder / run.folder
+    def _train(self, task: Training, deadline: float | None) -> bool:
+        run, folder = task.run, self.folder / task.run.folder
         trainer = self.trainer_of(run, folder)
         trainer.remove_callback(PrinterCallback)
         if deadline is not None:
@@ -185,7 +185,7 @@ class Runner:
             "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
             "files": {path.relative_to(folder).as_posix(): size_and_hash(path) for path in trained},
         }
-        self._records(run).write(FINISHED, entry)
+        self._records(task).write(FINISHED, entry)
         self._is_whole[run] = True
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)
@@ -196,15 +196,14 @@ class Runner:
         begin = time.perf_counter()
         images = InMemory(self.store.get(task.places, condition))
         conditions = [Clean() if isinstance(condition, Corrupted) else condition]
+        options: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.store.seed, "progress": False}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
-            (result,) = evaluate(
-                model, images, conditions, batch_size=self.batch_size, seed=self.store.seed, progress=False
-            )
+            (result,) = evaluate(model, images, conditions, **options)
         trained = self.finished(Training(task.run))
         assert trained is not None
         entry = record(result) | {"condition": task.planned.title, "key": self._key(task, trained["weights"])}
         entry["seconds"] = round(time.perf_counter() - begin, 3)
-        self._records(task.run, task.slice).write(slug(task.planned.title), entry)
+        self._records(task).write(slug(task.planned.title), entry)
 
     def _model(self, run: Run) -> PixelModel:
         if self._loaded is None or self._loaded[0] != run:
