@@ -74,12 +74,6 @@ def test_the_verdict_counts_both_sides_and_the_rest(tmp_path):
     assert "better" not in line
 
 
-@pytest.mark.parametrize(("count", "most", "text"), [(2, 3, "a, b"), (3, 3, "a, b, c"), (4, 3, "a, b, c and 1 more"),
-                                                     (6, 3, "a, b, c and 3 more")])  # fmt: skip
-def test_few_of_many_names(count, most, text):
-    assert tables._few(list("abcdef")[:count], most) == text
-
-
 @pytest.mark.parametrize(("given", "precision"), [({}, "float32"), ({"bf16": True}, "bf16"), ({"fp16": True}, "fp16")])
 @pytest.mark.parametrize(("crop", "flip", "augmentation"), [(1.0, False, "none"), (1.0, True, "flip"),
                          (0.6, False, "random crop of at least 0.6 of the area"),
@@ -93,8 +87,8 @@ def test_settings_in_words(tmp_path, given, precision, crop, flip, augmentation)
 
 
 def test_a_folder_of_weights_alone_has_no_tables(tmp_path):
-    assert tables.settings_table(RunFolder(tmp_path)) == tables.cost_table(RunFolder(tmp_path)) == ""
-    assert tables.settings_yaml(RunFolder(tmp_path)) == ""
+    for section in (tables.settings_table, tables.cost_table, tables.settings_yaml):
+        assert section(RunFolder(tmp_path)) == ""
 
 
 def test_the_cost_of_one_noise_and_of_several(tmp_path):
