@@ -46,7 +46,7 @@ FILES = (
 )
 # The tests of a file: those named after it, and these. All of them are run once to learn which lines each one runs.
 TESTS = {
-    "": ["test_defaults.py"],
+    "": ["test_defaults.py", "test_bad_input.py"],
     "linear/": ["invisible/test_images.py"],
     "noise/": ["noise/test_noise_on_hub.py", "noise/test_algorithm1.py", "training/test_rounds.py"],
     "noise/bank.py": ["training/test_noise_bank.py"],
