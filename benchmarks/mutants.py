@@ -46,11 +46,11 @@ FILES = (
 )
 # The tests of a file: those named after it, and these. All of them are run once to learn which lines each one runs.
 TESTS = {
-    "": ["test_defaults.py"],
+    "": ["test_defaults.py", "test_bad_input.py"],
     "linear/": ["invisible/test_images.py"],
     "noise/": ["noise/test_noise_on_hub.py", "noise/test_algorithm1.py", "training/test_rounds.py"],
     "noise/bank.py": ["training/test_noise_bank.py"],
-    "noise/plots.py": ["noise/test_pictures.py"],
+    "noise/pictures.py": ["noise/test_pictures.py"],
     "cards/": ["cards/test_card.py", "hub/test_release.py", "cards/test_model_cards.py"],
     "hub/": ["cards/test_card.py", "hub/test_release.py", "cards/test_model_cards.py"],
     "hub/timm_vit.py": ["hub/test_convert.py", "test_published_tables.py"],

@@ -11,6 +11,12 @@ from hf_nullspace.command_line import run
 from hf_nullspace.models.preprocessing import make_image_processor
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+SHORT_RUN = [
+    *("--rounds=1", "--steps_per_round=2", "--global_batch_size=8", "--noise_batch_size=8", "--noise_max_steps=3"),
+    *("--noise_pool_images=16", "--held_out_images=8", "--disable_tqdm=true", "--control=false", "--use_cpu=true"),
+    *("--dataloader_pin_memory=false", "--save_strategy=no", "--corruptions", "contrast", "--severities", "3"),
+]
+"""The options of a fine-tuning of two steps."""
 
 
 @functools.cache

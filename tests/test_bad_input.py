@@ -1,7 +1,7 @@
 """What is typed wrong ends in one line that helps: tables of cases, on the command line and in Python.
 
-``bad_input/command_line.txt`` and ``bad_input/python.txt`` have one row per case. The default run takes every tenth,
-``slow`` takes all.
+``bad_input/command_line.txt`` and ``bad_input/python.txt`` have one row per case. The default run takes every tenth of
+the command lines and all of Python; ``slow`` takes the rest.
 """
 
 import os
@@ -82,11 +82,11 @@ YAML = {
 }
 
 
-def rows(table):
-    """(columns) of every row; the first of each ten is for the default run, unless it starts a process."""
+def rows(table, of):
+    """(columns) of every row; the first of each ``of`` is for the default run, unless it starts a process."""
     lines = (TABLES / table).read_text(encoding="utf-8").splitlines()
     cases = [[part.strip() for part in line.split("|")] for line in lines if line and not line.startswith("#")]
-    quick = [index % 10 == 0 and not case[0].startswith("real ") for index, case in enumerate(cases)]
+    quick = [index % of == 0 and not case[0].startswith("real ") for index, case in enumerate(cases)]
     marks = [() if one else pytest.mark.slow for one in quick]
     return [pytest.param(*case, marks=mark, id=" ".join(case[:2])) for case, mark in zip(cases, marks, strict=True)]
 
@@ -182,7 +182,7 @@ def in_its_own(recipe, words):
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize(("call", "words", "expected"), rows("command_line.txt"))
+@pytest.mark.parametrize(("call", "words", "expected"), rows("command_line.txt", of=10))
 def test_on_the_command_line(call, words, expected, places, tmp_path, monkeypatch, capsys):
     offline(monkeypatch, tmp_path)
     names = {name: str(place) for name, place in places.items()} | {"out": str(tmp_path / "out")}
@@ -209,7 +209,7 @@ def test_on_the_command_line(call, words, expected, places, tmp_path, monkeypatc
     assert wanted in errors[0]
 
 
-@pytest.mark.parametrize(("call", "kind", "words"), rows("python.txt"))
+@pytest.mark.parametrize(("call", "kind", "words"), rows("python.txt", of=1))
 def test_in_python(call, kind, words, places, tmp_path, monkeypatch):
     offline(monkeypatch, tmp_path)
     known = namespace(places, tmp_path)
@@ -224,7 +224,7 @@ def test_in_python(call, kind, words, places, tmp_path, monkeypatch):
 
 
 def test_the_tables_are_as_long_as_they_are_said_to_be():
-    command_line, python = rows("command_line.txt"), rows("python.txt")
+    command_line, python = rows("command_line.txt", of=10), rows("python.txt", of=1)
     assert len(command_line) >= 270
     assert len(python) >= 110
     assert {re.sub("^real ", "", row.values[0]).split()[0] for row in command_line} == BASE.keys()

@@ -23,7 +23,6 @@ EXACT = ("CONTRIBUTING.md", "docs/paper_map.md", "docs/deviations.md")
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml"))
 HEADINGS = ("command", "hardware", "time", "expected")
-NOT_YET = "## Not there yet"  # below this heading of docs/paper_map.md, paths are where something will live
 
 SUFFIXES = (".py", ".yaml", ".md", ".toml", ".txt", ".cff")
 MADE = ("outputs/", ".venv")  # what commands make
@@ -35,9 +34,6 @@ OF_A_MACHINE = re.compile(
     "|".join(("/" + "work/", "/" + "home/", "/" + r"root\b", "/" + "Users/", "index" + "[-_]url", "trusted" + "-host",
               "find" + "-links", r"\bPIP" + "_[A-Z]"))
 )  # fmt: skip
-
-
-# ---- what there is
 
 
 @cache
@@ -92,20 +88,14 @@ def exists(path: str) -> bool:
     return any(any(folder.glob(path)) if "*" in path else (folder / path).exists() for folder in (ROOT, PACKAGE))
 
 
-# ---- what a text names
-
-
 def problem_of_path(path: str) -> str | None:
-    if path.startswith(MADE) or exists(path):
-        return None
-    return f"{path}: no such file"
+    return None if path.startswith(MADE) or exists(path) else f"{path}: no such file"
 
 
 def problem_of_target(command: str) -> str | None:
     match = TARGET.search(command)
-    if match is None or match[1] is None or match[1] in make_targets():
-        return None
-    return f"{command}: the Makefile has no such target"
+    wrong = match is not None and match[1] is not None and match[1] not in make_targets()
+    return f"{command}: the Makefile has no such target" if wrong else None
 
 
 def problem_of_name(span: str) -> str | None:
@@ -163,33 +153,18 @@ def header_problems(text: str) -> list[str]:
     return [f"no line '{word}' in the header" for word in HEADINGS if not re.search(rf"^#\s+{word}\s+\S", header, re.M)]
 
 
-def without_the_missing(name: str, text: str) -> str:
-    return text.partition(NOT_YET)[0] if name == "docs/paper_map.md" else text
-
-
 def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-# ---- the documents
-
-
 @pytest.mark.parametrize("name", EXACT)
 def test_every_name_in_backticks_is_something(name):
-    assert exact_problems(without_the_missing(name, read(name))) == []
+    assert exact_problems(read(name)) == []
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_paths_links_and_make_targets_exist(name):
-    assert path_problems(without_the_missing(name, read(name)), (ROOT / name).parent) == []
-
-
-def test_what_is_not_there_yet_is_really_not_there():
-    """When it has come, its row moves up into the map, with its function and its test."""
-    _, heading, missing = read("docs/paper_map.md").partition(NOT_YET)
-    paths = [span for span in code_spans(missing) if "/" in span]
-    assert bool(paths) == bool(heading), "a heading without a path below it, or it has another name"
-    assert [path for path in paths if exists(path)] == []
+    assert path_problems(read(name), (ROOT / name).parent) == []
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("recipes/configs/")])
@@ -217,38 +192,19 @@ def test_nothing_belongs_to_a_machine():
     assert wrong == []
 
 
-# ---- the checker
-
-
-def test_the_checker_finds_what_is_wrong():
-    bad = """
-    `noise/learnin.py`, `noise.algorithm1.learn_noises`, `NoiseSettings.epsilonn`,
-    `tests/core/test_files.py::test_nothing`, `tests/test_nothing.py::test_x`,
-    `recipes/configs/no_such_*.yaml`, `make tset`, `learn_noize`
-    """
-    assert [problem.partition(":")[0] for problem in exact_problems(bad)] == [
-        "noise/learnin.py",
-        "noise.algorithm1.learn_noises",
-        "NoiseSettings.epsilonn",
-        "tests/core/test_files.py",
-        "tests/test_nothing.py",
-        "recipes/configs/no_such_*.yaml",
-        "make tset",
-        "learn_noize",
+def test_the_checker_finds_what_is_wrong_and_lets_pass_what_is_right():
+    bad = [
+        *("noise/learnin.py", "noise.algorithm1.learn_noises", "NoiseSettings.epsilonn", "make tset", "learn_noize"),
+        *("tests/core/test_files.py::test_nothing", "tests/test_nothing.py::test_x", "recipes/configs/no_such_*.yaml"),
     ]
-
-
-def test_the_checker_lets_pass_what_is_right():
-    good = """
-    `noise/algorithm1.py`, `src/hf_nullspace/core/files.py`, `noise.algorithm1.learn_noise`, `noise.algorithm1.descend`,
-    `noise`, `NoiseSettings.epsilon`, `tests/core/test_files.py::test_a_full_disk_names_the_file`,
-    `recipes/configs/NAME.yaml`, `slow`, `make test`, `make PYTHON=python3.11`, `learn_noise`,
-    `CE(z, y)`, `outputs/digits`
-    """
-    assert exact_problems(good) == []
-
-
-def test_the_checker_reads_commands_links_and_headers():
+    good = [
+        *("noise/algorithm1.py", "src/hf_nullspace/core/files.py", "noise.algorithm1.descend", "noise", "learn_noise"),
+        *("NoiseSettings.epsilon", "tests/core/test_files.py::test_a_full_disk_names_the_file", "outputs/digits"),
+        *("recipes/configs/NAME.yaml", "slow", "make test", "make PYTHON=python3.11", "CE(z, y)"),
+    ]
+    problems = exact_problems(" and ".join(f"`{span}`" for span in (*bad, *good)))
+    assert len(problems) == len(bad)
+    assert all(problem.startswith(span) for problem, span in zip(problems, bad, strict=True))
     text = "See [this](docs/nothing.md).\n\n```\npython recipes/nothing.py  # make nothing\nmake nothing\n```\n"
     assert path_problems(text) == [
         "docs/nothing.md: no such file",

@@ -60,23 +60,16 @@ def problems_of(requirements: list[Requirement], versions: dict[str, str]) -> li
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel that a user installs, built without network from the tree."""
-    folder = tmp_path_factory.mktemp("wheel")
+def installed(tmp_path_factory) -> Path:
+    """A folder with the unpacked wheel, built without network, which is what installing a pure Python wheel does."""
+    folder, site = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = folder.glob("*.whl")
-    return path
-
-
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Path:
-    """A folder with the unpacked wheel, which is what installing a pure Python wheel does."""
-    folder = tmp_path_factory.mktemp("site")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    return folder
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(site)
+    return site
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(installed):
@@ -127,15 +120,11 @@ print(hf_nullspace.__file__, all(room.startswith(sys.argv[1]) for room in rooms)
     assert result.stdout.split() == [str(installed / "hf_nullspace" / "__init__.py"), "True", "[]"]
 
 
-def test_every_public_name_resolves():
-    """From the tree, whose files are those of the wheel byte for byte."""
+def test_every_public_name_resolves_and_is_seen_by_type_checkers():
+    """The imports under TYPE_CHECKING, the table of modules and __all__ are one list, written three times."""
     assert dir(hf_nullspace) == sorted(hf_nullspace.__all__)
-    for name, room in hf_nullspace._ROOMS.items():
-        assert getattr(hf_nullspace, name).__module__ == room, f"{name} is defined elsewhere"
-
-
-def test_type_checkers_see_the_names_that_are_loaded():
-    """The imports under TYPE_CHECKING, the table of rooms and __all__ are one list, written three times."""
+    for name, module in hf_nullspace._ROOMS.items():
+        assert getattr(hf_nullspace, name).__module__ == module, f"{name} is defined elsewhere"
     tree = ast.parse((ROOT / "src" / "hf_nullspace" / "__init__.py").read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names}
@@ -159,26 +148,14 @@ def test_the_check_of_the_pins_can_fail():
     ]
 
 
-def test_one_version_in_all_places():
-    version = PROJECT["project"]["version"]
+def test_version_citation_and_licence_are_one_in_all_places():
+    version, licence = PROJECT["project"]["version"], (ROOT / "LICENSE").read_text(encoding="utf-8")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert hf_nullspace.__version__ == citation["version"] == version
     assert version in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-
-
-def test_the_citation_has_what_the_format_asks_for():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["cff-version"] == "1.2.0"
-    for entry in (citation, *citation["references"]):
-        assert entry["title"]
-        assert entry["authors"]
-        assert entry["type"]
+    assert (citation["cff-version"], citation["license"]) == ("1.2.0", PROJECT["project"]["license"])
     assert citation["message"]
-    assert citation["license"] == PROJECT["project"]["license"]
-
-
-def test_the_licence_is_the_whole_apache_licence():
-    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    assert "Apache License" in text
-    assert "Version 2.0, January 2004" in text
-    assert "END OF TERMS AND CONDITIONS" in text
+    for entry in (citation, *citation["references"]):
+        assert all(entry[name] for name in ("title", "authors", "type"))
+    for words in ("Apache License", "Version 2.0, January 2004", "END OF TERMS AND CONDITIONS"):
+        assert words in licence

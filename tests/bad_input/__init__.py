@@ -16,7 +16,6 @@ from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.patch_embedding import patch_embedding_noise
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise
-from hf_nullspace.robustness import scores
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.data import ImageClassificationDataset
@@ -51,9 +50,22 @@ def namespace(places, folder):
     def config(**given):
         return NullspaceConfig(**{"output_dir": str(folder), "use_cpu": True, "report_to": "none"} | given)
 
-    def trainer(count=8, **given):
+    class Bare(torch.nn.Module):
+        vit = model
+
+        def get_input_embeddings(self):
+            return self.vit.get_input_embeddings()
+
+    def trainer(model=model, count=8, processing_class=None, **given):
         short = {"rounds": 1, "steps_per_round": 1, "global_batch_size": 4, "noise_batch_size": 4}
-        return NullspaceTrainer(model, config(**short | given), train_dataset=Images(count=count))
+        named = {"train_dataset": Images(count=count), "processing_class": processing_class}
+        return NullspaceTrainer(model, config(**short | {"held_out_images": 2} | given), **named)
+
+    def with_config(**changed):
+        other = tiny_model()
+        for name, value in changed.items():
+            setattr(other.config, name, value)
+        return other
 
     def metric(**given):
         module = library.load(hf_nullspace.metric_folder())
@@ -80,6 +92,8 @@ def namespace(places, folder):
         "g": torch.Generator().manual_seed(0),
         "model": model,
         "resnet": tiny_resnet(),
+        "bare": Bare(),
+        "with_config": with_config,
         "pre": preprocessing,
         "images": images,
         "rgb": rgb,
@@ -97,6 +111,6 @@ def namespace(places, folder):
         "attacked": attacked,
         "with_noise": with_noise,
     }
-    libraries = {"datasets": datasets, "np": np, "scores": scores, "torch": torch, "Image": Image}
+    libraries = {"datasets": datasets, "np": np, "torch": torch, "Image": Image}
     libraries |= {"nan": torch.nan, "tensor": torch.tensor, "zeros": torch.zeros}
     return {name: str(place) for name, place in places.items()} | functions_and_classes() | libraries | made

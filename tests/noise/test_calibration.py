@@ -122,8 +122,3 @@ def test_models_of_every_family(family):
         with patch_embedding_noise(model, found.noise):
             noisy = model(pixel_values=images).logits.softmax(-1)
     assert float((noisy - clean).square().sum(-1).mean()) == pytest.approx(0.005, rel=0.021)
-
-
-def test_it_needs_images():
-    with pytest.raises(ValueError, match="held-out images"):
-        calibrate(tiny_model(), [torch.randn(1, 16, 24)], 0.03, [])

@@ -95,15 +95,3 @@ def test_the_papers_claim_on_scaling_is_a_share():
     assert beyond.convex() == [(0.0, 1.0, 1.0)]
     grid = Combinations((0.0, 0.3), (0.7, 1.0), torch.ones(1, 2, 2), 5)
     assert grid.convex() == [(0.0, 1.0, 1.0), (0.3, 0.7, 1.0)]
-
-
-def test_bad_input_says_what_is_wrong(model):
-    with pytest.raises(ValueError, match="0 batches of images and 2 noises"):
-        scaling(model, [], noises(2), (1.0,))
-    with pytest.raises(ValueError, match="2 batches of images and 0 noises"):
-        scaling(model, BATCHES, [], (1.0,))
-    with pytest.raises(ValueError, match="2 batches of images and 0 noises"):
-        combinations(model, BATCHES, [(noises(1)[0], noises(1)[0])], (), (1.0,))
-    with pytest.raises(ValueError, match=r"need \(1, 16, 24\)"):
-        scaling(model, BATCHES, [normal(1, 9, 24)], (1.0,))
-    assert not find_patch_embedding(model)._forward_hooks

@@ -1,4 +1,4 @@
-"""recipes/finetune.py on real images: what it writes loads, resumes and is true; and what it says of bad input."""
+"""recipes/finetune.py and learn_noise.py on real images: what they write loads, resumes and is true."""
 
 import contextlib
 import io
@@ -15,8 +15,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from hf_nullspace import NullspaceNoise
 from hf_nullspace.models.preprocessing import make_image_processor
-from recipe_calls import call_recipe
-from tiny_models import tiny_model, tiny_resnet
+from recipe_calls import SHORT_RUN, call_recipe
+from tiny_models import tiny_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = """
@@ -150,101 +150,53 @@ def own(tmp_path_factory):
     return folder
 
 
-OWN = ["--rounds=1", "--steps_per_round=2", "--global_batch_size=8", "--noise_batch_size=8", "--noise_max_steps=3",
-       "--noise_pool_images=16",
-       "--held_out_images=8", "--disable_tqdm=true", "--control=false", "--dataloader_pin_memory=false",
-       "--use_cpu=true", "--save_strategy=no", "--corruptions", "contrast", "--severities", "3"]  # fmt: skip
+def words_of(own, output):
+    return [f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}", f"--output_dir={output}"]
 
 
-def test_own_model_and_own_data(own, tmp_path, capsys):
-    call_recipe("finetune", f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}",
-         f"--output_dir={tmp_path}", *OWN)  # fmt: skip
-    out = capsys.readouterr().out
-    assert "The data has 3 of the model's 5 classes; the head is kept" in out
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())["results"]
+
+
+@pytest.mark.parametrize(("streaming", "count"), [("false", 12), ("true", 6)])
+def test_own_model_and_own_data(own, tmp_path, capsys, streaming, count):
+    some = [f"--streaming={streaming}", *(["--max_eval_images=6"] if count == 6 else [])]
+    call_recipe("finetune", *words_of(own, tmp_path), *SHORT_RUN, *some)
+    assert "The data has 3 of the model's 5 classes; the head is kept" in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["id2label"]["3"] == "dog"
-    assert {r["n"] for r in json.loads((tmp_path / "results.json").read_text())["results"]} == {12}
+    assert {record["n"] for record in results_of(tmp_path)} == {count}
 
 
-def test_streaming(own, tmp_path):
-    call_recipe("finetune", f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}",
-         f"--output_dir={tmp_path}", "--streaming=true", "--max_eval_images=6", *OWN)  # fmt: skip
-    assert {r["n"] for r in json.loads((tmp_path / "results.json").read_text())["results"]} == {6}
-
-
-def test_a_new_head_is_new_and_said(own, tmp_path, capsys):
+def test_a_new_head_is_new_and_reported(own, tmp_path, capsys):
     """Five classes of other names: a head of the same size must not keep the old classes' weights."""
-    names = ["v", "w", "x", "y", "z"]
     for split in ("train", "test"):
-        for index, name in enumerate(names):
+        for index, name in enumerate("vwxyz"):
             (tmp_path / "images" / split / name).mkdir(parents=True)
             for copy in range(4):
                 colour = (50 * index, 20 * copy, 100)
                 Image.new("RGB", (16, 16), colour).save(tmp_path / "images" / split / name / f"{copy}.png")
-    call_recipe("finetune", f"--model_name_or_path={own / 'model'}", f"--dataset_name={tmp_path / 'images'}",
-         f"--output_dir={tmp_path / 'out'}", "--learning_rate=1e-12", *OWN)  # fmt: skip
+    other = [f"--dataset_name={tmp_path / 'images'}", "--learning_rate=1e-12"]
+    call_recipe("finetune", *words_of(own, tmp_path / "out"), *SHORT_RUN, *other)
     assert "New classifier head for 5 classes" in capsys.readouterr().out
     old = AutoModelForImageClassification.from_pretrained(own / "model").classifier.weight
     new = AutoModelForImageClassification.from_pretrained(tmp_path / "out").classifier.weight
     assert new.std() < 0.03 < 0.1 < old.std()
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {record["checkpoint"] for record in results["results"]} == {"nullspace"}, "an untrained head has no 'before'"
+    checkpoints = {record["checkpoint"] for record in results_of(tmp_path / "out")}
+    assert checkpoints == {"nullspace"}, "an untrained head has no 'before'"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--model_name_or_path=nobody/nothing"], "cannot load the model 'nobody/nothing'"),
-        (["--dataset_name=nobody/nothing"], "nobody/nothing"),
-        (["--dataset_name=does/not/exist"], "'does/not/exist' does not exist"),
-        (["--image_column=picture"], "picture"),
-        (["--train_split=trian"], "trian"),
-        (["--epsilon=0"], r"epsilon=0.0: expected a number in (0, 2]"),
-        (["--preset=paper", "--noise_max_steps=0"], "at least 1 noise step (T)"),
-        (["--max_steps=5"], "max_steps=5 is not rounds=1 x steps_per_round=2"),
-        (["--fgsm", "much"], "expected numbers like 8/255"),
-        (["--corruptions", "fog_of_war"], "fog_of_war"),
-        (["--preset=papers"], "preset='papers'"),
-    ],
-)
-def test_bad_input_is_one_line(own, tmp_path, capfd, monkeypatch, words, message):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    given = [f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}", f"--output_dir={tmp_path}"]
-    with pytest.raises(SystemExit) as stopped:
-        call_recipe("finetune", *given, *OWN, *words)
-    assert stopped.value.code == 2
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    assert message in errors[0]
-
-
-def test_models_and_processors_that_do_not_fit_are_named(own, tmp_path, capsys):
-    tiny_resnet().save_pretrained(tmp_path / "resnet")
-    make_image_processor(16).save_pretrained(tmp_path / "resnet")
-    tiny_model().save_pretrained(tmp_path / "vit")
-    make_image_processor(32).save_pretrained(tmp_path / "vit")
-    (tmp_path / "file").write_text("")
-    data = f"--dataset_name={own / 'images'}"
-    for model, output, message in (
-        (tmp_path / "resnet", tmp_path / "out", "ResNetForImageClassification has no patch embedding"),
-        (tmp_path / "vit", tmp_path / "out", "32x32 images, but the vit model takes 16x16"),
-        (own / "model", tmp_path / "file" / "out", "file"),
-    ):
-        with pytest.raises(SystemExit):
-            call_recipe(
-                "finetune", f"--model_name_or_path={model}", data, f"--output_dir={output}", *OWN, "--overwrite=true"
-            )
-        assert message in capsys.readouterr().err
+def learn_noise(own, output, *words):
+    """The noise, or None of a bank."""
+    given = [*words_of(own, output), "--batch_size=8", "--held_out_images=8", "--use_cpu=true"]
+    call_recipe("learn_noise", *given, *words)
+    return NullspaceNoise.from_pretrained(output) if not list(output.glob("round-*")) else None
 
 
 def test_learn_noise_one_bank_and_resumed(own, tmp_path, capsys):
-    words = [f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}", "--batch_size=8",
-             "--held_out_images=8", "--max_steps=6", "--use_cpu=true"]  # fmt: skip
-    call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'one'}")
-    noise = NullspaceNoise.from_pretrained(tmp_path / "one")
+    noise = learn_noise(own, tmp_path / "one", "--max_steps=6")
     assert noise.provenance.base_model == str(own / "model")
     assert noise.provenance.influence_images == 8
-    call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'bank'}", "--count=3")
+    learn_noise(own, tmp_path / "bank", "--max_steps=6", "--count=3")
     paths = sorted((tmp_path / "bank").glob("round-*"))
     assert len(paths) == 3
     assert torch.equal(NullspaceNoise.load(paths[0]).tensor, noise.tensor), "noise k depends on (seed, k) alone"
@@ -252,12 +204,12 @@ def test_learn_noise_one_bank_and_resumed(own, tmp_path, capsys):
     paths[2].unlink()
     history = json.loads((tmp_path / "bank" / "history.json").read_text())
     (tmp_path / "bank" / "history.json").write_text(json.dumps(history[:2]))
-    call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'bank'}", "--count=3")
+    learn_noise(own, tmp_path / "bank", "--max_steps=6", "--count=3")
     assert paths[2].read_bytes() == third
     whole = [path.read_bytes() for path in paths]
     paths[0].unlink()
     paths[2].write_bytes(third[:-100])
-    call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'bank'}", "--count=3")
+    learn_noise(own, tmp_path / "bank", "--max_steps=6", "--count=3")
     assert [path.read_bytes() for path in paths] == whole, "a lost and a damaged one are learned again"
     assert len(json.loads((tmp_path / "bank" / "history.json").read_text())) == 3
     with Image.open(tmp_path / "bank" / "history.png") as image:
@@ -266,29 +218,21 @@ def test_learn_noise_one_bank_and_resumed(own, tmp_path, capsys):
 
 
 def test_learn_noise_at_the_boundary(own, tmp_path, capsys):
-    words = [f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}", "--batch_size=8",
-             "--held_out_images=8", "--learner=boundary", "--pool_images=16", "--max_steps=3", "--epsilon=0.001",
-             "--use_cpu=true"]  # fmt: skip
-    call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'one'}")
-    noise = NullspaceNoise.from_pretrained(tmp_path / "one")
+    words = ["--learner=boundary", "--pool_images=16", "--max_steps=3", "--epsilon=0.001"]
+    noise = learn_noise(own, tmp_path / "one", *words)
     assert 0.00095 < noise.provenance.influence <= 0.001
     assert noise.provenance.settings["learner"] == "boundary"
     assert "stopped by calibrated after 3 steps" in capsys.readouterr().out
     for wrong, message in (("--learner=ascent", "expected 'descent'"), ("--epsilon=none", "needs an epsilon")):
         with pytest.raises(SystemExit):
-            call_recipe("learn_noise", *words, f"--output_dir={tmp_path / 'two'}", wrong)
+            learn_noise(own, tmp_path / "two", *words, wrong)
         assert message in capsys.readouterr().err
 
 
 def test_learn_noise_exploratory(own, tmp_path):
-    words = [f"--model_name_or_path={own / 'model'}", f"--dataset_name={own / 'images'}", "--batch_size=8",
-             "--held_out_images=8", "--max_steps=20", "--epsilon=none", "--noise_limit=0.1",
-             "--use_cpu=true"]  # fmt: skip
-    norms = []
-    for weight in ("0", "5"):
-        call_recipe("learn_noise", *words, f"--output_dir={tmp_path / weight}", f"--norm_weight={weight}")
-        norms.append(NullspaceNoise.from_pretrained(tmp_path / weight).centred_norm)
-    assert norms[1] > 2 * norms[0]
+    words = ["--max_steps=20", "--epsilon=none", "--noise_limit=0.1"]
+    none, much = (learn_noise(own, tmp_path / lam, *words, f"--norm_weight={lam}").centred_norm for lam in ("0", "5"))
+    assert much > 2 * none
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from PIL import Image
 
 from hf_nullspace import NullspaceNoise
 from hf_nullspace.models.preprocessing import make_image_processor
-from recipe_calls import call_recipe
+from recipe_calls import SHORT_RUN, call_recipe
 from tiny_models import tiny_model
 
 NAMES = [f"class {index}" for index in range(5)]
@@ -31,12 +31,8 @@ def hub(hub_here, tmp_path):
 
 
 def finetune(output, *words):
-    settings = ["--rounds=1", "--steps_per_round=1", "--global_batch_size=8", "--noise_batch_size=8",
-                "--noise_max_steps=2", "--noise_pool_images=8", "--held_out_images=8", "--disable_tqdm=true",
-                "--control=false", "--dataloader_pin_memory=false", "--use_cpu=true", "--save_strategy=no",
-                "--corruptions", "contrast", "--severities", "3"]  # fmt: skip
     names = ["--model_name_or_path=someone/vit", "--dataset_name=someone/pictures", f"--output_dir={output}"]
-    call_recipe("finetune", *names, *settings, *words)
+    call_recipe("finetune", *names, *SHORT_RUN, *words)
 
 
 def error_of(output, capfd, *words):

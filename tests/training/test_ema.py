@@ -8,9 +8,8 @@ from huggingface_hub import constants
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_nullspace.training.ema import EmaCallback
-from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import IMAGE, SIZES, tiny_model
-from tiny_training import Images, accuracy, assert_differs, assert_same, config, logged, parameters_of, trained
+from tiny_training import Images, accuracy, assert_differs, assert_same, logged, parameters_of, trained
 
 
 class Weights(TrainerCallback):
@@ -178,17 +177,3 @@ def test_a_checkpoint_without_an_average(tmp_path):
     trained(tmp_path, tiny_model(), Images(), save_strategy="steps", save_steps=2)
     with pytest.raises(OSError, match="ema"):
         trained(tmp_path, tiny_model(), Images(), resume=tmp_path / "checkpoint-2", ema_decay=0.9)
-
-
-def test_only_whole_transformers_models(tmp_path):
-    class Bare(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.vit = tiny_model()
-
-        def get_input_embeddings(self):
-            return self.vit.get_input_embeddings()
-
-    with pytest.raises(ValueError, match="ema_decay needs a whole transformers model"):
-        NullspaceTrainer(Bare(), config(tmp_path, ema_decay=0.9), train_dataset=Images())
-    assert EmaCallback(tiny_model(), 0.9).decay == 0.9

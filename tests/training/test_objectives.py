@@ -26,14 +26,12 @@ from hf_nullspace.training.objectives import (
     register_objective,
     view_loss,
 )
-from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import cosine, tiny_model
 from tiny_training import (
     Images,
     Recorder,
     assert_differs,
     assert_same,
-    config,
     labelled,
     logged,
     parameters_of,
@@ -263,45 +261,8 @@ def test_a_new_objective_needs_no_edit_of_the_trainer(tmp_path, monkeypatch):
         register_objective("brighter", Brighter)
 
 
-def test_an_objective_that_is_not_known_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"objective='nulspace': expected an objective, .*did you mean nullspace\?"):
-        check_objective("nulspace")
-    with pytest.raises(ValueError, match=r"joined by '\+'; expected one of madry, nullspace, "):
-        check_objective("plain+zzz")
+def test_the_parts_of_a_sum_are_known():
     assert check_objective("plain+madry") == ["plain", "madry"]
-    for taken in ("plain", "a+b", ""):
-        with pytest.raises(ValueError, match="expected a new name without"):
-            register_objective(taken, Brighter)
-
-
-def test_two_noises_in_one_batch_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="2 objectives of a sum make a noise"):
-        trained(tmp_path, objective="nullspace+random")
-    with pytest.raises(ValueError, match="one stands there twice"):
-        config(tmp_path, objective="plain+plain")
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"attack_eps": "8/0"}, "attack_eps='8/0': expected a number like 8/255"),
-        ({"attack_eps": "3"}, "attack_eps='3': expected a radius"),
-        ({"attack_step": "0"}, "attack_step='0': expected a positive number"),
-        ({"attack_steps": 0}, "attack_steps=0: expected at least 1"),
-        ({"noise_distribution": "cauchy"}, "noise_distribution='cauchy': expected one of 'uniform', 'normal'"),
-        ({"trades_beta": -1.0}, "trades_beta=-1.0: expected at least 0"),
-    ],
-)
-def test_settings_out_of_range_are_errors(tmp_path, given, message):
-    with pytest.raises(ValueError, match=message):
-        config(tmp_path, **given)
-
-
-def test_attacks_need_to_know_the_normalisation(tmp_path):
-    with pytest.raises(ValueError, match="pass processing_class=image_processor"):
-        NullspaceTrainer(tiny_model(), config(tmp_path, objective="madry"), train_dataset=Images())
-    with pytest.raises(ValueError, match="normalised in another way"):
-        trained(tmp_path, tiny_model(), Images(), objective="madry")
 
 
 def test_the_attack_leaves_nothing_behind(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_nullspace.core.settings import check_numbers
-from hf_nullspace.training.preflight import check_images, lack_of_room
+from hf_nullspace.training.preflight import lack_of_room
 from tiny_training import config
 
 
@@ -30,17 +30,6 @@ def test_the_room_is_weights_and_moments_for_every_kept_checkpoint_and_the_next(
     assert warning is not None
     assert f"about {copies * 4e6:.2g} GB may be written to {args.output_dir}" in warning
     assert lack_of_room(large_model(10), args, trainings) is None
-
-
-def test_enough_images(tmp_path):
-    args = config(tmp_path, held_out_images=1)
-    check_images(args, 8)
-    with pytest.raises(ValueError, match="global_batch_size=8, but there are 7 training images; choose at most 7"):
-        check_images(args, 7)
-    few = config(tmp_path, per_device_train_batch_size=2, noise_batch_size=2)
-    with pytest.raises(ValueError, match="the training set has 3 images, of which at most a quarter can be held out"):
-        check_images(few, 3)
-    check_images(config(tmp_path, per_device_train_batch_size=2, noise_batch_size=2, objective="plain"), 3)
 
 
 @pytest.mark.parametrize(

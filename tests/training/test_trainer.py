@@ -9,12 +9,10 @@ from transformers import Trainer, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_nullspace.core.seeds import derive_seed
-from hf_nullspace.models.patch_embedding import NotAViTError
 from hf_nullspace.noise.algorithm1 import NoiseSettings
-from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank, model_hash
 from hf_nullspace.training.noise_stream import noise_stream
 from hf_nullspace.training.trainer import NullspaceTrainer
-from tiny_models import tiny_model, tiny_resnet
+from tiny_models import tiny_model
 from tiny_training import (
     Images,
     Recorder,
@@ -175,24 +173,6 @@ def test_evaluation_in_between_does_not_change_training(tmp_path):
     assert torch.equal(often.noise.tensor, never.noise.tensor)
 
 
-def test_same_seed_same_noise_and_no_trace_in_the_global_generators(tmp_path):
-    one = trained(tmp_path / "1", tiny_model(), Images())
-    two = trained(tmp_path / "2", tiny_model(), Images())
-    other = trained(tmp_path / "3", tiny_model(), Images(), seed=43)
-    assert torch.equal(one.noise.tensor, two.noise.tensor)
-    assert not torch.equal(one.noise.tensor, other.noise.tensor)
-    set_seed(11)
-    before, seed = torch.get_rng_state(), torch.initial_seed()
-    before_it = one.noise
-    one._begin_round(one.model, 1)
-    again = one.noise
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.initial_seed() == seed
-    assert not torch.equal(again.tensor, before_it.tensor), "the model has moved on since"
-    one._begin_round(one.model, 1)
-    assert torch.equal(one.noise.tensor, again.tensor)
-
-
 def test_a_data_set_that_draws_from_the_global_generator(tmp_path):
     """The noise is the same whatever was drawn before, and what is drawn after is as if no noise had been learned."""
 
@@ -216,24 +196,6 @@ def test_a_data_set_that_draws_from_the_global_generator(tmp_path):
     assert after[0] == after[2]
     assert after[1] == after[3]
     assert after[0] != after[1]
-
-
-def test_rounds_differ_and_are_kept(tmp_path):
-    trainer = trained(tmp_path, tiny_model(), Images(), save_strategy="steps", save_steps=1)
-    bank = load_noise_bank(tmp_path / "noises")
-    assert [noise.provenance.round for noise in bank] == [0, 1]
-    assert [noise.provenance.training_step for noise in bank] == [0, 2]
-    assert bank[0].provenance.model_sha256 == model_hash(tiny_model())
-    assert not torch.equal(bank[0].tensor, bank[1].tensor)
-    for step, round_ in ((1, 0), (2, 0), (3, 1), (4, 1)):
-        kept = NullspaceNoise.from_pretrained(tmp_path / f"checkpoint-{step}")
-        assert torch.equal(kept.tensor, bank[round_].tensor)
-    assert torch.equal(trainer.noise.tensor, bank[1].tensor)
-
-
-def test_not_a_vit_is_refused(tmp_path):
-    with pytest.raises(NotAViTError, match="ResNetForImageClassification has no patch embedding"):
-        NullspaceTrainer(tiny_resnet(), config(tmp_path), train_dataset=Images())
 
 
 def nan_gradient(outputs, labels, num_items_in_batch=None):

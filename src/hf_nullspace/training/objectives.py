@@ -67,9 +67,8 @@ class Objective(ABC):
     needs_pixels = False
     """Whether it needs to know how images are normalised (the trainer then asks for the image processor)."""
 
-    def round_noise(self, round: Round) -> RoundNoises | None:
-        """The noises of a round that begins, and how they came about; ``None`` if there are none."""
-        return None
+    round_noise: Callable[[Round], RoundNoises | None] | None = None
+    """Gives the noises of a round that begins, and how they came about; ``None`` without noises. May be a method."""
 
     @abstractmethod
     def views(self, batch: Batch) -> dict[str, View]:
@@ -104,10 +103,7 @@ class NoisyView(Objective):
     """
 
     def __init__(self, make: Callable[[Round], RoundNoises], mix: str = "one") -> None:
-        self.make, self.mix = make, mix
-
-    def round_noise(self, round: Round) -> RoundNoises | None:
-        return self.make(round)
+        self.round_noise, self.mix = make, mix
 
     def views(self, batch: Batch) -> dict[str, View]:
         return {"clean": View(batch.images), "noisy": View(batch.images, self._noise(batch))}
@@ -125,11 +121,6 @@ class NoisyView(Objective):
 
     def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
         return batch.cross_entropy(logits["clean"]) + batch.cross_entropy(logits["noisy"])
-
-
-def learned(round: Round) -> RoundNoises:
-    """The paper's method: each round a noise that the present model cannot see."""
-    return round.learn()
 
 
 def random_noise(round: Round, distribution: str = "uniform") -> RoundNoises:
@@ -159,18 +150,16 @@ class Sum(Objective):
     "nullspace+madry" is CE(z, y) + CE(z', y) + CE(z_adv, y), the attack being on the model without the noise.
 
     Raises:
-        ValueError: when a round begins, if two of them make a noise.
+        ValueError: if two of them make a noise.
     """
 
     def __init__(self, parts: list[Objective]) -> None:
         self.parts = parts
         self.needs_pixels = any(part.needs_pixels for part in parts)
-
-    def round_noise(self, round: Round) -> RoundNoises | None:
-        made = [noise for part in self.parts if (noise := part.round_noise(round)) is not None]
-        if len(made) > 1:
-            raise ValueError(f"{len(made)} objectives of a sum make a noise; a batch has one noisy view: choose one")
-        return made[0] if made else None
+        makers = [part.round_noise for part in parts if part.round_noise is not None]
+        if len(makers) > 1:
+            raise ValueError(f"{len(makers)} objectives of a sum make a noise; a batch has one noisy view: choose one")
+        self.round_noise = makers[0] if makers else None
 
     def views(self, batch: Batch) -> dict[str, View]:
         found: dict[str, View] = {}
@@ -224,7 +213,7 @@ def make_objective(name: str, args: Any) -> Objective:
 
 
 register_objective("plain", lambda args: Plain())
-register_objective("nullspace", lambda args: NoisyView(learned, args.noise_mix))
+register_objective("nullspace", lambda args: NoisyView(Round.learn, args.noise_mix))
 register_objective(
     "random", lambda args: NoisyView(lambda round: random_noise(round, args.noise_distribution), args.noise_mix)
 )

@@ -65,7 +65,7 @@ class NullspaceTrainer(Trainer):
     ) -> None:
         args = usable_config(args)
         self._patch_embedding = patch_embedding
-        self._hook: PatchEmbeddingNoise | None = None
+        self._hook: Any = None  # a PatchEmbeddingNoise, when there is a model
         self.record = RunRecord()
         self.history, self.cost = self.record.history, self.record.cost
         self.run: str | None = None
@@ -105,6 +105,7 @@ class NullspaceTrainer(Trainer):
         if self._hook is not None:
             self._hook.remove()
         self._hook = PatchEmbeddingNoise(model, self._patch_embedding)
+        self._input_name = getattr(unwrap(model), "main_input_name", "pixel_values")
 
     @property
     def noise(self) -> NullspaceNoise | None:
@@ -127,7 +128,8 @@ class NullspaceTrainer(Trainer):
         objectives.check_labels(inputs, self.model, soft=self.compute_loss_func is not None)
         step = self.state.global_step
         self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
-        if (number := step // self.args.steps_per_round) != self.record.round:
+        number = step // self.args.steps_per_round
+        if self._objective.round_noise is not None and number != self.record.round:
             self._begin_round(model, number)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.args.logging_nan_inf_filter:  # the default: the Trainer waits for the loss as well, and hides NaN
@@ -140,7 +142,6 @@ class NullspaceTrainer(Trainer):
         """Training: the objective's loss over its views (line 19). Evaluation: the Trainer's."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        assert self._hook is not None
         labels, name = inputs["labels"], self._input_name
         batch = objectives.Batch(
             images=inputs[name],
@@ -169,15 +170,11 @@ class NullspaceTrainer(Trainer):
         first = (micro * self.args.world_size + self.args.process_index) * count
         return [derive_seed(self.args.seed, max(step, 0), first + index) for index in range(count)]
 
-    @property
-    def _input_name(self) -> str:
-        return getattr(unwrap(self.model), "main_input_name", "pixel_values")
-
     # ---- a round
 
     def _begin_round(self, model: nn.Module, number: int) -> None:
         """The objective makes the round's noises (lines 3 to 14), on a seeded stream of their own."""
-        assert self._hook is not None
+        assert self._objective.round_noise is not None
         args, step = self.args, self.state.global_step
         seed = args.data_seed if args.data_seed is not None else args.seed
         images_at_once = self.get_total_train_batch_size(args) // (args.gradient_accumulation_steps * args.world_size)
