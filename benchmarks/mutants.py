@@ -50,7 +50,7 @@ TESTS = {
     "linear/": ["invisible/test_images.py"],
     "noise/": ["noise/test_noise_on_hub.py", "noise/test_algorithm1.py", "training/test_rounds.py"],
     "noise/bank.py": ["training/test_noise_bank.py"],
-    "noise/plots.py": ["noise/test_pictures.py"],
+    "noise/pictures.py": ["noise/test_pictures.py"],
     "cards/": ["cards/test_card.py", "hub/test_release.py", "cards/test_model_cards.py"],
     "hub/": ["cards/test_card.py", "hub/test_release.py", "cards/test_model_cards.py"],
     "hub/timm_vit.py": ["hub/test_convert.py", "test_published_tables.py"],

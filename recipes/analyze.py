@@ -8,12 +8,13 @@
 For a model M (Hub id or folder): the spectrum of its patch embedding and the dimension of the nullspace over the
 tolerance (section 2.2), the LayerNorm direction (docs/layer_norm_direction.md), and how far every attention layer and
 head is from the conditions of proposition 1, with what the construction does to the heads. Without --dataset_name the
-images are random pixels. For table 4, models or configurations D:patch, whose weights are random ('paper': those of
-the paper). Prints all of it and writes analysis.json, patch_embedding.png, proposition_1.png, or table4.json and .png.
+images are random pixels. For table 4, models or configurations D:patch with random weights ('paper': those of the
+paper). Prints all of it and writes analysis.json, patch_embedding.png, proposition_1.png, or table4.json and .png.
 """
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,9 +30,7 @@ from hf_nullspace.linear.attention import constructed_noise, head_changes, layer
 from hf_nullspace.linear.layer_norm import NotANullspaceError, check_direction, exact_encoder_nullspace
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.attention import NoAttentionWeightsError, attention_inputs, attention_weights, prefix_tokens
-from hf_nullspace.models.loading import load_image_processor
-from hf_nullspace.models.loading import load_model as load_checkpoint
-from hf_nullspace.models.patch_embedding import find_patch_embedding
+from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.training.sources import load_image_dataset
 
@@ -72,20 +71,16 @@ def main() -> None:
     (args,) = parse((AnalyzeArguments,), str(__doc__))
     output = Path(args.output_dir)
     with only_run_in(output):
-        look(args, output)
+        if args.table4 is None:
+            analyze(args, output)
+        else:
+            analyze_table_4(args, output)
 
 
-def look(args: AnalyzeArguments, output: Path) -> None:
+def analyze(args: AnalyzeArguments, output: Path) -> None:
     """Load, look, keep."""
-    if args.table4 is not None:
-        rows = table_4_report(args)
-        write_json(output / "table4.json", {"command": asdict(args), "rows": rows})
-        plot_table_4(rows, output / "table4.png")
-        print(f"table4.json and table4.png are in {output}")
-        return
-
     # Load
-    model = load_model(args.model_name_or_path, args.model_revision)
+    model = load_model(args.model_name_or_path, args.model_revision, headless=True)
     nullspace = PatchNullspace.from_model(model, stored_dtype=args.dtype())
     pixel_values = load_images(args, model)
 
@@ -105,14 +100,21 @@ def look(args: AnalyzeArguments, output: Path) -> None:
     print(f"analysis.json and the pictures are in {output}")
 
 
+def analyze_table_4(args: AnalyzeArguments, output: Path) -> None:
+    """One row for each model or configuration D:patch, printed as it comes."""
+    print(HEADER)
+    rows: list[dict[str, Any]] = []
+    for row in table_4(args.table4, partial(load_model, headless=True), stored_dtype=args.dtype(), seed=args.seed):
+        rows.append(row)
+        print(line_of(row))
+    if text := remark(rows):
+        print(text)
+    write_json(output / "table4.json", {"command": asdict(args), "rows": rows})
+    plot_table_4(rows, output / "table4.png")
+    print(f"table4.json and table4.png are in {output}")
+
+
 # ---- load
-
-
-def load_model(name: str, revision: str | None = None) -> nn.Module:
-    """The classifier in eval mode, in the precision of its checkpoint."""
-    model = load_checkpoint(name, revision, headless=True)
-    find_patch_embedding(model)
-    return model.eval()
 
 
 def load_images(args: AnalyzeArguments, model: nn.Module) -> Tensor:
@@ -203,18 +205,6 @@ def attention_report(model: nn.Module, pixel_values: Tensor, seed: int) -> dict[
     held = sum(row["conditions_hold"] for row in rows)
     print(f"  {held} of {len(rows)} layers satisfy the conditions (to 1e-6)")
     return {"prefix_tokens": prefix_tokens(model), "layers": rows}
-
-
-def table_4_report(args: AnalyzeArguments) -> list[dict[str, Any]]:
-    """One row for each model or configuration D:patch, printed as it comes."""
-    print(HEADER)
-    rows: list[dict[str, Any]] = []
-    for row in table_4(args.table4 or [], load_model, stored_dtype=args.dtype(), seed=args.seed):
-        rows.append(row)
-        print(line_of(row))
-    if said := remark(rows):
-        print(said)
-    return rows
 
 
 # ---- say

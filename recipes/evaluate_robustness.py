@@ -9,7 +9,6 @@ the checkpoint, the data, the protocol or the seed changed. What cannot be measu
 code is then 1 (--allow_missing: 0).
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -23,14 +22,14 @@ from accelerate import PartialState
 
 from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.files import only_run_in
-from hf_nullspace.core.settings import check_numbers, check_output_dir
+from hf_nullspace.core.settings import check_numbers, check_output_dir, nearest
 from hf_nullspace.models.loading import load_image_processor, load_model, load_model_config
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.checks import Check, run_checks
 from hf_nullspace.robustness.image_sets import ImageSet, InMemory, Part
 from hf_nullspace.robustness.label_spaces import imagenet_columns
 from hf_nullspace.robustness.pixel_model import PixelModel
-from hf_nullspace.robustness.plans import BASE, OWN, Planned, lacks, load_plan, nearest
+from hf_nullspace.robustness.plans import BASE, OWN, Planned, lacks, load_plan
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.records import Records, evaluate_resumably, images_fingerprint, model_fingerprint
 from hf_nullspace.robustness.report import terminal_table, write_report
@@ -96,187 +95,184 @@ def main() -> None:
     if any(planned.images == BASE for planned in plan) and args.dataset_name is None:
         raise UsageError(f"suite {args.suite} measures your own images: name them with --dataset_name")
     with only_run_in(args.output_dir):
-        measure_all(args, plan)
+        Evaluation(args, plan).run()
 
 
-def measure_all(args: EvaluationArguments, plan: list[Planned]) -> None:
-    """Every checkpoint, condition by condition, then the report."""
-    state = PartialState(cpu=args.use_cpu or not torch.cuda.is_available())
-    records = Records(Path(args.output_dir) / "records")
-    results: dict[str, list[ConditionResult]] = {}
-    missing: dict[str, str] = {}
-    checks: dict[str, list[Check]] = {}
-    keys: list[str] = []
-    checkpoints = args.compare or [args.model_name_or_path]
-    bar = Progress(shown=state.is_main_process and not args.disable_tqdm)
-    with contextlib.closing(bar):  # an error stands on a line of its own
-        for checkpoint, planned in itertools.product(checkpoints, plan):
-            work = expected_images(args, planned) * planned.condition.cost / state.num_processes
-            bar.expect((checkpoint, planned), work)
-        for place, checkpoint in enumerate(checkpoints, 1):
-            name = short_name(checkpoint, checkpoints)
-            say(state, bar, f"Checkpoint {place} of {len(checkpoints)}: {name}")
-            measured = measure(args, plan, checkpoint, name, state, records, missing, keys, bar)
-            results[name], checks[name] = measured
-    if not any(results.values()):
-        raise MissingData("nothing could be measured: " + "; ".join(f"{t}: {why}" for t, why in missing.items()))
+class Evaluation:
+    """The plan on every checkpoint, condition by condition, then the report."""
 
-    if state.is_main_process:
-        if others := records.others(keys):
-            what = "are of another checkpoint, protocol, data set, limit or seed, and were not used"
-            state.print(f"{others} records in {records.folder} {what}")
-        extras = {"missing": missing, "checks": checks if args.checks else {}, "published": args.published}
-        context = dataclasses.asdict(args)
-        paths = write_report(results, args.output_dir, context=context, **extras)
-        state.print("\n" + terminal_table(results, **extras) + "\n")
-        state.print(f"Numbers: {paths['json']}. Table: {paths['md']}. Pictures: {paths['png'].parent}")
-    if missing and not args.allow_missing:
-        state.print(f"{len(missing)} conditions are missing; --allow_missing accepts that", file=sys.stderr)
-        sys.exit(1)
+    def __init__(self, args: EvaluationArguments, plan: list[Planned]) -> None:
+        self.args, self.plan = args, plan
+        self.state = PartialState(cpu=args.use_cpu or not torch.cuda.is_available())
+        self.records = Records(Path(args.output_dir) / "records")
+        self.bar = Progress(shown=self.state.is_main_process and not args.disable_tqdm)
+        self.missing: dict[str, str] = {}  # title -> why
+        self.keys: list[str] = []  # of the records that this run wrote or found
+        self.sets: dict[tuple[str, int | None], list[Planned]] = {}  # (images, limit) -> the conditions on them
+        for planned in plan:
+            limit = min((value for value in (args.limit, planned.limit) if value), default=None)
+            self.sets.setdefault((planned.images, limit), []).append(planned)
 
+    def run(self) -> None:
+        args = self.args
+        results: dict[str, list[ConditionResult]] = {}
+        checks: dict[str, list[Check]] = {}
+        checkpoints = args.compare or [args.model_name_or_path]
+        with self.bar:  # an error stands on a line of its own
+            for checkpoint, ((where, limit), group) in itertools.product(checkpoints, self.sets.items()):
+                size = self.published_size(where)
+                for planned in group:
+                    work = min(size, limit or size) * planned.condition.cost / self.state.num_processes
+                    self.bar.expect((checkpoint, planned), work)
+            for place, checkpoint in enumerate(checkpoints, 1):
+                name = short_name(checkpoint, checkpoints)
+                self.say(f"Checkpoint {place} of {len(checkpoints)}: {name}")
+                results[name], checks[name] = self.measure(checkpoint, name)
+        if not any(results.values()):
+            reasons = "; ".join(f"{title}: {why}" for title, why in self.missing.items())
+            raise MissingData(f"nothing could be measured: {reasons}")
+        if self.state.is_main_process:
+            self.report(results, checks if args.checks else {})
+        if self.missing and not args.allow_missing:
+            self.state.print(
+                f"{len(self.missing)} conditions are missing; --allow_missing accepts that", file=sys.stderr
+            )
+            sys.exit(1)
 
-def measure(
-    args: EvaluationArguments,
-    plan: list[Planned],
-    checkpoint: str,
-    name: str,
-    state: PartialState,
-    records: Records,
-    missing: dict[str, str],
-    keys: list[str],
-    bar: Progress,
-) -> tuple[list[ConditionResult], list[Check]]:
-    """All conditions of one checkpoint, in the plan's order, and what the checks said."""
-    model = load_model(checkpoint).to(state.device).eval()
-    preprocessing = Preprocessing.from_processor(load_image_processor(checkpoint))
-    preprocessing.check_fits(model.config)
-    found: dict[str, ConditionResult] = {}
-    prints: dict[str, str] = {}
-    answers: list[Check] = []
-    for where, limit in dict.fromkeys((planned.images, limit_of(args, planned)) for planned in plan):
-        mine = [planned for planned in plan if (planned.images, limit_of(args, planned)) == (where, limit)]
-        bar.begin(f"reading {name_of(args, where)}")
-        try:
-            images = load_images(args, where, checkpoint, preprocessing)
-        except MissingData as error:
-            lacking = {planned.title: str(error) for planned in mine}
+    def measure(self, checkpoint: str, name: str) -> tuple[list[ConditionResult], list[Check]]:
+        """All conditions of one checkpoint, in the plan's order, and what the checks said."""
+        args = self.args
+        model = load_model(checkpoint).to(self.state.device).eval()
+        preprocessing = Preprocessing.from_processor(load_image_processor(checkpoint))
+        preprocessing.check_fits(model.config)
+
+        @functools.cache
+        def on_pixels(imagenet: bool) -> tuple[PixelModel, str]:
+            """The model on pixels, its logits in ImageNet's order or in its own, and a hash of every weight."""
+            columns = imagenet_columns(load_model_config(checkpoint).id2label) if imagenet else None
+            pixel_model = PixelModel(model, preprocessing.mean, preprocessing.std, columns)
+            return pixel_model, model_fingerprint(pixel_model)
+
+        found: dict[str, ConditionResult] = {}
+        answers: list[Check] = []
+        for (where, limit), group in self.sets.items():
+            self.bar.begin(f"reading {self.name_of(where)}")
+            try:
+                images = self.load_images(where, limit, checkpoint, preprocessing)
+                lacking = {planned.title: why for planned in group if (why := lacks(planned.condition, images))}
+            except MissingData as error:
+                lacking = {planned.title: str(error) for planned in group}
+            self.missing |= lacking
+            for planned in group:  # evaluate_resumably knows what is left of them
+                self.bar.expect((checkpoint, planned), 0)
+            conditions = {planned.title: planned.condition for planned in group if planned.title not in lacking}
+            if not conditions:
+                continue
+            in_its_order = is_own(where) or where.startswith("cifar10-c") or args.label_order == "imagenet"
+            pixel_model, fingerprint = on_pixels(not in_its_order)
+            with torch.autocast(self.state.device.type, torch.bfloat16, enabled=args.bf16):
+                answers = answers or self.check(pixel_model, images, fingerprint)
+                results, keys = evaluate_resumably(
+                    self.records,
+                    pixel_model,
+                    images,
+                    conditions,
+                    batch_size=args.batch_size,
+                    seed=args.seed,
+                    dtype="bf16" if args.bf16 else str(model.dtype),
+                    workers=args.workers,
+                    fingerprint=fingerprint,
+                    samples=Path(args.output_dir) / "per_sample" / name if args.per_sample else None,
+                    progress=self.bar,
+                    say=self.say,
+                )
+            found |= results
+            self.keys += keys
+        return [found[planned.title] for planned in self.plan if planned.title in found], answers
+
+    def load_images(self, where: str, limit: int | None, checkpoint: str, preprocessing: Preprocessing) -> Any:
+        """The set ``where`` with labels as the checkpoint numbers them."""
+        args = self.args
+        places = dict(place.split("=", 1) for place in args.location)
+        images: Any
+        if is_own(where):
+            dataset = self.name_of(where)
+            rows = own_rows(dataset, args.split)
+            labels = align_labels(class_names(rows), load_model_config(checkpoint))
+            if labels.new_head:
+                raise UsageError(f"{checkpoint} does not know the classes of {dataset}: {labels.message}")
+            images = ImageSet(f"{dataset}, {args.split}", rows, preprocessing, labels=labels.remap)
+        elif where.startswith("cifar10-c/"):
+            _, corruption, severity = where.split("/")
+            folder = places.get("cifar10-c", str(Path(args.data_root or ".") / "cifar10-c"))
+            partial = args.allow_partial
+            images = load_cifar10_c(folder, corruption, int(severity), preprocessing, allow_partial=partial)
         else:
-            lacking = {planned.title: why for planned in mine if (why := lacks(planned.condition, images))}
-        missing |= lacking
-        for planned in mine:  # evaluate_resumably knows what is left of them
-            bar.expect((checkpoint, planned), 0)
-        mine = [planned for planned in mine if planned.title not in lacking]
-        if not mine:
-            continue
+            location = places.get(where)
+            if location is None and where.startswith("imagenet-c/") and "imagenet-c" in places:
+                location = str(Path(places["imagenet-c"]) / where.removeprefix("imagenet-c/"))
+            images = load_set(
+                where, preprocessing, data_root=args.data_root, location=location, streaming=args.streaming,
+                label_order=args.label_order, allow_partial=args.allow_partial,
+            )  # fmt: skip
         if limit is not None and is_stream(images):
             raise UsageError(f"a limit takes evenly spaced images, and a stream has no length: measure {where} whole, "
                              "or leave --streaming out")  # fmt: skip
         if limit is not None and limit < len(images):
             images = Part(images, limit)
-        if args.in_memory and not is_stream(images):
-            images = InMemory(images)
-        columns = None
-        if not is_own(where) and not where.startswith("cifar10-c") and args.label_order != "imagenet":
-            columns = imagenet_columns(load_model_config(checkpoint).id2label)
-        pixel_model = PixelModel(model, preprocessing.mean, preprocessing.std, columns)
-        if (fingerprint := prints.get(str(columns))) is None:  # hashing every weight takes a while
-            fingerprint = prints[str(columns)] = model_fingerprint(pixel_model)
-        autocast = torch.autocast(state.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
-        with autocast:
-            if args.checks and not answers:
-                key = "checks-" + records.key(model=fingerprint, images=images_fingerprint(images), seed=args.seed)
-                stored = records.read(key)
-                if isinstance(stored, dict):
-                    answers = [Check(**entry) for entry in stored["checks"]]
-                else:
-                    answers = check(pixel_model, images, args)
-                    records.write(key, {"checks": [dataclasses.asdict(answer) for answer in answers]})
-            results, used = evaluate_resumably(
-                records,
-                pixel_model,
-                images,
-                {planned.title: planned.condition for planned in mine},
-                batch_size=args.batch_size,
-                seed=args.seed,
-                dtype="bf16" if args.bf16 else str(model.dtype),
-                workers=args.workers,
-                fingerprint=fingerprint,
-                samples=Path(args.output_dir) / "per_sample" / name if args.per_sample else None,
-                progress=bar,
-                say=functools.partial(say, state, bar),
-            )
-            found |= results
-            keys += used
-    return [found[planned.title] for planned in plan if planned.title in found], answers
+        return InMemory(images) if args.in_memory and not is_stream(images) else images
 
+    def check(self, model: PixelModel, images: Any, fingerprint: str) -> list[Check]:
+        """What the checks say to 32 evenly spaced images, or to a stream's first 32; on every process alike."""
+        if not self.args.checks:
+            return []
+        key = Records.key(model=fingerprint, images=images_fingerprint(images), seed=self.args.seed)
+        kept = self.records.read(f"checks-{key}", lambda entry: [Check(**each) for each in entry["checks"]])
+        if kept is not None:
+            return list(kept)
+        if is_stream(images):
+            rows = list(itertools.islice(images, 32))
+        else:
+            few = Part(images, 32)
+            rows = [(few.raw_image(i), few.label(i)) for i in range(len(few))]
+        if not rows:
+            raise ValueError("the set has no images")
+        pixels = torch.stack([images.pixels_from_image(image) for image, _ in rows]).to(model.device)
+        labels = torch.tensor([label for _, label in rows], device=model.device)
+        answers = run_checks(model, pixels, labels, seed=self.args.seed)
+        self.records.write(f"checks-{key}", {"checks": [dataclasses.asdict(answer) for answer in answers]})
+        return answers
 
-def load_images(args: EvaluationArguments, where: str, checkpoint: str, preprocessing: Preprocessing) -> Any:
-    """The set ``where`` with labels as the checkpoint numbers them."""
-    places = dict(place.split("=", 1) for place in args.location)
-    if is_own(where):
-        dataset = name_of(args, where)
-        rows = own_rows(dataset, args.split)
-        labels = align_labels(class_names(rows), load_model_config(checkpoint))
-        if labels.new_head:
-            raise UsageError(f"{checkpoint} does not know the classes of {dataset}: {labels.message}")
-        return ImageSet(f"{dataset}, {args.split}", rows, preprocessing, labels=labels.remap)
-    if where.startswith("cifar10-c/"):
-        _, corruption, severity = where.split("/")
-        folder = places.get("cifar10-c", str(Path(args.data_root or ".") / "cifar10-c"))
-        return load_cifar10_c(folder, corruption, int(severity), preprocessing, allow_partial=args.allow_partial)
-    location = places.get(where)
-    if location is None and where.startswith("imagenet-c/") and "imagenet-c" in places:
-        location = str(Path(places["imagenet-c"]) / where.removeprefix("imagenet-c/"))
-    return load_set(
-        where, preprocessing, data_root=args.data_root, location=location, streaming=args.streaming,
-        label_order=args.label_order, allow_partial=args.allow_partial,
-    )  # fmt: skip
+    def report(self, results: dict[str, list[ConditionResult]], checks: dict[str, list[Check]]) -> None:
+        if others := self.records.others(self.keys):
+            what = "are of another checkpoint, protocol, data set, limit or seed, and were not used"
+            self.state.print(f"{others} records in {self.records.folder} {what}")
+        shown: dict[str, Any] = {"missing": self.missing, "checks": checks, "published": self.args.published}
+        paths = write_report(results, self.args.output_dir, context=dataclasses.asdict(self.args), **shown)
+        self.state.print("\n" + terminal_table(results, **shown) + "\n")
+        self.state.print(f"Numbers: {paths['json']}. Table: {paths['md']}. Pictures: {paths['png'].parent}")
+
+    def name_of(self, where: str) -> str:
+        return str(self.args.dataset_name) if where == BASE else where.removeprefix(OWN)
+
+    def published_size(self, where: str) -> int:
+        """For the time left, before a set was read: the images of the published set, or of the user's own."""
+        if is_own(where):
+            return len(own_rows(self.name_of(where), self.args.split))
+        return CIFAR10_C_IMAGES if where.startswith("cifar10-c/") else SETS[where].images
+
+    def say(self, text: str) -> None:
+        if self.state.is_main_process:
+            self.bar.say(text)
 
 
 def is_own(where: str) -> bool:
     return where == BASE or where.startswith(OWN)
 
 
-def name_of(args: EvaluationArguments, where: str) -> str:
-    return str(args.dataset_name) if where == BASE else where.removeprefix(OWN)
-
-
 @functools.cache
 def own_rows(dataset: str, split: str) -> Any:
     return load_image_dataset(dataset, split)
-
-
-def limit_of(args: EvaluationArguments, planned: Planned) -> int | None:
-    return min((value for value in (args.limit, planned.limit) if value), default=None)
-
-
-def expected_images(args: EvaluationArguments, planned: Planned) -> int:
-    """For the time left, before a set was read: its published size, or that of the user's own."""
-    where = planned.images
-    if is_own(where):
-        size = len(own_rows(name_of(args, where), args.split))
-    else:
-        size = CIFAR10_C_IMAGES if where.startswith("cifar10-c/") else SETS[where].images
-    return min(size, limit_of(args, planned) or size)
-
-
-def say(state: PartialState, bar: Progress, text: str) -> None:
-    if state.is_main_process:
-        bar.say(text)
-
-
-def check(model: PixelModel, images: Any, args: EvaluationArguments) -> list[Check]:
-    """The checks on 32 evenly spaced images, of a stream on its first 32; on every process alike."""
-    if is_stream(images):
-        rows = list(itertools.islice(images, 32))
-    else:
-        few = Part(images, 32)
-        rows = [(few.raw_image(i), few.label(i)) for i in range(len(few))]
-    if not rows:
-        raise ValueError("the set has no images")
-    pixels = torch.stack([images.pixels_from_image(image) for image, _ in rows]).to(model.device)
-    labels = torch.tensor([label for _, label in rows], device=model.device)
-    return run_checks(model, pixels, labels, seed=args.seed)
 
 
 def short_name(checkpoint: str, all_of_them: list[str]) -> str:

@@ -36,7 +36,7 @@ class ExplainArguments:
 
     model_name_or_path: str | None = option(None, "Hub id or folder of a ViT or DeiT.")
     model_revision: str | None = option(None, "Branch, tag or commit of the model.")
-    image: list[str] | None = option(None, "Image files; the others are held to the first.")
+    image: list[str] | None = option(None, "Image files; the others are compared with the first.")
     method: list[str] = option(list(TITLES), "Some of " + ", ".join(TITLES))
     target_class: str | None = option(None, "Class to explain, by name or number. Unset: the prediction of each image.")
     output_dir: str = option("outputs/explain", "Folder for the PNG and the JSON.")

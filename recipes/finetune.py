@@ -23,7 +23,7 @@ from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.core.files import only_run_in
 from hf_nullspace.core.settings import check_numbers
 from hf_nullspace.core.uploads import check_ready
-from hf_nullspace.noise.plots import plot_history
+from hf_nullspace.noise.pictures import plot_history
 from hf_nullspace.robustness.attacks.gradient import FGSM
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.plans import lacks

@@ -36,7 +36,7 @@ from hf_nullspace.noise.artifact import (
 )
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
-from hf_nullspace.noise.plots import plot_history
+from hf_nullspace.noise.pictures import plot_history
 from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import DataArguments, ModelArguments, load_classifier, load_rows, training_images
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness

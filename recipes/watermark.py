@@ -3,8 +3,8 @@
     python recipes/watermark.py --model_name_or_path M --image cat.png --mark logo.png
     python recipes/watermark.py --model_name_or_path M --image cat.png --target dog.png --output_dir outputs/cat-as-dog
 
-M is an image classifier (Hub id or folder) whose patch embedding has a nullspace. The images are first brought to the
-size that M's image processor leaves alone, and it is said so. A mark covers where it is not transparent. Writes
+M is an image classifier (Hub id or folder) with a nullspace of its patch embedding. The images are first resized to the
+size that M's image processor leaves alone; this size is printed. A mark covers where it is not transparent. Writes
 source.png (the image in that size), result.png, side_by_side.png and watermark.json: what the model says of the two
 files, read back through its own image processor; the error of its embeddings at every stage; how close the result
 came to the wish. Where rounding to 8 bits changes the prediction, the wanted change is scaled down until it stays.
@@ -57,7 +57,7 @@ class WatermarkArguments:
     iterations: int = option(500, "Steps of the solver, at most.")
     method: list[str] = option(list(METHODS), "How the images are explained: some of " + ", ".join(TITLES))
     explanation_picture: bool = option(False, "Write explanations.png, too.")
-    seed: int = option(0, "Seed of the random noises that explanations are held to.")
+    seed: int = option(0, "Seed of the random noises that explanations are compared with.")
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is None or self.image is None:

@@ -4,7 +4,9 @@ import gc
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -36,6 +38,17 @@ def script(name: str, *words: object) -> None:
     """``python recipes/NAME.py WORDS``."""
     sys.argv = [str(RECIPES / f"{name}.py"), *map(str, words)]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def kill_when(ready: Callable[[], Any], name: str, *words: object, log: Path) -> None:
+    """``python recipes/NAME.py WORDS`` gets SIGKILL as soon as ``ready()`` holds, within two minutes."""
+    process = start(script, name, *words, log=log)
+    end = time.monotonic() + 120
+    while not ready() and process.exitcode is None and time.monotonic() < end:
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
 
 
 def _enter(function: Callable[..., Any], args: Any, named: Any, log: str, environment: dict[str, str]) -> None:

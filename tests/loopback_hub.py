@@ -32,9 +32,8 @@ USER, ORGANIZATIONS = "someone", ("lab",)
 KINDS = {"model": "models", "dataset": "datasets", "space": "spaces"}
 
 NAME = r"([^/]+/[^/]+)"
-API = re.compile(rf"/api/(datasets|models|spaces)/{NAME}(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+API = re.compile(rf"/api/(datasets|models|spaces)/{NAME}(?:/(revision|tree)/([^/]+)(?:/(.*))?)?")
 WRITE = re.compile(rf"/api/(datasets|models|spaces)/{NAME}/(preupload|commit|branch)/([^/]+)")
-REFS = re.compile(rf"/api/(datasets|models|spaces)/{NAME}/refs")
 RESOLVE = re.compile(rf"/(?:(datasets|spaces)/)?{NAME}/resolve/([^/]+)/(.+)")
 LARGE = re.compile(rf"/(?:(datasets|spaces)/)?{NAME}\.git/info/lfs/objects/(batch|verify)")
 STORAGE = re.compile(r"/storage/([0-9a-f]{64})(?:/(.+))?")
@@ -56,8 +55,9 @@ class Handler(BaseHTTPRequestHandler):
             fault = self.server.fault(f"{self.command} {unquote(path)}")
             if fault is not None and fault.cut_after is not None:
                 self.rfile.read(min(fault.cut_after, int(self.headers.get("Content-Length") or fault.cut_after)))
-                return self.hang_up()
-            self.body = self.read_body()
+                self.close_connection = True
+                return
+            self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if fault is not None and fault.wait:
                 fault.go.wait(60)
             if fault is not None and fault.status is not None:
@@ -68,16 +68,6 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(refused)
 
     do_HEAD = do_POST = do_PUT = do_GET
-
-    def read_body(self) -> bytes:
-        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = b""
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return body
 
     def answer_to(self, path: str) -> None:
         if path == "/api/repos/create":
@@ -92,10 +82,6 @@ class Handler(BaseHTTPRequestHandler):
             kind, name, what, revision = match.groups()
             repository = self.repository(kind, name, write=True)
             getattr(self, what)(repository, unquote(revision))
-        elif match := REFS.fullmatch(path):
-            branches = self.repository(*match.groups()).branches.items()
-            named = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": commit.sha} for n, commit in branches]
-            self.answer({"branches": named, "converts": [], "tags": []})
         elif match := LARGE.fullmatch(path):
             self.repository(match[1] or "models", match[2], write=True)
             getattr(self, match[3])(json.loads(self.body))
@@ -145,17 +131,13 @@ class Handler(BaseHTTPRequestHandler):
             if below and not found:
                 raise Refused(404, f"{below} does not exist", "EntryNotFound")
             self.answer(found)
-        elif what == "paths-info":
-            as_json = "json" in self.headers.get("Content-Type", "")
-            wanted = json.loads(self.body)["paths"] if as_json else parse_qs(self.body.decode()).get("paths", [])
-            self.answer([entry for path in wanted if (entry := commit.entry(path))])
         else:
             self.answer(repository.info(commit))
 
     def resolve(self, repository: Repository, revision: str, name: str) -> None:
         commit = repository.at(revision)
         if (file := commit.files.get(name)) is None:
-            raise Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.sha})
+            raise Refused(404, "Entry not found", "EntryNotFound")
         headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
         if file.large:
             self.server.stored.setdefault(file.sha256, file.content)
@@ -184,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.server.repository(kind, name) is not None:
                 message = f"You already created this {kind[:-1]} repo"
                 return self.answer({"error": message, "url": url, "name": name}, 409, {"X-Error-Message": message})
-            self.server.repositories[kind, name] = Repository.new(kind, name, private, wanted.get("sdk"))
+            self.server.repositories[kind, name] = Repository.new(kind, name, private)
         return self.answer({"url": url, "name": name})
 
     def preupload(self, repository: Repository, revision: str) -> None:
@@ -235,11 +217,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, why: Refused) -> None:
         code = {"X-Error-Code": why.code} if why.code else {}
-        self.answer(
-            {"error": why.message, "errors": [{"message": why.message}]},
-            why.status,
-            {"X-Error-Message": why.message, **code, **why.more},
-        )
+        self.answer({"error": why.message}, why.status, {"X-Error-Message": why.message, **code})
 
     def send_part(self, content: bytes, headers: dict[str, str], *, cut: bool) -> None:
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
@@ -250,7 +228,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, content: bytes, headers: Mapping[str, str], *, cut: bool = False) -> None:
         if self.silent:
-            return self.hang_up()
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in ({**headers, "Content-Length": str(len(content))}).items():
             self.send_header(name, value)
@@ -258,10 +237,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content[:10] if cut else content)
             self.close_connection = self.close_connection or cut
-        return None
-
-    def hang_up(self) -> None:
-        self.close_connection = True
 
     def log_message(self, *args: object) -> None:
         pass
@@ -303,7 +278,8 @@ class LoopbackHub(Faults, ThreadingHTTPServer):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.let_go()
+        for fault in self.faults:
+            fault.go.set()
         self.shutdown()
         self.server_close()
 
@@ -318,15 +294,10 @@ class LoopbackHub(Faults, ThreadingHTTPServer):
 
     def environment(self, cache: Path, token: str = "") -> dict[str, str]:
         """What a client's process needs: the place, no way around it, a cache of its own, and its token or none."""
-        places = {
-            "HF_ENDPOINT": self.endpoint,
-            "NO_PROXY": "127.0.0.1,localhost",
-            "HF_HOME": str(cache),
-            "HF_TOKEN": token,
-        }
-        own = {"HF_HUB_CACHE": str(cache / "hub"), "HF_TOKEN_PATH": str(cache / "token")}
+        places = {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"), "HF_TOKEN_PATH": str(cache / "token")}
         settings = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
-        return places | own | settings
+        way = {"HF_ENDPOINT": self.endpoint, "NO_PROXY": "127.0.0.1,localhost", "HF_TOKEN": token}
+        return places | settings | way
 
     # ---- what is there
 

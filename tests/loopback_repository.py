@@ -15,18 +15,14 @@ ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suff
 class Refused(Exception):
     """What the Hub does not do, as a status and the headers and text that tell the client why."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, **more: str):
+    def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.code, self.more = status, message, code, more
+        self.status, self.message, self.code = status, message, code
 
 
 def is_large(path: str, size: int) -> bool:
     """Whether the Hub wants a file in large-file storage."""
     return size > 0 and (path.endswith(LARGE) or size > 5_000_000)
-
-
-def git_hash(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -40,15 +36,10 @@ class File:
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
-    @property
-    def pointer(self) -> bytes:
-        text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
-        return text.encode()
-
     @cached_property
     def oid(self) -> str:
-        """What git calls it; of a large file that is its pointer."""
-        return git_hash(self.pointer if self.large else self.content)
+        """What git calls it."""
+        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
 
     @property
     def etag(self) -> str:
@@ -74,7 +65,7 @@ class Commit:
             inside = any(name.startswith(f"{path}/") for name in self.files)
             return {"type": "directory", "path": path, "size": 0, "oid": self.sha} if inside else None
         size = len(file.content)
-        large = {"oid": file.sha256, "size": size, "pointerSize": len(file.pointer)}
+        large = {"oid": file.sha256, "size": size, "pointerSize": 130}
         return {"type": "file", "path": path, "size": size, "oid": file.oid} | ({"lfs": large} if file.large else {})
 
     def tree(self, below: str, recursive: bool) -> list[dict]:
@@ -93,7 +84,6 @@ class Repository:
     name: str
     first: Commit
     private: bool = False
-    sdk: str | None = None
     branches: dict[str, Commit] = field(init=False)
     commits: dict[str, Commit] = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -110,8 +100,8 @@ class Repository:
         return cls(kind, name, Commit(files, "a folder"))
 
     @classmethod
-    def new(cls, kind: str, name: str, private: bool, sdk: str | None) -> "Repository":
-        return cls(kind, name, Commit({".gitattributes": File(ATTRIBUTES, False)}, "initial commit"), private, sdk)
+    def new(cls, kind: str, name: str, private: bool) -> "Repository":
+        return cls(kind, name, Commit({".gitattributes": File(ATTRIBUTES, False)}, "initial commit"), private)
 
     def at(self, revision: str) -> Commit:
         """The commit of a branch's name or of a commit's."""
@@ -133,8 +123,6 @@ class Repository:
                 raise Refused(404, f"Invalid rev id: {branch}", "RevisionNotFound")
             now = self.branches[branch]
             (header,) = [line["value"] for line in lines if line["key"] == "header"]
-            if (parent := header.get("parentCommit")) is not None and not now.sha.startswith(parent):
-                raise Refused(412, "A commit has happened since. Please refresh and try again.")
             files = dict(now.files)
             for line in lines:
                 _apply(files, line["key"], line["value"], stored)
@@ -172,11 +160,5 @@ def _apply(files: dict[str, File], key: str, value: dict, stored: Callable[[str]
         if path not in files:
             raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
         del files[path]
-    elif key == "deletedFolder":
-        inside = [name for name in files if name.startswith(f"{path.rstrip('/')}/")]
-        if not inside:
-            raise Refused(404, "A folder with this name doesn't exist", "EntryNotFound")
-        for name in inside:
-            del files[name]
     elif key != "header":
         raise Refused(400, f"unknown operation {key!r}")

@@ -57,7 +57,6 @@ SIGNATURES = [  # what may be given without its name ("": anything), and default
                                 "sparse": 0, "sparse_freeze": 200, "original_projection": False, "early_stop": False}),
     (patch_fool.without_conflict, "pull gradient", {"original": False}),
     (auto.AutoAttack, "", {"eps": 8 / 255, "norm": "linf", "targets": 9, "queries": 5000, "iterations": 100}),
-    (base.Adam, "", {"betas": (0.9, 0.999), "eps": 1e-8}),
     # Measuring: 95% intervals, 15 bins (Guo et al. 2017)
     (scores.accuracy, "correct", {"confidence": 0.95}),
     (scores.wilson, "correct n", {"confidence": 0.95}),

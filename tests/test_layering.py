@@ -45,7 +45,6 @@ ORDER = [
     "noise.calibration",
     "noise.algorithm1",
     "noise.boundary",
-    "noise.plots",
     "noise.closure",
     "robustness.pixel_model",
     "robustness.attacks.base",

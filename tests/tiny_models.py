@@ -11,6 +11,8 @@ from transformers import (
     DeiTForImageClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     SiglipConfig,
@@ -47,6 +49,9 @@ _BUILDERS = {
     ),
 }
 FAMILIES = tuple(_BUILDERS)
+_BUILDERS["dinov2_with_registers"] = lambda: Dinov2WithRegistersForImageClassification(
+    Dinov2WithRegistersConfig(**SIZES, **IMAGE, **LABELS, mlp_ratio=2, num_register_tokens=3)
+)
 
 
 def tiny_model(family: str = "vit", seed: int = 0) -> torch.nn.Module:
@@ -75,6 +80,16 @@ def tiny_resnet() -> torch.nn.Module:
     return ResNetForImageClassification(
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], **LABELS)
     ).eval()
+
+
+def uniform(*shape, seed=0):
+    """Numbers in [0, 1), float64."""
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def images(count=3, dtype=torch.float64):
+    """``pixel_values`` of the tiny models."""
+    return normal(count, 3, 16, 16, seed=1).to(dtype)
 
 
 def numpy_patches(pixels):

@@ -142,7 +142,7 @@ def _factor(experiment: Experiment, probe: Probe, noise: Tensor, other: Tensor) 
     experiment.bar.begin("permuted noises")
     own = probe.held_out_influence(noise.to(probe.device))
     other = other.to(probe.device)
-    return scale_into(lambda share: probe.held_out_influence(share * other), own, largest=1.0, tolerance=1e-3).factor
+    return scale_into(lambda share: probe.held_out_influence(share * other), own, largest=1.0, tolerance=1e-5).factor
 
 
 def digest(noise: NullspaceNoise) -> str:

@@ -75,7 +75,7 @@ def parse(
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a recipe; what its user can mend is one line on standard error and exit code 2, not a traceback.
+    """Run a recipe; an error that its user can correct is one line on standard error and exit code 2, not a traceback.
 
     ``HF_NULLSPACE_TRACEBACK=1`` shows the traceback all the same. Ctrl-C and SIGTERM end it with one line and exit code
     130 or 143. The process ends when its launcher has died.
@@ -102,7 +102,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _say(line: str) -> None:
-    with suppress(OSError):  # standard error may be a file on a full disk, or gone: the exit code says it, too
+    with suppress(OSError):  # standard error may be a file on a full disk, or gone; there is the exit code, too
         print(line, file=sys.stderr, flush=True)
 
 
@@ -192,7 +192,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(path)
     except FileNotFoundError:
-        others = sorted(other.stem for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        others = sorted(other.stem for other in path.parent.glob("*.yaml"))
         hint = f"; {path.parent} has {', '.join(others)}" if others else ""
         raise UsageError(f"no configuration file {path}{hint}") from None
     if not isinstance(content, dict):

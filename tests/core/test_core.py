@@ -22,7 +22,7 @@ def test_a_fraction_is_its_number(text, number):
 
 
 @pytest.mark.parametrize("text", ["", "8/0", "8/", "1/2/3", None, "nan", "inf"])
-def test_what_is_no_fraction_is_said(text):
+def test_what_is_no_fraction_is_an_error(text):
     with pytest.raises(ValueError, match="expected a number like 8/255"):
         fraction(text)
 

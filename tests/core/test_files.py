@@ -107,7 +107,7 @@ def test_a_damaged_json_is_named(tmp_path):
             read_json(tmp_path / "x.json")
 
 
-def test_a_manifest_says_what_is_damaged(tmp_path):
+def test_a_manifest_finds_what_is_damaged(tmp_path):
     folder = tmp_path / "folder"
     write_whole(folder / "below" / "b.bin", lambda path: path.write_bytes(bytes(100)) and None)
     (folder / "a.safetensors").write_bytes(bytes(100))
@@ -158,7 +158,7 @@ def test_one_run_per_folder_and_a_dead_one_holds_nothing(tmp_path):
         pass
 
 
-def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
+def test_a_folder_that_stays_empty_is_deleted(tmp_path):
     """A recipe that ends on bad input leaves nothing behind."""
     with pytest.raises(ValueError, match="bad input"), only_run_in(tmp_path / "new" / "run", wait=0.2):
         raise ValueError("bad input")

@@ -12,11 +12,7 @@ from hf_nullspace.models.attention import (
     attention_weights,
     pre_norm_layers,
 )
-from tiny_models import FAMILIES, tiny_model, tiny_resnet
-
-
-def images(count=3, dtype=torch.float64):
-    return torch.randn(count, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+from tiny_models import FAMILIES, images, tiny_model, tiny_resnet
 
 
 def state(model):

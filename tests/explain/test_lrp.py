@@ -9,16 +9,7 @@ from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 from hf_nullspace.explain.lrp import linear_rule, lrp_map, product_rule, propagate_relevance, safe_divide, sum_rule
 from hf_nullspace.explain.maps import NoClsTokenError
 from hf_nullspace.models.attention import NoAttentionWeightsError
-from tiny_models import IMAGE, LABELS, SIZES, tiny_model
-
-
-def images(count=3):
-    return torch.randn(count, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
+from tiny_models import IMAGE, LABELS, SIZES, images, normal, tiny_model
 
 # ---- the whole, by hand: the authors' way, in which every rule is x * (gradient of Z in x, against R / Z)
 

@@ -4,20 +4,15 @@ import numpy as np
 import pytest
 import torch
 from one_layer import one_layer_model, one_layer_pass
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersForImageClassification
 
 from hf_nullspace.explain.grid import all_maps
 from hf_nullspace.explain.maps import MAPS, NoClsTokenError, correlation, saliency_maps
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.attention import attention_gradients
-from tiny_models import IMAGE, LABELS, SIZES, tiny_model
+from tiny_models import images, tiny_model
 
 PREFIX = {"vit": 1, "deit": 2}
 METHODS = [*MAPS, "lrp"]
-
-
-def images(count=3):
-    return torch.randn(count, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 # ---- the definitions, written out in NumPy for one image
@@ -129,9 +124,7 @@ def test_the_class_matters_to_maps_of_gradients_only():
 
 
 def test_registers_are_no_patches():
-    config = Dinov2WithRegistersConfig(**SIZES, **IMAGE, **LABELS, mlp_ratio=2, num_register_tokens=3)
-    torch.manual_seed(0)
-    maps = saliency_maps(Dinov2WithRegistersForImageClassification(config).eval(), images().float())
+    maps = saliency_maps(tiny_model("dinov2_with_registers"), images().float())
     assert {tuple(one.shape) for one in maps.values()} == {(3, 4, 4)}
 
 

@@ -52,7 +52,7 @@ def answer(model, processor, path):
         return model(**processor(image, return_tensors="pt")).logits[0].softmax(-1).numpy()
 
 
-def test_a_targeted_image_is_what_the_verdict_says_of_its_file(tmp_path):
+def test_the_verdict_on_a_targeted_image_is_true_of_its_file(tmp_path):
     judge = judge_of()
     source, target = picture(0), picture(1)
     found = make_invisible(judge, source, target, iterations=2000)

@@ -9,13 +9,9 @@ from hf_nullspace.linear.box import nearest_in_box, nearest_invisible_image
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing
-from tiny_models import tiny_model
+from tiny_models import tiny_model, uniform
 
 STD = (0.27, 0.26, 0.1)
-
-
-def uniform(*shape, seed=0):
-    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def row_basis(std=(1.0, 1.0, 1.0)):
@@ -170,7 +166,7 @@ def test_without_a_nullspace_the_source_comes_back():
     torch.testing.assert_close(found.patches, source, rtol=0, atol=1e-5)
 
 
-def test_bad_input_says_what_is_wrong():
+def test_bad_input_is_an_error():
     rows = row_basis()
     with pytest.raises(ValueError, match=r"source in \[-1, 0\], expected \[0, 1\]"):
         nearest_in_box(rows, torch.tensor([[-1.0] + 11 * [0.0]]), torch.zeros(1, 12))

@@ -246,7 +246,7 @@ def test_the_dtype_of_the_checkpoint_survives_a_cast():
     assert double.tolerance == pytest.approx(single.tolerance)
 
 
-def test_what_has_no_nullspace_says_so():
+def test_what_has_no_nullspace_is_an_error():
     nullspace = PatchNullspace.from_weight(weight(192, 4))
     assert nullspace.dimension() == 0
     with pytest.raises(NoNullspaceError, match="rank 48"):

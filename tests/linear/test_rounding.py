@@ -10,13 +10,9 @@ import torch
 from hf_nullspace.linear.box import nearest_invisible_image
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.linear.rounding import round_unseen
-from tiny_models import numpy_patches, tiny_model
+from tiny_models import numpy_patches, tiny_model, uniform
 
 STD = (0.27, 0.26, 0.1)
-
-
-def uniform(*shape, seed=0):
-    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def small_nullspace():

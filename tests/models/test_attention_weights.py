@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersForImageClassification
 
 from hf_nullspace.linear.attention import head_outputs
 from hf_nullspace.models.attention import (
@@ -13,13 +12,9 @@ from hf_nullspace.models.attention import (
     prefix_tokens,
 )
 from hf_nullspace.models.patch_embedding import embedding_shape
-from tiny_models import FAMILIES, IMAGE, LABELS, SIZES, tiny_model, tiny_resnet
+from tiny_models import FAMILIES, images, tiny_model, tiny_resnet
 
 PREFIX = {"vit": 1, "deit": 2, "beit": 1, "dinov2": 1, "vit_msn": 1, "swin": 0, "siglip": 0, "clip": 1}
-
-
-def images(count=2):
-    return torch.randn(count, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def with_biases(model):
@@ -86,8 +81,7 @@ def test_prefix_tokens_are_those_that_are_no_patches(family):
 
 @torch.no_grad()
 def test_registers_are_prefix_tokens():
-    config = Dinov2WithRegistersConfig(**SIZES, **IMAGE, **LABELS, mlp_ratio=2, num_register_tokens=3)
-    model = Dinov2WithRegistersForImageClassification(config).eval()
+    model = tiny_model("dinov2_with_registers")
     assert prefix_tokens(model) == 4
     assert attention_inputs(model, images().float())[0].shape[1] == 4 + 16
 

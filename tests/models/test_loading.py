@@ -55,7 +55,7 @@ def test_plain_tensors_in_a_bin_load_and_other_pickles_do_not_run(bad, tmp_path)
     assert (tmp_path / "ran").exists(), "it would have"
 
 
-def test_what_transformers_would_report_is_said_once(bad):
+def test_transformers_own_report_is_not_logged(bad):
     """Its table of missing weights would stand above the one line; its verbosity is as it was afterwards."""
     verbosity = transformers.logging.get_verbosity()
     logged = logging.StreamHandler(io.StringIO())

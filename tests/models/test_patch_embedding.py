@@ -14,7 +14,7 @@ from hf_nullspace.models.patch_embedding import (
     find_patch_embedding,
     patch_embedding_noise,
 )
-from tiny_models import FAMILIES, tiny_model, tiny_resnet
+from tiny_models import FAMILIES, images, tiny_model, tiny_resnet
 
 FLOAT64 = torch.float64
 
@@ -22,10 +22,6 @@ FLOAT64 = torch.float64
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
-
-
-def images(count=3, dtype=FLOAT64, size=16):
-    return torch.randn(count, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
 def random_noise(model, dtype=FLOAT64):
@@ -108,23 +104,15 @@ def test_swin_pads_the_image_to_whole_patches():
     assert (shape.grid, shape.patches) == ((8, 6), 48)
 
 
-def test_context_manager_leaves_no_trace_after_an_exception():
-    model = tiny_model()
-    module = find_patch_embedding(model)
-    before = model(images(dtype=torch.float32)).logits
-    with pytest.raises(KeyError), patch_embedding_noise(model, random_noise(model.double()).float()):
+def test_the_hook_is_off_until_asked_and_leaves_no_trace():
+    model, inputs = tiny_model(), images(dtype=torch.float32)
+    before = model(inputs).logits
+    with pytest.raises(KeyError), patch_embedding_noise(model, torch.ones(1, 16, 24)):
         raise KeyError
-    assert not module._forward_hooks
-    assert torch.equal(model.float()(images(dtype=torch.float32)).logits, before)
-
-
-def test_a_persistent_hook_is_off_until_asked():
-    model = tiny_model()
-    before = model(images(dtype=torch.float32)).logits
     hook = PatchEmbeddingNoise(model)
-    assert torch.equal(model(images(dtype=torch.float32)).logits, before)
+    assert torch.equal(model(inputs).logits, before)
     hook.remove()
-    assert not find_patch_embedding(model)._forward_hooks
+    assert not hook.module._forward_hooks
 
 
 def test_noise_is_cast_where_it_is_added():
@@ -163,15 +151,12 @@ def test_as_many_noises_as_images_go_to_one_image_each():
     with hook.adding(noises, NoiseMode.LAST_PART, 2):
         twice = model(torch.cat([inputs, inputs])).logits
     torch.testing.assert_close(twice[len(inputs) :], together)
-    with (
-        patch_embedding_noise(model, noises[:2]),
-        pytest.raises(ValueError, match="2 noises for 3 images"),
-    ):
+    with patch_embedding_noise(model, noises[:2]), pytest.raises(ValueError, match="2 noises for 3 images"):
         model(inputs)
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 24), (1, 16, 12), (16, 24)])
-def test_noise_of_another_shape_says_what_differs(shape):
+def test_noise_of_another_shape_is_an_error(shape):
     model = tiny_model()
     with (
         patch_embedding_noise(model, torch.zeros(shape)),
@@ -180,11 +165,10 @@ def test_noise_of_another_shape_says_what_differs(shape):
         model(images(dtype=torch.float32))
 
 
-def test_wrappers_are_looked_through():
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_wrappers_are_looked_through(wrap):
     model = tiny_model()
-    module = find_patch_embedding(model)
-    assert find_patch_embedding(nn.DataParallel(model)) is module
-    assert find_patch_embedding(torch.compile(model, backend="eager")) is module
+    assert find_patch_embedding(wrap(model)) is find_patch_embedding(model)
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -205,7 +189,7 @@ def test_a_compiled_model_is_refused(in_place):
     torch.compiler.reset()
 
 
-def test_a_noise_that_no_forward_pass_had_is_said():
+def test_a_noise_that_no_forward_pass_had_is_a_warning():
     model, inputs = tiny_model(), images(dtype=torch.float32)
     compiled = torch.compile(model, backend="eager")
     clean = compiled(pixel_values=inputs).logits

@@ -8,9 +8,8 @@ from PIL import Image
 
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.preprocessing import make_image_processor
-from hf_nullspace.noise.pictures import plot_bank, plot_noise
+from hf_nullspace.noise.pictures import plot_bank, plot_history, plot_noise
 from hf_nullspace.noise.pixels import pixel_preimage
-from hf_nullspace.noise.plots import plot_history
 from tiny_models import tiny_model
 
 STD = (0.2, 0.25, 0.3)

@@ -74,7 +74,7 @@ def test_real_images_and_another_precision(saved, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_a_model_of_another_attention_says_what_is_not_measured(tmp_path, capsys):
+def test_another_attention_is_reported_as_not_measured(tmp_path, capsys):
     config = Swinv2Config(
         image_size=16, patch_size=4, embed_dim=24, depths=[1, 1], num_heads=[2, 2], window_size=2, num_labels=5
     )

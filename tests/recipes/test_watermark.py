@@ -70,7 +70,7 @@ def test_a_mark_is_put_on_an_image(wanted, files, tmp_path, capsys):
         assert np.array_equal(source, np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR)))
 
 
-def test_a_model_whose_explanation_is_not_known_says_so(files, tmp_path, capsys):
+def test_a_model_without_explanation_is_reported(files, tmp_path, capsys):
     saved_model(tiny_model("siglip"), tmp_path / "siglip")
     words = ["--image", files / "cat.jpg", "--mark", files / "logo.png", "--output_dir", tmp_path / "out"]
     call("--model_name_or_path", tmp_path / "siglip", *words, "--explanation_picture", "true")

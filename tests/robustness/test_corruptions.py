@@ -1,6 +1,5 @@
 """Generated corruptions: what each one is supposed to do, written out, and determinism."""
 
-import io
 import sys
 
 import imagecorruptions
@@ -63,28 +62,18 @@ def test_noise_has_the_variance_of_its_table(size, table):
             assert (noisy == extreme).mean() == pytest.approx(share, abs=4 * np.sqrt(share / noisy.size))
 
 
-def test_contrast_and_brightness_in_closed_form(photo):
-    image = photo(32)
-    x = values(image)
-    flat = values(corrupt(image, "contrast", 5, seed=0, index=0))
-    mean = x.mean((0, 1))
-    np.testing.assert_allclose(flat, (x - mean) * 0.15 + mean, atol=1 / 255 + 1e-9)
-    bright = values(corrupt(image, "brightness", 2, seed=0, index=0))
-    np.testing.assert_allclose(bright.max(-1), np.minimum(x.max(-1) + 0.1, 1), atol=1 / 255 + 1e-9)
-    saturation = 1 - x.min(-1) / x.max(-1)
-    np.testing.assert_allclose(1 - bright.min(-1) / bright.max(-1), saturation, atol=0.03)
+@pytest.mark.parametrize("name", ["brightness", "contrast", "pixelate", "jpeg_compression"])
+@pytest.mark.parametrize("severity", [1, 3, 5])
+def test_large_images_follow_the_library(photo, name, severity):
+    image = photo(96)
+    expected = imagecorruptions.corrupt(np.asarray(image), severity, name).astype(int)
+    got = np.asarray(corrupt(image, name, severity, seed=0, index=0)).astype(int)
+    assert np.abs(got - expected).max() <= 1
+
+
+def test_black_pixels_become_brighter_without_a_hue():
     black = values(corrupt(grey(0), "brightness", 5, seed=0, index=0))
     np.testing.assert_allclose(black, 0.3, atol=1 / 255)
-
-
-def test_pixelate_and_jpeg_are_what_pillow_does(photo):
-    image = photo(32)
-    small = image.resize((20, 20), Image.Resampling.BOX).resize((32, 32), Image.Resampling.BOX)
-    np.testing.assert_array_equal(np.array(corrupt(image, "pixelate", 5, seed=0, index=0)), np.array(small))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=40)
-    result = np.array(corrupt(image, "jpeg_compression", 5, seed=0, index=0))
-    np.testing.assert_array_equal(result, np.array(Image.open(file)))
 
 
 def test_bad_arguments_are_named():
@@ -94,15 +83,6 @@ def test_bad_arguments_are_named():
         corrupt(grey(0), "gaussian_blur", 1, seed=0, index=0)
     with pytest.raises(ValueError, match="expected 1 to 5"):
         corrupt(grey(0), "contrast", 0, seed=0, index=0)
-
-
-@pytest.mark.parametrize("name", ["brightness", "contrast", "pixelate", "jpeg_compression"])
-@pytest.mark.parametrize("severity", [1, 3, 5])
-def test_large_images_follow_the_library(photo, name, severity):
-    image = photo(96)
-    expected = imagecorruptions.corrupt(np.asarray(image), severity, name).astype(int)
-    got = np.asarray(corrupt(image, name, severity, seed=0, index=0)).astype(int)
-    assert np.abs(got - expected).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["glass_blur", "snow"])

@@ -1,7 +1,6 @@
 """A finished condition is found again if nothing changed, and never if anything did."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -25,6 +24,7 @@ from hf_nullspace.robustness.records import (
 )
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted
 
+ALONE = {"clean": Clean()}
 CONDITIONS = {"clean": Clean(), "weak": Attacked(FGSM(1 / 255)), "noisy": Corrupted("shot_noise", 2)}
 USUAL = {"batch_size": 5, "seed": 1, "dtype": "float32", "progress": False}
 
@@ -40,7 +40,7 @@ def counted(tiny_vit):
 def test_finished_conditions_are_not_run_again(counted, images, tmp_path):
     model, seen = counted
     records, said = Records(tmp_path), []
-    first, keys = evaluate_resumably(records, model, images, {"clean": Clean()}, **USUAL)
+    first, keys = evaluate_resumably(records, model, images, ALONE, **USUAL)
     assert sum(seen) == 13
     both, more = evaluate_resumably(records, model, images, CONDITIONS, **USUAL, say=said.append)
     assert list(both) == list(CONDITIONS)
@@ -74,36 +74,33 @@ def test_an_interrupted_run_keeps_what_was_finished(counted, images, tmp_path):
     assert sum(seen) == 26 + 13
 
 
-def change_weight(model, images):
-    model.model.classifier.bias.data[3] += 1e-6
+CHANGES = {
+    "weight": lambda model, images: model.model.classifier.bias.data[3].add_(1e-6),
+    "normalisation": lambda model, images: setattr(model, "std", (0.25, 0.2, 0.31)),
+    "pixel": lambda model, images: images.images[4].putpixel((0, 0), (1, 2, 3)),
+    "label": lambda model, images: images.labels.__setitem__(7, 9),
+    "number": lambda model, images: (images.images.pop(), images.labels.pop()),
+}
+WEAK = Attacked(FGSM(1 / 255))
 
 
-def change_normalisation(model, images):
-    model.std = (0.25, 0.2, 0.31)
-
-
-def change_pixel(model, images):
-    images.images[4] = images.images[4].copy()
-    images.images[4].putpixel((0, 0), (1, 2, 3))
-
-
-def change_label(model, images):
-    images.labels[7] = 9
-
-
-def change_number(model, images):
-    images.images.pop()
-    images.labels.pop()
-
-
-@pytest.mark.parametrize("change", [change_weight, change_normalisation, change_pixel, change_label, change_number])
-def test_a_changed_checkpoint_or_data_set_is_never_mixed_in(counted, images, tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "condition", "settings"),
+    [
+        *((change, Clean(), {}) for change in CHANGES),
+        *((None, WEAK, settings) for settings in ({"seed": 2}, {"dtype": "bf16"})),
+        (None, Attacked(FGSM(2 / 255)), {}),
+    ],
+)
+def test_what_has_changed_is_measured_again_and_never_mixed_in(counted, images, tmp_path, change, condition, settings):
     model, seen = counted
-    evaluate_resumably(Records(tmp_path), model, images, {"clean": Clean()}, **USUAL)
+    images.images = [image.copy() for image in images.images]
+    evaluate_resumably(Records(tmp_path), model, images, {"title": WEAK if change is None else condition}, **USUAL)
     seen.clear()
-    change(model, images)
-    _, keys = evaluate_resumably(Records(tmp_path), model, images, {"clean": Clean()}, **USUAL)
-    assert sum(seen) == len(images)
+    if change is not None:
+        CHANGES[change](model, images)
+    _, keys = evaluate_resumably(Records(tmp_path), model, images, {"title": condition}, **(USUAL | settings))
+    assert sum(seen) == len(images) * (2 if change is None else 1)
     assert Records(tmp_path).others(keys) == 1
 
 
@@ -125,7 +122,7 @@ def test_a_replaced_file_of_the_same_size_is_run_again(counted, tmp_path):
     model, seen = counted
     files = preprocessed(image_files(tmp_path / "files"))
     before = images_fingerprint(files, sample=2)  # two of the seven images
-    evaluate_resumably(Records(tmp_path / "records"), model, files, {"clean": Clean()}, **USUAL)
+    evaluate_resumably(Records(tmp_path / "records"), model, files, ALONE, **USUAL)
     seen.clear()
     stamp, changed = modification_stamp(files), tmp_path / "files" / "3.bmp"
     size = changed.stat().st_size
@@ -133,17 +130,17 @@ def test_a_replaced_file_of_the_same_size_is_run_again(counted, tmp_path):
     assert changed.stat().st_size == size
     assert images_fingerprint(files, sample=2) == before
     assert modification_stamp(Part(files, 3)) == modification_stamp(files) != stamp
-    evaluate_resumably(Records(tmp_path / "records"), model, files, {"clean": Clean()}, **USUAL)
+    evaluate_resumably(Records(tmp_path / "records"), model, files, ALONE, **USUAL)
     assert sum(seen) == 7
 
 
 def test_every_byte_of_images_inside_a_table_counts(tmp_path):
     rows = image_files(tmp_path / "files")
 
+    paths = sorted((tmp_path / "files").iterdir())
+
     def embedded(blacken):
-        contents = [
-            Path(path).read_bytes() for path in rows.data.column("image").combine_chunks().field("path").tolist()
-        ]
+        contents = [path.read_bytes() for path in paths]
         if blacken:
             contents[3] = contents[3][:-3] + bytes(3)
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
@@ -170,17 +167,6 @@ def test_an_attack_that_looks_at_its_batch_is_known_by_it(counted, images, tmp_p
     assert AutoAttack.batch_dependent
 
 
-@pytest.mark.parametrize("setting", [{"seed": 2}, {"dtype": "bf16"}])
-def test_a_changed_protocol_is_run_again(counted, images, tmp_path, setting):
-    model, seen = counted
-    evaluate_resumably(Records(tmp_path), model, images, {"weak": Attacked(FGSM(1 / 255))}, **USUAL)
-    seen.clear()
-    evaluate_resumably(Records(tmp_path), model, images, {"weak": Attacked(FGSM(1 / 255))}, **(USUAL | setting))
-    assert sum(seen) == 26
-    evaluate_resumably(Records(tmp_path), model, images, {"weak": Attacked(FGSM(2 / 255))}, **USUAL)
-    assert sum(seen) == 52
-
-
 def test_fingerprints_do_not_depend_on_where_a_model_sits(tiny_vit, images):
     twin = PixelModel(tiny_vit.model, tiny_vit.mean, tiny_vit.std)
     assert model_fingerprint(twin.train()) == model_fingerprint(tiny_vit)
@@ -199,7 +185,7 @@ def test_a_part_is_evenly_spaced_and_says_so(images):
 
 def test_samples_are_written_per_image(tiny_vit, images, tmp_path):
     found, keys = evaluate_resumably(
-        Records(tmp_path / "records"), tiny_vit, images, {"clean": Clean()}, **USUAL, samples=tmp_path / "samples"
+        Records(tmp_path / "records"), tiny_vit, images, ALONE, **USUAL, samples=tmp_path / "samples"
     )
     table = pyarrow.parquet.read_table(tmp_path / "samples" / f"{keys[0]}.parquet")
     assert table.column("label").to_pylist() == images.labels
@@ -209,7 +195,7 @@ def test_samples_are_written_per_image(tiny_vit, images, tmp_path):
 
 
 def test_a_damaged_record_is_an_error(tiny_vit, images, tmp_path):
-    found, _ = evaluate_resumably(Records(tmp_path), tiny_vit, images, {"clean": Clean()}, **USUAL)
+    found, _ = evaluate_resumably(Records(tmp_path), tiny_vit, images, ALONE, **USUAL)
     entry = read_json(next(tmp_path.glob("*.json")))
     assert entry == record(found["clean"])
     entry["correct"] = entry["correct"] + 1
@@ -220,27 +206,34 @@ def test_a_damaged_record_is_an_error(tiny_vit, images, tmp_path):
 @pytest.mark.parametrize("content", ["", '{"condition": "clean"}', "[]", "other seconds"])
 def test_a_damaged_record_on_the_disk_is_logged_and_made_again(tiny_vit, images, tmp_path, caplog, content):
     records = Records(tmp_path)
-    first = finished(records, tiny_vit, images)
+    first, _ = evaluate_resumably(records, tiny_vit, images, ALONE, **USUAL)
     (path,) = tmp_path.iterdir()
     path.write_text(path.read_text().replace('"seconds": ', '"seconds": 1') if content == "other seconds" else content)
-    again = finished(records, tiny_vit, images)
+    again, _ = evaluate_resumably(records, tiny_vit, images, ALONE, **USUAL)
     assert f"{path} is damaged" in caplog.text
     assert "made again" in caplog.text
-    assert (again.correct == first.correct).all()
+    assert (again["clean"].correct == first["clean"].correct).all()
     assert records.load(path.stem) is not None
 
 
-def finished(records, tiny_vit, images):
-    conditions = {"clean": Clean()}
-    results, _ = evaluate_resumably(
-        records, tiny_vit, images, conditions, batch_size=8, seed=0, dtype="float32", progress=False
-    )
-    return results["clean"]
+def test_what_was_made_is_kept_under_a_key_that_does_not_change(tmp_path):
+    records, made = Records(tmp_path), []
+
+    def make():
+        made.append(1)
+        return {"numbers": (1, 2.5)}
+
+    for _ in range(2):
+        assert records.kept(make, model="a", settings={"b": (1, None)}) == {"numbers": [1, 2.5]}
+    assert len(made) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["719d718b61482dfd845258a0534360d3.json"]
+    records.kept(make, model="b", settings={"b": (1, None)})
+    assert len(made) == 2
 
 
 def test_a_subsets_second_judgement_survives(images, tiny_vit, tmp_path):
     images.subset = list(range(10))
-    found, _ = evaluate_resumably(Records(tmp_path), tiny_vit, images, {"clean": Clean()}, **USUAL)
-    again, _ = evaluate_resumably(Records(tmp_path), tiny_vit, images, {"clean": Clean()}, **USUAL)
+    found, _ = evaluate_resumably(Records(tmp_path), tiny_vit, images, ALONE, **USUAL)
+    again, _ = evaluate_resumably(Records(tmp_path), tiny_vit, images, ALONE, **USUAL)
     assert again["clean"].correct_all.dtype == np.bool_
     assert again["clean"].correct_all.tolist() == found["clean"].correct_all.tolist()

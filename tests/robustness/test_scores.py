@@ -90,15 +90,21 @@ def test_corruption_errors_by_hand():
     assert mean_corruption_error(reference, reference) == pytest.approx(100)
 
 
+@pytest.mark.parametrize(
+    ("errors", "reference", "message"),
+    [
+        ({"fog": [0.1]}, {"fog": [0.1], "snow": [0.1]}, r"\['snow'\] without a measurement"),
+        ({"fog": [0.1], "snow": [0.2]}, {"fog": [0.1]}, r"\['snow'\] without a reference"),
+        ({"fog": [0.1]}, {"fog": [0.1, 0.2]}, "1 severities"),
+        ({"fog": [0.1]}, {"fog": [0.0]}, "the reference makes no error"),
+    ],
+)
+def test_no_mce_over_a_part(errors, reference, message):
+    with pytest.raises(ValueError, match=message):
+        mean_corruption_error(errors, reference)
+
+
 def test_no_number_over_a_part():
-    with pytest.raises(ValueError, match=r"\['snow'\] without a measurement"):
-        mean_corruption_error({"fog": [0.1]}, {"fog": [0.1], "snow": [0.1]})
-    with pytest.raises(ValueError, match=r"\['snow'\] without a reference"):
-        mean_corruption_error({"fog": [0.1], "snow": [0.2]}, {"fog": [0.1]})
-    with pytest.raises(ValueError, match="1 severities"):
-        mean_corruption_error({"fog": [0.1]}, {"fog": [0.1, 0.2]})
-    with pytest.raises(TypeError):
-        mean_corruption_error({"fog": [0.1]})
     assert mean_of({"a": 1.0, "b": 3.0, "c": 9.0}, ["a", "b"]) == 2
     with pytest.raises(ValueError, match="R, C not measured"):
         mean_of({"a": 1.0}, ["a", "R", "C"])
@@ -132,11 +138,9 @@ def test_calibration_by_hand_and_for_a_calibrated_model():
     confidence = rng.uniform(0.1, 1, 200_000)
     assert expected_calibration_error(confidence, rng.random(200_000) < confidence) < 0.01
     assert expected_calibration_error([0.0, 1.0], [False, True]) == 0
-    for wrong in (1.2, -0.1):
-        with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-            expected_calibration_error([wrong], [True])
-    with pytest.raises(ValueError, match="one confidence"):
-        expected_calibration_error([0.5], [True, False])
+    for wrong in ([1.2, 0.5], [-0.1, 0.5], [0.5]):
+        with pytest.raises(ValueError, match=r"expected one confidence in \[0, 1\] for each of 2 images"):
+            expected_calibration_error(wrong, [True, False])
 
 
 def test_a_bin_is_open_below_and_closed_above():

@@ -82,11 +82,8 @@ def verdict(report: Report) -> list[str]:
     if len(report.results) == 1:
         only = code(report.subject)
         return [f"Only {only} was measured: these numbers say nothing about what the fine-tuning changed."]
-    sentences = []
-    against = compared(report)
-    for other in sorted(against, key=lambda name: name != report.control):
-        control = ", the control (the same fine-tuning without noise)" if other == report.control else ""
-        sentences.append(comparison(report, other, code(other) + control))
+    others = sorted(compared(report), key=lambda name: name != report.control)
+    sentences = [comparison(report, other) for other in others]
     if report.control is None:
         sentences.append(
             "There is no control (the same fine-tuning without noise), so nobody knows what the noise did."
@@ -94,52 +91,47 @@ def verdict(report: Report) -> list[str]:
     return sentences
 
 
-def comparison(report: Report, other: str, what: str) -> str:
+def comparison(report: Report, other: str) -> str:
     """The subject against one checkpoint, counting intervals that lie on one side of zero."""
-    better, worse, same = [], [], 0
-    for index, result in enumerate(report.results[report.subject]):
-        if report.doubts(report.subject, result) or report.doubts(other, report.results[other][index]):
-            continue
-        change = report.change(other, index)
-        named = f"{escape(result.condition)} ({100 * change.value:+.2f})"
-        if change.low > 0:
-            better.append(named)
-        elif change.high < 0:
-            worse.append(named)
-        else:
-            same += 1
-    count = same + len(better) + len(worse)
-    if not count:
-        return f"Against {what}: no condition could be compared; the checks of the evaluation failed."
+    control = ", the control (the same fine-tuning without noise)" if other == report.control else ""
+    against = f"Against {code(other)}{control}"
+    changes = [
+        (f"{escape(result.condition)} ({100 * change.value:+.2f})", change)
+        for index, result in enumerate(report.results[report.subject])
+        if not report.doubts(report.subject, result) and not report.doubts(other, report.results[other][index])
+        for change in [report.change(other, index)]
+    ]
+    if not changes:
+        return f"{against}: no condition could be compared; the checks of the evaluation failed."
+    better = [name for name, change in changes if change.low > 0]
+    worse = [name for name, change in changes if change.high < 0]
+    count, same = len(changes), len(changes) - len(better) - len(worse)
     if same == count:
         every = "the interval contains zero" if count == 1 else f"all {count} intervals contain zero"
-        return f"Against {what}: **no difference was measured**; {every}."
-    parts = [f"{word} in {len(found)} ({_few(found, 12)})" for word, found in (("better", better), ("worse", worse))
-             if found]  # fmt: skip
-    text = f"Against {what}, of {count} conditions (points): {', '.join(parts)}"
-    text += f"; in the other {same} no difference was measured (the interval contains zero)." if same else "."
+        return f"{against}: **no difference was measured**; {every}."
+    sides = {"better": better, "worse": worse}
+    parts = [f"{word} in {len(names)} ({_few(names, 12)})" for word, names in sides.items() if names]
+    rest = f"; in the other {same} no difference was measured (the interval contains zero)" if same else ""
+    text = f"{against}, of {count} conditions (points): {', '.join(parts)}{rest}."
     return text + " About one interval of 95% in twenty excludes zero by chance."
 
 
 def protocols(report: Report) -> list[str]:
     """One line for every way in which images were measured, with what a reader needs in order to repeat it."""
-    lines = []
-    if images := report.context.get("images"):
-        lines.append(f"Images: {escape(images)}.")
     ways: dict[str, list[str]] = {}
     for result in report.results[report.subject]:
         ways.setdefault(describe(result), []).append(result.condition)
+    lines = [f"Images: {escape(images)}."] if (images := report.context.get("images")) else []
     return lines + [f"{escape(_few(conditions, 3))}: {escape(way)}." for way, conditions in ways.items()]
 
 
 def describe(result: ConditionResult) -> str:
     """The protocol of one result as words: how it was perturbed, how the images were prepared, the seed."""
     known = result.protocol
+    words = [] if {"attack", "generated"} & known.keys() else ["the images as they are"]
     if "attack" in known:
         settings = ", ".join(f"{key} {readable(value)}" for key, value in known.get("settings", {}).items())
         words = [f"attack {known['attack']}" + (f" ({settings})" if settings else "")]
-    else:
-        words = [] if "generated" in known else ["the images as they are"]
     words += [f"{key} {_short(value)}" for key, value in known.items() if key not in _NOT_PROTOCOL]
     return "; ".join([*words, f"seed {result.seed}"])
 
@@ -167,12 +159,8 @@ def doubts(report: Report) -> list[str]:
 
 def attacks_not_measured(reports: Iterable[Report]) -> list[str]:
     """The attacks that this package has and no report used."""
-    used = {
-        str(result.protocol.get("attack", "")).partition("(")[0]
-        for report in reports
-        for results in report.results.values()
-        for result in results
-    }
+    results = [result for report in reports for found in report.results.values() for result in found]
+    used = {str(result.protocol.get("attack", "")).partition("(")[0] for result in results}
     return [name for name in ATTACKS if name not in used]
 
 

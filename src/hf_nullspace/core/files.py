@@ -109,7 +109,7 @@ def read_json(path: Path | str) -> Any:
 def make_lasting(folder: Path | str, *, below: bool = False) -> None:
     """Force the files that a library wrote into a folder, and their names, to the disk; ``below``: subfolders, too.
 
-    safetensors 0.8 makes files that only their owner can read: they get the permissions of an ordinary file.
+    Files of safetensors 0.8, which only their owner can read, get the permissions of an ordinary file.
     """
     folder = Path(folder)
     paths = _files(folder) if below else [path for path in folder.iterdir() if path.is_file()]

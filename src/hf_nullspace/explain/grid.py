@@ -1,4 +1,4 @@
-"""Saliency maps of several images by several methods: as numbers, held to the first image, and as a grid."""
+"""Saliency maps of several images by several methods: as numbers, compared with the first image, and as a grid."""
 
 import math
 from collections.abc import Sequence

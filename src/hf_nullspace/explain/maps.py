@@ -3,7 +3,7 @@
 A map has one number per patch, (B, h, w), at least 0 and on a scale of its own: compare maps by :func:`correlation`.
 The functions of ``MAPS`` are the definitions, on attention maps A (B, heads, tokens, tokens) of every layer and their
 gradients; :func:`saliency_maps` reads those from a model. Tokens that are no patches (CLS, DeiT's distillation token,
-registers) stand first and are dropped from the map.
+registers) come first and are dropped from the map.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,9 +30,9 @@ def raw_attention(attentions: Layers, gradients: Layers, prefix: int) -> Tensor:
 
 
 def rollout(attentions: Layers, gradients: Layers, prefix: int) -> Tensor:
-    """Abnar & Zuidema, ACL 2020: the product over layers of mean_h A + I, rows made to sum to 1, the later on the left.
+    """The CLS row (B, N) of the product over layers, the later on the left, of mean_h A + I with rows of sum 1.
 
-    Its CLS row, (B, N).
+    Abnar & Zuidema, ACL 2020.
     """
     joint = _identity(attentions)
     for attention in attentions:
@@ -78,7 +78,6 @@ def saliency_maps(
 
     Raises:
         NoClsTokenError: if the model's classifier reads no CLS token (BEiT, Swin, SigLIP).
-        NoAttentionWeightsError: if the model's attention is not known.
         ValueError: for an unknown method, or targets that are no classes.
     """
     unknown = [name for name in methods if name not in MAPS]
@@ -101,8 +100,8 @@ def check_has_cls(model: nn.Module) -> None:
     """Raise ``NoClsTokenError`` unless the model is of ``CLS_FAMILIES``."""
     if (kind := model_type(model)) not in CLS_FAMILIES:
         raise NoClsTokenError(
-            f"{type(unwrap(model)).__name__} (model type {kind}) is not known to classify by a CLS token, whose row of "
-            f"the attention the maps are; known are {', '.join(sorted(CLS_FAMILIES))}"
+            f"{type(unwrap(model)).__name__} (model type {kind}) is not known to classify by a CLS token, and the "
+            f"maps are its row of the attention; known are {', '.join(sorted(CLS_FAMILIES))}"
         )
 
 

@@ -99,8 +99,9 @@ def recheck(run: Path, count: int = IMAGES, dataset_name: str | None = None) -> 
     Raises:
         ReleaseError: if nothing is recorded that could be measured again, or the data are not there.
     """
-    report, context = recorded(Path(run))
-    wanted = to_measure(report)
+    report, wanted = recorded(run)
+    # A report is read without the paths of this machine; the context is read again with them.
+    context = json.loads((run / report.file).read_text(encoding="utf-8")).get("context", {})
     try:
         model = load_model(str(run)).eval()
         preprocessing = Preprocessing.from_processor(load_image_processor(str(run)))
@@ -124,25 +125,21 @@ def recheck(run: Path, count: int = IMAGES, dataset_name: str | None = None) -> 
     return found
 
 
-def recorded(run: Path) -> tuple[Report, Mapping[str, Any]]:
-    """The first report with something that can be measured again, and its context with the paths as they are here."""
+def recorded(run: Path) -> tuple[Report, list[tuple[ConditionResult, Condition]]]:
+    """The first report with something to measure again: clean images, the generated corruption that was quickest."""
     for report in RunFolder(run).reports:
-        if to_measure(report):
-            return report, json.loads((run / report.file).read_text(encoding="utf-8")).get("context", {})
-    raise ReleaseError(f"the results in {run} have neither clean images nor a generated corruption to measure again; "
-                       "add some with recipes/evaluate_robustness.py --output_dir RUN/robustness")  # fmt: skip
-
-
-def to_measure(report: Report) -> list[tuple[ConditionResult, Condition]]:
-    """Clean images, and the generated corruption that took the least time."""
-    results = report.results[report.subject]
-    chosen: list[tuple[ConditionResult, Condition]] = [(r, Clean()) for r in results if r.condition == "clean"]
-    corrupted = [r for r in results if r.condition.startswith("generated ") and cell(r)]
-    if corrupted:
-        quickest = min(corrupted, key=lambda r: r.seconds)
-        _, corruption, severity = cell(quickest) or ("", "", 0)
-        chosen.append((quickest, Corrupted(corruption, severity)))
-    return chosen
+        results = report.results[report.subject]
+        chosen: list[tuple[ConditionResult, Condition]] = [(r, Clean()) for r in results if r.condition == "clean"]
+        cells = [(r, found) for r in results if r.condition.startswith("generated ") and (found := cell(r))]
+        if cells:
+            quickest, (_, corruption, severity) = min(cells, key=lambda pair: pair[0].seconds)
+            chosen.append((quickest, Corrupted(corruption, severity)))
+        if chosen:
+            return report, chosen
+    raise ReleaseError(
+        f"the results in {run} have neither clean images nor a generated corruption to measure again; "
+        "add some with recipes/evaluate_robustness.py --output_dir RUN/robustness"
+    )
 
 
 def recorded_images(

@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from hf_nullspace.cards.card import EVAL_RESULTS, model_card, write_card
 from hf_nullspace.cards.run_folder import COST_NAME, HISTORY_NAME, REPORTS, SETTINGS_NAME, portable
 from hf_nullspace.cards.staging import published_copy
-from hf_nullspace.core.files import sha256, write_json, write_text
+from hf_nullspace.core.files import damaged_files, size_and_hash, write_json, write_text
 from hf_nullspace.core.uploads import push_folder
 from hf_nullspace.hub.planned import planned_card
 from hf_nullspace.hub.recheck import ReleaseError
@@ -59,24 +59,14 @@ def push_and_verify(folder: Path, repo_id: str, *, private: bool | None, repeat:
             raise ReleaseError(
                 f"{repo_id} was pushed (commit {pushed.oid}), but cannot be pulled back: {error}. Repeat with {repeat}"
             ) from error
-        wrong = differing_files(folder, Path(pulled))
-    if wrong:
+        sent = {path.relative_to(folder).as_posix(): size_and_hash(path) for path in _files(folder)}
+        lacking = damaged_files(pulled, sent)
+    if lacking:
         raise ReleaseError(
-            f"{repo_id} at commit {pushed.oid} is not what was sent: {', '.join(wrong)}. Repeat with {repeat}"
+            f"{repo_id} at commit {pushed.oid} is not what was sent: it lacks {', '.join(lacking)}. "
+            f"Repeat with {repeat}"
         )
     return str(pushed.commit_url)
-
-
-def differing_files(sent: Path, pulled: Path) -> list[str]:
-    """Files of ``sent`` that are missing in ``pulled`` or have another SHA-256 there."""
-    wrong = []
-    for path in _files(sent):
-        name = path.relative_to(sent)
-        if not (pulled / name).is_file():
-            wrong.append(f"{name} (missing)")
-        elif sha256(path) != sha256(pulled / name):
-            wrong.append(f"{name} (changed)")
-    return wrong
 
 
 def listing(folder: Path) -> list[str]:

@@ -126,7 +126,7 @@ class Judge:
         """What the model sees of an 8-bit image, through its image processor.
 
         Raises:
-            ValueError: if the processor resizes the image: what was solved for is then not what the model sees.
+            ValueError: if the processor resizes the image, so that the model sees other pixels than were solved for.
         """
         pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
         height, width = self.written_size
@@ -168,7 +168,7 @@ class Judge:
         )
 
 
-# ---- what is wished for
+# ---- the wish
 
 
 def marked(image: Image.Image, mark: Image.Image) -> Image.Image:

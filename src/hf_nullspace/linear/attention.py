@@ -2,8 +2,8 @@
 
 For heads (Q_i, K_i, V_i), with M_i = Q_i K_i^T, three conditions are sufficient: (1) every M_i is symmetric; (2) the
 row space of V_i^T lies in that of M_i; (3) a nonzero row of some M_m lies in the row space of another head's M_n. Then
-the row spaces of all M_i together miss a direction w, and W with every row a multiple of w gives head_i(X + W) =
-head_i(X). Here: how far a real layer is from each condition, the construction, and what it does to the heads.
+the row spaces of all M_i together miss a direction w, and head_i(X + W) = head_i(X) if every row of W is a multiple of
+w. Here: how far a real layer is from each condition, the construction, and what it does to the heads.
 
 Biases: the key's cancels in the softmax; the query's adds b K_i^T w, which is 0 when Q_i has full column rank
 (M_i w = Q_i (K_i^T w) = 0 then means K_i^T w = 0); the value's is added on both sides.
@@ -20,7 +20,7 @@ from hf_nullspace.models.attention import AttentionWeights
 
 @dataclass(frozen=True, eq=False)
 class LayerConditions:
-    """How far one layer is from the three conditions; all measured in float64."""
+    """How far one layer is from the three conditions, in float64."""
 
     name: str
     features: int
@@ -28,7 +28,7 @@ class LayerConditions:
     asymmetry: Tensor
     """(heads,): ||M_i - M_i^T|| / ||M_i|| (Frobenius), in [0, 2]; 0 is condition 1, unrelated Q and K give sqrt(2)."""
     value_angles: tuple[Tensor, ...]
-    """Per head the principal angles from R(V_i^T) to R(M_i), ascending, in [0, pi/2]; condition 2 is that all are 0."""
+    """Per head the principal angles from R(V_i^T) to R(M_i), ascending, in [0, pi/2]; all 0 is condition 2."""
     collinearity: float
     """min over m != n, k of the distance of row k of M_m to R(M_n), relative to the row; 0 is condition 3."""
     stack_rank: int
@@ -43,8 +43,7 @@ class LayerConditions:
 
     def hold(self, tolerance: float = 1e-6) -> bool:
         """Whether all three conditions hold up to ``tolerance`` (asymmetry, angle, collinearity)."""
-        worst = max(float(self.asymmetry.max()), float(self.largest_angle.max()), self.collinearity)
-        return worst <= tolerance
+        return max(float(self.asymmetry.max()), float(self.largest_angle.max()), self.collinearity) <= tolerance
 
     def summary(self) -> dict[str, Any]:
         """All of it as numbers and lists, for JSON."""
@@ -64,8 +63,8 @@ class LayerConditions:
 def layer_conditions(weights: AttentionWeights) -> LayerConditions:
     """The measures of one layer; ranks have the tolerance s_max * max(shape) * eps of the dtype of the weights.
 
-    The shape is that of the factor whose spectrum is taken, (heads * d_k, D) for the stack: its own, taller one, would
-    call random float32 layers of ViT-B's size singular.
+    The shape is that of the decomposed factor, (heads * d_k, D) for the stack: with that of the stack itself, random
+    float32 layers of ViT-B's size would count as singular.
     """
     exact, eps = weights.double(), torch.finfo(weights.query.dtype).eps
     rows = [_row_space(exact, head, eps) for head in range(exact.heads)]
@@ -84,10 +83,7 @@ def layer_conditions(weights: AttentionWeights) -> LayerConditions:
 
 
 def null_direction(weights: AttentionWeights) -> Tensor:
-    """w (D,), of norm 1, float64: what the stacked M_i shrink most; all M_i w = 0 if their rank is below D.
-
-    There always is one, so that the construction can be tried on layers that do not satisfy the proposition.
-    """
+    """w (D,), of norm 1, float64: what the stacked M_i shrink most; all M_i w = 0 if their rank is below D."""
     _, _, right = torch.linalg.svd(_stack(weights.double()), full_matrices=True)
     return right[-1]
 

@@ -74,7 +74,7 @@ def nearest_in_box(
     for done in range(1, iterations + 1):  # noqa: B007 (reported)
         gradient = wanted[active] - primal(ahead[active], active) @ rows.T
         finished = torch.linalg.vector_norm(gradient, dim=1) <= tolerance * scale[active]
-        # the point whose gradient was taken is the one that is judged
+        # what is judged is the point where the gradient was taken
         multipliers[active[finished]] = ahead[active[finished]]
         active, gradient = active[~finished], gradient[~finished]
         if not len(active):

@@ -21,8 +21,8 @@ from hf_nullspace.models.patch_embedding import (
     unwrap,
 )
 
-# Share of the control's effect up to which a change counts as rounding. In float64 the direction gives about 1e-13;
-# attention that computes its softmax in float32 whatever the model's dtype (transformers' "eager") gives up to 1e-7.
+# Share of the control's effect up to which a change counts as rounding: about 1e-13 in float64, and up to 1e-7 where
+# attention computes its softmax in float32 (transformers' "eager").
 ROUNDING = 1e-6
 
 
@@ -65,7 +65,7 @@ class LayerNormNullspace:
         return self.patches
 
     def sample(self, generator: torch.Generator, norm: float = 1.0) -> Tensor:
-        """A noise (1, N, D) of this space with the given Euclidean norm, in a uniformly random direction; float64."""
+        """A noise (1, N, D) of this space with that Euclidean norm, in a uniformly random direction; float64."""
         return _constants(self.patches, self.features, generator, norm)
 
     def project(self, noise: Tensor) -> Tensor:
@@ -83,12 +83,10 @@ def exact_encoder_nullspace(
     norm: float = 1000.0,
     seed: int = 0,
 ) -> LayerNormNullspace:
-    """The LayerNorm direction of ``model``, verified on ``pixel_values`` (B, C, H, W) in float64.
-
-    The check runs on a float64 copy of the model (twice the memory of a float32 one); the model is not changed.
+    """The LayerNorm direction, verified on ``pixel_values`` (B, C, H, W) on a float64 copy of the model.
 
     Args:
-        patch_embedding: where the noise is added; needed for models whose patches overlap.
+        patch_embedding: where the noise is added; needed for models with patches that overlap.
         norm: of the noise that is tried. The statement holds for every size.
         seed: of the constants and the control.
 

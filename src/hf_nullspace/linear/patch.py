@@ -63,7 +63,7 @@ class PatchNullspace:
         projection = patch_projection(module)
         if projection is None:
             raise NotAViTError(
-                f"{type(module).__name__} of {type(unwrap(model)).__name__} has no convolution whose stride is its "
+                f"{type(module).__name__} of {type(unwrap(model)).__name__} has no convolution with a stride of its "
                 "kernel size; patches that overlap have no nullspace of their own"
             )
         weight = projection.weight
@@ -118,8 +118,7 @@ class PatchNullspace:
     def project(self, pixel_values: Tensor) -> Tensor:
         """The part of images or of changes of images (B, C, H, W) that the model cannot see, patch by patch.
 
-        Zero beyond the last whole patch of an image that the patches do not divide (some models drop that border,
-        others pad it).
+        It is zero beyond the last whole patch: some models drop that border, others pad it.
         """
         patches = self.project_patches(split_patches(pixel_values, self.patch_shape))
         return with_patches(torch.zeros_like(pixel_values), patches, self.patch_shape)
@@ -151,8 +150,8 @@ class PatchNullspace:
     def in_pixels(self, std: Sequence[float]) -> Self:
         """The same nullspace for changes of pixels in [0, 1], by the ``std`` of the image processor.
 
-        A null patch p becomes ``p * std`` (:func:`patches_in_pixels`). Where std differs by channel an orthogonal
-        projection does not carry over, so the basis is made anew: its row space is that of theta * diag(1 / std).
+        A null patch p becomes ``p * std``. An orthogonal projection does not carry over where std differs by channel,
+        so the basis is computed again: its row space is that of theta * diag(1 / std).
         """
         if len(std) != self.patch_shape[0]:
             raise ValueError(f"std {tuple(std)} for patches of {self.patch_shape[0]} channels")
@@ -167,12 +166,10 @@ class PatchNullspace:
 def default_tolerance(singular_values: Tensor, shape: Sequence[int], stored_dtype: torch.dtype) -> float:
     """Largest singular value that counts as zero, for a weight of ``shape`` (D, P) stored in ``stored_dtype``.
 
-    Storing rounds every weight, which lifts exact zeros of the spectrum. For float32 and float64 this is the usual
-    s_max * max(D, P) * eps of that dtype: ViT-B/16 of table 4 has 2 values below it in float32, and none below
-    float64's own. In half precision that product is as large as s_max and would call every patch invisible; there it
-    is what the rounding itself can add: each weight moves by at most eps / 2 of itself, and a matrix of such errors has
-    a norm of about eps / 2 * rms(weight) * (sqrt(D) + sqrt(P)) at most; 0.4 of it was seen. Real singular values may be
-    smaller: look at the spectrum.
+    Storing rounds every weight, which lifts exact zeros of the spectrum. For float32 and float64 the tolerance is the
+    usual s_max * max(D, P) * eps of that dtype. In half precision that is as large as s_max; there it is the norm of
+    the rounding errors: each weight moves by at most eps / 2 of itself, so that norm is about
+    eps / 2 * rms(weight) * (sqrt(D) + sqrt(P)) at most. Real singular values may be smaller: look at the spectrum.
     """
     if not len(singular_values):
         return 0.0

@@ -21,7 +21,7 @@ _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 _HEADS = ("num_attention_heads", "num_heads")
 _PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
-# Families whose heads are softmax(q k^T / sqrt(d_k) + constant) v with q, k, v affine in the layer's input. Not so:
+# Families with heads softmax(q k^T / sqrt(d_k) + constant) v and q, k, v affine in the layer's input. Others have not:
 # Swinv2 (cosine), DINOv3 (rotary), SegFormer and PVT (keys of a shrunken image), Hiera (pooled queries).
 PLAIN_ATTENTION = frozenset(
     {"beit", "clip", "data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "ijepa", "siglip", "swin", "vit",
@@ -95,12 +95,9 @@ def attention_weights(model: nn.Module) -> list[AttentionWeights]:
 
 @torch.no_grad()
 def attention_inputs(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
-    """X of every layer, (B, tokens, D), for images ``pixel_values`` (B, C, H, W): what Q, K and V are applied to.
+    """X of every layer, (B, tokens, D), for images ``pixel_values`` (B, C, H, W): the input of Q, K and V.
 
-    In a pre-LayerNorm model that is after the LayerNorm. Swin's are windows: (B * windows, tokens in a window, D).
-
-    Raises:
-        NoAttentionWeightsError: as :func:`attention_weights`.
+    Swin's are windows: (B * windows, tokens in a window, D). Raises what :func:`attention_weights` raises.
     """
     queries = [query for _, _, (query, *_) in _layers(model)]
     with recorded(queries) as seen:
@@ -129,7 +126,7 @@ class AttentionGradients:
     logits: Tensor
     """(B, K)."""
     targets: Tensor
-    """(B,), the class whose logit is differentiated."""
+    """(B,), the classes; their logits are differentiated."""
     attentions: list[Tensor]
     """A of every layer, (B, heads, tokens, tokens); a row sums to 1."""
     gradients: list[Tensor]
@@ -141,10 +138,7 @@ def attention_maps(model: nn.Module, pixel_values: Tensor) -> list[Tensor]:
     """A of every layer, (B, heads, tokens, tokens), for images ``pixel_values`` (B, C, H, W), in eval mode.
 
     The softmax is taken in the model's own dtype; transformers' eager attention always takes it in float32. Swin's
-    maps are those of windows. The model is left as it was: mode, attention implementation, gradients.
-
-    Raises:
-        NoAttentionWeightsError: as :func:`attention_weights`.
+    maps are those of windows. Raises what :func:`attention_weights` raises.
     """
     with _watched(model) as seen:
         unwrap(model)(pixel_values=pixel_values)
@@ -160,7 +154,6 @@ def attention_gradients(
     inside ``torch.no_grad()``; no ``.grad`` is written.
 
     Raises:
-        NoAttentionWeightsError: as :func:`attention_weights`.
         ValueError: if a target is no class of the model, or their number is not that of the images.
     """
     with torch.inference_mode(False), torch.enable_grad(), _watched(model) as seen:
@@ -262,13 +255,13 @@ def pre_norm_layers(model: nn.Module) -> tuple[list[PreNormLayer], nn.Linear]:
     except AttributeError as error:
         raise NoAttentionWeightsError(
             f"{type(inner).__name__}: {error}; expected ViTForImageClassification, DeiTForImageClassification or "
-            "ViTMSNForImageClassification of transformers 5.18 to 5.x, whose classifier reads the CLS token"
+            "ViTMSNForImageClassification of transformers 5.18 to 5.x, with a classifier that reads the CLS token"
         ) from error
     return layers, inner.classifier
 
 
 def prefix_tokens(model: nn.Module) -> int:
-    """How many tokens stand before the patches: CLS, DeiT's distillation token, registers; 0 for SigLIP and Swin."""
+    """How many tokens come before the patches: CLS, DeiT's distillation token, registers; 0 for SigLIP and Swin."""
     count = 0
     for name, parameter in unwrap(model).named_parameters():
         if name.rpartition(".")[2] in _PREFIX_TOKENS:

@@ -92,7 +92,7 @@ def load_image_processor(name: str, revision: str | None = None) -> Any:
         place = _place(name)
         if Path(place).is_dir() and not any((Path(place) / file).is_file() for file in _PROCESSOR_FILES):
             raise ModelNotLoadedError(
-                "the folder has no preprocessor_config.json, so nobody knows how images are prepared; save it with "
+                "the folder has no preprocessor_config.json, so how to prepare images is not known; save it with "
                 "image_processor.save_pretrained(FOLDER)"
             )
         return AutoImageProcessor.from_pretrained(place, revision=revision, backend="pil", trust_remote_code=False)

@@ -1,9 +1,8 @@
 """The patch embedding of any ViT-like model, and the one persistent hook that adds noise to its output.
 
 The noise v (1, N, D) is added to the output u (B, N, D) of the patch projection, before CLS token and position
-embedding (equation 5 of the paper). A forward hook on the module needs no second forward implementation and survives
-renames inside the encoder; it is registered once, before the first compiled call, because a compiled model ignores a
-hook that is added later.
+embedding (equation 5 of the paper). A forward hook needs no second forward implementation. It is registered once,
+before the first compiled call, because a compiled model ignores a hook that is added later.
 """
 
 import math
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-# Models whose `get_input_embeddings()` does not answer with the patch embedding, and where it is instead.
+# Where the patch embedding is, if `get_input_embeddings()` returns another module.
 _PATCH_EMBEDDING_PATHS = {"CLIPForImageClassification": "vision_model.embeddings.patch_embedding"}
 
 
@@ -47,8 +46,8 @@ def find_patch_embedding(model: nn.Module) -> nn.Module:
 def _not_a_vit(model: nn.Module) -> NotAViTError:
     return NotAViTError(
         f"{type(model).__name__} has no patch embedding; the nullspace is defined for ViT-like models "
-        "(ViT, DeiT, BEiT, DINOv2, ViTMSN, Swin, SigLIP, CLIP and their kin). "
-        "Pass patch_embedding=<the module whose output are the patch embeddings>."
+        "(ViT, DeiT, BEiT, DINOv2, ViTMSN, Swin, SigLIP, CLIP and similar ones). "
+        "Pass patch_embedding=<the module that outputs the patch embeddings>."
     )
 
 
@@ -159,14 +158,14 @@ class LearnedNoise(Protocol):
 def patch_embedding_noise(
     model: nn.Module, noise: Tensor | LearnedNoise, patch_embedding: nn.Module | None = None
 ) -> Iterator[nn.Module]:
-    """Run ``model`` with ``noise`` on its patch embeddings; leaves no trace, also after an exception.
+    """Run ``model`` with ``noise`` on its patch embeddings inside the block.
 
     ``noise`` is a NullspaceNoise or a tensor (1, N, D). There is a warning if a NullspaceNoise was learned on other
     weights than the model's, and if no forward pass inside the block had the noise.
 
     Raises:
         NotAViTError: if the model has no patch embedding.
-        RuntimeError: if the model is compiled: once it ran, it ignores hooks that are added later.
+        RuntimeError: if the model is compiled.
         ValueError: in the forward pass, if the noise has another shape than the embeddings.
     """
     if not isinstance(noise, Tensor):
@@ -186,7 +185,7 @@ def patch_embedding_noise(
         if not calls:
             warnings.warn(
                 f"no forward pass of {name} inside of patch_embedding_noise had the noise: call this model there, and "
-                "not a compiled one made of it",
+                "not one that torch.compile made of it",
                 stacklevel=3,
             )
     finally:
@@ -221,8 +220,7 @@ def embedding_shape(model: nn.Module, pixel_values: Tensor, patch_embedding: nn.
     """Shape of the patch embeddings for images like ``pixel_values`` (B, C, H, W); only the first image is used.
 
     Raises:
-        NotAViTError: if the model has no patch embedding.
-        ValueError: if the images do not fit the model (the message of the model itself).
+        NotAViTError: if the model has no patch embedding, or its patches overlap.
     """
     module = patch_embedding if patch_embedding is not None else find_patch_embedding(model)
     projection = patch_projection(module)

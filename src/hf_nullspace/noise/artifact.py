@@ -1,4 +1,4 @@
-"""A learned noise as a thing to keep: the tensor, and where it came from."""
+"""Learned noises as files and repositories: the tensor, and where it came from; several of one model are a bank."""
 
 import dataclasses
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -196,19 +197,17 @@ class NullspaceNoise:
             UploadError: if the Hub does not take it, with what to do.
         """
         repo_id = whole_name(repo_id, token)
+        named: dict[str, Any] = {
+            "private": private,
+            "revision": revision,
+            "commit_message": commit_message,
+            "token": token,
+        }
         with tempfile.TemporaryDirectory() as folder:
-            self.without_local_path().save_pretrained(
-                folder, model=model, image_processor=image_processor, repo_id=repo_id
-            )
-            return push_folder(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                commit_message=commit_message,
-                token=token,
-                afterwards=f"The noise is as it was; repeat the upload with noise.push_to_hub({repo_id!r})",
-            )
+            shown = {"model": model, "image_processor": image_processor, "repo_id": repo_id}
+            self.without_local_path().save_pretrained(folder, **shown)
+            again = f"The noise is as it was; repeat the upload with noise.push_to_hub({repo_id!r})"
+            return push_folder(folder, repo_id, afterwards=again, **named)
 
     def without_local_path(self) -> Self:
         """The noise as it is published: of a base model that is a folder here, only the folder's name."""
@@ -230,23 +229,9 @@ class NullspaceNoise:
         path = Path(name_or_path)
         if path.is_file():
             return cls.load(path)
-        if path.is_dir():
-            return cls.load(path / WEIGHTS_NAME)
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HFValidationError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-
-        try:
-            return cls.load(hf_hub_download(str(name_or_path), WEIGHTS_NAME, revision=revision, token=token))
-        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-            reason = " ".join(str(error).split())
-            raise FileNotFoundError(
-                f"no noise at {name_or_path!r}: neither a folder or file here nor {WEIGHTS_NAME} on the Hub ({reason})"
-            ) from error
+        if not path.is_dir():
+            path = downloaded(name_or_path, [WEIGHTS_NAME], revision, token)
+        return cls.load(path / WEIGHTS_NAME)
 
 
 def _read_header(header: str, tensor: Tensor) -> tuple[tuple[int, int], NoiseProvenance]:
@@ -261,6 +246,18 @@ def _read_header(header: str, tensor: Tensor) -> tuple[tuple[int, int], NoisePro
         case [int(rows), int(columns)]:
             return (rows, columns), NoiseProvenance.from_json(config.get("provenance"))
     raise ValueError(f"its header has the grid {config.get('grid')!r:.80}, expected two numbers")
+
+
+def downloaded(name: str | os.PathLike[str], files: list[str], revision: str | None, token: str | None) -> Path:
+    """The folder in the cache with these files of a Hub repository. Raises FileNotFoundError if there are none."""
+    try:
+        folder = Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"no noise at {str(name)!r}: neither a folder or file here nor a repository on the Hub ({reason})"
+        ) from error
+    return folder
 
 
 def check_own_folder(folder: Path, format: str = _FORMAT) -> None:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, overload
 
-from huggingface_hub import CommitInfo, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import CommitInfo
 
 from hf_nullspace.core.files import write_json
 from hf_nullspace.core.uploads import push_folder, whole_name
-from hf_nullspace.noise.artifact import NullspaceNoise, check_own_folder, load_noise_bank, save_noise_bank
+from hf_nullspace.noise.artifact import NullspaceNoise, check_own_folder, downloaded, load_noise_bank, save_noise_bank
 from hf_nullspace.noise.card import write_bank_card
 
 FOLDER = "noises"
@@ -67,16 +66,7 @@ class NoiseBank(Sequence[NullspaceNoise]):
         """
         path = Path(name_or_path)
         if not path.is_dir():
-            try:
-                patterns = [_FILES, f"{FOLDER}/{_FILES}", "config.json"]
-                path = Path(
-                    snapshot_download(str(name_or_path), revision=revision, token=token, allow_patterns=patterns)
-                )
-            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-                raise FileNotFoundError(
-                    f"no noises at {str(name_or_path)!r}: neither a folder here nor a repository on the Hub "
-                    f"({' '.join(str(error).split())})"
-                ) from error
+            path = downloaded(name_or_path, [_FILES, f"{FOLDER}/{_FILES}", "config.json"], revision, token)
         bank = cls(tuple(load_noise_bank(path / FOLDER if (path / FOLDER).is_dir() else path)))
         config = json.loads((path / "config.json").read_text("utf-8")) if (path / "config.json").is_file() else {}
         if config.get("format") == _FORMAT and config.get("count") != len(bank):
@@ -118,15 +108,15 @@ class NoiseBank(Sequence[NullspaceNoise]):
             UploadError: if the Hub does not take it, with what to do.
         """
         repo_id = whole_name(repo_id, token)
+        named: dict[str, Any] = {
+            "private": private,
+            "revision": revision,
+            "commit_message": commit_message,
+            "token": token,
+        }
         with tempfile.TemporaryDirectory() as folder:
-            published = NoiseBank(tuple(noise.without_local_path() for noise in self.noises))
-            return push_folder(
-                published.save_pretrained(folder, repo_id=repo_id),
-                repo_id,
-                private=private,
-                revision=revision,
-                commit_message=commit_message,
-                token=token,
-                replace=[f"{FOLDER}/{_FILES}"],
-                afterwards=f"The noises are as they were; repeat the upload with bank.push_to_hub({repo_id!r})",
+            NoiseBank(tuple(noise.without_local_path() for noise in self.noises)).save_pretrained(
+                folder, repo_id=repo_id
             )
+            again = f"The noises are as they were; repeat the upload with bank.push_to_hub({repo_id!r})"
+            return push_folder(folder, repo_id, replace=[f"{FOLDER}/{_FILES}"], afterwards=again, **named)

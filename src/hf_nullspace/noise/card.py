@@ -8,7 +8,7 @@ from urllib.parse import quote
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor, nn
 
-from hf_nullspace.core.files import write_whole
+from hf_nullspace.core.files import write_text
 from hf_nullspace.core.text import PIPE, cell, code, escape, literal
 from hf_nullspace.noise.history import ENDINGS, NO_NOISE
 from hf_nullspace.noise.pictures import plot_bank, plot_noise
@@ -122,11 +122,7 @@ model = {loading}
 Method: "Improving Robustness in Vision Transformers with Nullspace Noise Augmented Finetuning", Algorithm 1. Learned
 with {escape(of["library"] or "hf-nullspace")}.
 """
-    write_whole(folder / CARD_NAME, lambda temporary: _write_text(temporary, str(ModelCard(text))))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text(folder / CARD_NAME, str(ModelCard(text)))
 
 
 def _base_model(provenance: Mapping[str, Any]) -> tuple[str | None, bool]:

@@ -1,4 +1,4 @@
-"""Noises to look at: as the nearest change of an image, as a map of norms, and a bank as a course over its rounds."""
+"""Pictures of noises: the nearest change of an image, the norm of every patch, a bank over its rounds, the learning."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_nullspace.core.files import write_whole
+from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.pixels import pixel_preimage
@@ -25,7 +25,8 @@ def plot_noise(
     Raises:
         NotAViTError, ValueError: if the noise is not of this model.
     """
-    figure, axes = _figure(2 if model is not None else 1)
+    columns = 2 if model is not None else 1
+    figure, (axes,) = canvas(4.2 * columns, columns=columns)
     said: dict[str, float] = {}
     if model is not None:
         preimage = pixel_preimage(PatchNullspace.from_model(model), tensor, grid)
@@ -46,7 +47,7 @@ def plot_noise(
     figure.colorbar(shades, ax=axes[-1])
     for ax in axes:
         ax.set(xticks=[], yticks=[])
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    save_png(figure, path)
     return said
 
 
@@ -55,7 +56,7 @@ def plot_bank(configs: Sequence[Mapping[str, Any]], path: Path | str) -> Path:
 
     ``configs`` are those of the noises (:meth:`NullspaceNoise.config`); an influence that was not measured is left out.
     """
-    figure, (influence, norm) = _figure(2)
+    figure, ((influence, norm),) = canvas(8.4, columns=2)
     known = [(k, config["provenance"]["influence"]) for k, config in enumerate(configs)]
     points = [(k, value) for k, value in known if value is not None]
     influence.plot([k for k, _ in points], [value for _, value in points], "o-")
@@ -70,13 +71,30 @@ def plot_bank(configs: Sequence[Mapping[str, Any]], path: Path | str) -> Path:
         ax.xaxis.get_major_locator().set_params(integer=True)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize="small")
-    return write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    return save_png(figure, path)
 
 
-def _figure(columns: int) -> tuple[Any, Sequence[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def plot_history(rounds: Sequence[dict[str, Any]], epsilon: float | None, path: Path | str) -> Path:
+    """Influence and centred norm over the noise steps, one line per round, as a PNG.
 
-    figure = Figure(figsize=(4.2 * columns, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    ``rounds`` are entries of ``nullspace_history.json`` (:meth:`NoiseHistory.summary`).
+    """
+    figure, ((influence, norm),) = canvas(9, columns=2)
+    colours = [f"C{index}" if len(rounds) <= 10 else (0.1, 0.3, 0.2 + 0.8 * index / len(rounds))
+               for index in range(len(rounds))]  # fmt: skip
+    for colour, entry in zip(colours, rounds, strict=True):
+        steps = [index * entry["trace_stride"] for index in range(len(entry["trace"]["influence"]))]
+        marker = "o" if len(steps) < 3 else None
+        label = f"round {entry['round']}" if len(rounds) <= 10 and "round" in entry else None
+        influence.plot(steps, entry["trace"]["influence"], color=colour, marker=marker, label=label)
+        norm.plot(steps, entry["trace"]["centred_norm"], color=colour, marker=marker)
+    if epsilon is not None:
+        influence.axhline(epsilon, color="black", linestyle="--", linewidth=1, label=f"epsilon = {epsilon:g}")
+    influence.set(xlabel="noise step", ylabel="influence on the minibatch", yscale="log")
+    norm.set(xlabel="noise step", ylabel="centred norm of the noise")
+    norm.set_ylim(0, 1.1 * norm.get_ylim()[1])
+    for axes in (influence, norm):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if influence.get_legend_handles_labels()[0]:
+        influence.legend(fontsize="small")
+    return save_png(figure, path)

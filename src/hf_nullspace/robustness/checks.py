@@ -18,7 +18,7 @@ from hf_nullspace.robustness.pixel_model import PixelModel
 
 Answer = tuple[bool, str]  # whether the check passed, and what it saw
 Survivors = Callable[[float, int], int]  # (radius, steps) -> images that the model still gets right under PGD
-NOISY = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+Dropout, BatchNorm = nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def unreliable(checks: Sequence[Check], *, attack: bool) -> list[str]:
 
 def eval_mode(model: nn.Module) -> Answer:
     """Attacks and the suite switch to eval mode themselves; a model that was given in train mode is worth a look."""
-    noisy = [m for m in model.modules() if m.training and isinstance(m, NOISY) and getattr(m, "p", 1) > 0]
+    training = [module for module in model.modules() if module.training]
+    noisy = [m for m in training if isinstance(m, BatchNorm) or (isinstance(m, Dropout) and m.p > 0)]
     kinds = ", ".join(sorted({type(module).__name__ for module in noisy}))
     return not noisy, f"{len(noisy)} modules train ({kinds})" if noisy else "no active dropout or batch norm"
 

@@ -51,7 +51,7 @@ class PixelModel(nn.Module):
 
     def logits_of(self, outputs: Any) -> Tensor:
         """Logits (B, K) in float32 (or float64) from the model's output."""
-        logits = outputs.logits if hasattr(outputs, "logits") else outputs
+        logits = outputs if isinstance(outputs, Tensor) else outputs.logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return logits if self.columns is None else logits[:, self.columns]
 

@@ -143,18 +143,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def markdown(results: Results, *, missing: Missing = NOTHING, checks: Checks = NOTHING, published: bool = False) -> str:
     """The same as a Markdown document."""
-    parts = [
-        markdown_table([[cell(text) for text in row] for row in table_rows(results, missing, checks)]),
-        "\n".join(f"* {escape(n)}" for n in notes(results, missing, checks)),
-    ]
+    head, *rows = [[cell(text) for text in row] for row in table_rows(results, missing, checks)]
+    parts = ["\n".join(table(head, rows)), "\n".join(f"* {escape(note)}" for note in notes(results, missing, checks))]
     if published:
-        parts += ["Quoted from the paper, table 1 (not measured here):", markdown_table(published_rows())]
+        head, *rows = published_rows()
+        parts += ["Quoted from the paper, table 1 (not measured here):", "\n".join(table(head, rows))]
     return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are Markdown; the first row is its head."""
-    return "\n".join(table(rows[0], rows[1:]))
 
 
 def published_rows() -> list[list[str]]:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from figures import figure_2, figure_3, figure_4, table_5
 from hf_nullspace.noise.closure import Combinations, Scaling
@@ -79,9 +78,7 @@ def test_groups_are_means_over_their_conditions_and_relative_to_the_start():
 def test_a_group_that_starts_at_zero_has_no_relative_value():
     rows = figure_3.relative([[checkpoint(0, (10, 0, 4, 2)), checkpoint(40, (10, 1, 4, 2))]])
     assert "adversarial" not in rows[1]["relative"]
-    assert (
-        "nan" in figure_3.progress_lines({"nullspace": rows, "plain": rows}) or "adversarial" not in rows[0]["relative"]
-    )
+    assert "adversarial" not in figure_3.progress_lines({"nullspace": rows, "plain": rows})
 
 
 def test_differences_are_paired_and_in_points():
@@ -107,18 +104,3 @@ def test_a_point_keeps_every_image():
 def test_the_noise_of_another_step_is_refused(tmp_path):
     with pytest.raises(ValueError, match="learned at step 40, the model is of step 20"):
         table_5.table_5_row(None, 20, {"round": 1, "step": 40}, tmp_path)
-
-
-def test_pictures_have_a_size(tmp_path):
-    rows = figure_3.relative([[checkpoint(0, (10, 5, 4, 2), (2.0,)), checkpoint(40, (9, 6, 5, 4), (3.0,))]])
-    history = [{"step": 0, "centred_norm": 2.0}]
-    influences = {"minibatch": 0.02, "held_out": 0.03, "test": 0.04, "step": 0}
-    paths = [
-        figure_3.plot_progress({"nullspace": rows, "plain": rows}, [history], tmp_path / "3.png"),
-        table_5.plot_table_5([[influences, influences | {"step": 120}]], 0.03, tmp_path / "5.png"),
-    ]
-    for path in paths:
-        with Image.open(path) as picture:
-            assert picture.width > 700
-            assert len(np.unique(np.asarray(picture.convert("L")))) > 20
-        assert path.stat().st_size < 120_000

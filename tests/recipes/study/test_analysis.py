@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from hf_nullspace.robustness.records import bits
+from hf_nullspace.robustness.records import bits, from_bits
 from hf_nullspace.robustness.scores import paired_difference, paired_mean_difference
 from study.analysis import Results, differences, power, smallest, table
 from study.report import complete, difference_scale, markdown, plot_cost, write_study
@@ -25,7 +25,7 @@ def content(limits=LIMITS, seed=0):
     for arm, seeds, share in (("before", [None], 0.5), ("plain", [0, 1, 2], 0.5), ("better", [0, 1], 0.6)):
         for own in seeds:
             correct = {t: hard[t] + 0.1 * rng.standard_normal(len(hard[t])) < share for t in limits}
-            run = {"arm": arm, "learning_rate": None if own is None else 1e-3, "seed": own, "raw": correct}
+            run = {"arm": arm, "learning_rate": None if own is None else 1e-3, "seed": own}
             run["cost"] = None if own is None else cost
             runs.append(run | {"correct_bits": {t: bits(values) for t, values in correct.items()}})
     study = {"report": {"name": "report", "first": 0, "stop": 400}, "conditions": limits, "control": "plain",
@@ -40,7 +40,9 @@ def change(ours, reference="plain", weights=WEIGHTS, resamples=200):
 
 
 def raw(ours, arm, seed):
-    return next(run["raw"] for run in ours["runs"] if (run["arm"], run["seed"]) == (arm, seed))
+    """Condition -> one bool per image."""
+    run = next(run for run in ours["runs"] if (run["arm"], run["seed"]) == (arm, seed))
+    return {t: from_bits(found, ours["study"]["conditions"][t]) for t, found in run["correct_bits"].items()}
 
 
 def test_means_and_spreads_by_hand():
@@ -81,7 +83,6 @@ def test_an_arm_without_the_seeds_of_a_condition_has_no_entry_there():
     for run in ours["runs"]:
         if run["seed"] in (1, 2):
             del run["correct_bits"]["fog"]
-        del run["raw"]
     ours["study"]["groups"] = {"average": {"clean": 0.5, "FGSM": 0.5}, "fog": {"fog": 1.0}}
     whole = complete(ours, resamples=200)
     assert set(whole["table"]["better"]) == {"average"}
@@ -94,8 +95,6 @@ def test_an_arm_without_the_seeds_of_a_condition_has_no_entry_there():
 
 def test_every_two_arms_are_compared_as_each_is_to_the_control(tmp_path):
     ours = content()
-    for run in ours["runs"]:
-        del run["raw"]
     whole = complete(ours, resamples=300)
     between = whole["between_arms"]
     assert {arm: entry["plain"] for arm, entry in between.items() if arm != "plain"} == {
@@ -128,26 +127,16 @@ def test_a_difference_far_off_does_not_flatten_the_others(tmp_path, monkeypatch)
     assert plot_cost(ours, tmp_path / "linear.png").read_bytes() != chosen
 
 
-def test_the_interval_of_one_condition_is_that_of_the_scores():
-    ours = content({"clean": 400}, seed=3)
-    ours["runs"] = [run for run in ours["runs"] if run["seed"] == 0]
-    value, low, high = change(ours, weights={"clean": 1.0}, resamples=20_000)
-    theirs = paired_difference(raw(ours, "plain", 0)["clean"], raw(ours, "better", 0)["clean"])
-    assert value == pytest.approx(100 * theirs.value, abs=1e-3)
-    assert [low, high] == pytest.approx([100 * theirs.low, 100 * theirs.high], abs=0.3)
-
-
-def test_the_interval_of_an_average_resamples_images_jointly():
+@pytest.mark.parametrize("weights", [{"clean": 1.0}, WEIGHTS])
+def test_images_are_resampled_jointly_as_the_scores_do_it(weights):
     """Conditions that share their images, as a study's cells do: against the scores' own bootstrap."""
-    limits = {"clean": 400, "FGSM": 400, "fog": 400}
-    ours = content(limits, seed=5)
+    ours = content(dict.fromkeys(LIMITS, 400), seed=5)
     for run in ours["runs"]:  # the same images are hard under both
-        run["raw"]["fog"] = run["raw"]["FGSM"]
         run["correct_bits"]["fog"] = run["correct_bits"]["FGSM"]
     ours["runs"] = [run for run in ours["runs"] if run["seed"] == 0]
-    value, low, high = change(ours, resamples=20_000)
-    before, after = (list(raw(ours, arm, 0).values()) for arm in ("plain", "better"))
-    theirs = paired_mean_difference(before, after, weights=list(WEIGHTS.values()), resamples=20_000)
+    value, low, high = change(ours, weights=weights, resamples=20_000)
+    before, after = ([raw(ours, arm, 0)[title] for title in weights] for arm in ("plain", "better"))
+    theirs = paired_mean_difference(before, after, weights=list(weights.values()), resamples=20_000)
     assert value == pytest.approx(100 * theirs.value, abs=1e-3)
     assert [low, high] == pytest.approx([100 * theirs.low, 100 * theirs.high], abs=0.3)
 
@@ -178,8 +167,6 @@ def test_a_condition_on_two_images_has_an_interval():
 
 def test_everything_is_computed_again_from_the_content():
     ours = content()
-    for run in ours["runs"]:
-        del run["raw"]
     whole = complete(ours, resamples=300)
     again = complete({key: value for key, value in whole.items() if key not in ("table", "differences")}, resamples=300)
     assert again == whole
@@ -221,15 +208,9 @@ def test_what_power_promises_is_what_intervals_do():
     half = smallest(p, n) / 100
     for size, name in ((half, "smallest"), (half * 2.8016 / 1.96, "powerful")):
         for _ in range(120):
-            draws = rng.random(n)
-            before = draws < 0.5
-            flips = rng.random(n)
-            after = before.copy()
-            after[flips < (p + size) / 2] = True
-            after[(flips >= (p + size) / 2) & (flips < p)] = False
-            before = before.copy()
-            before[flips < (p + size) / 2] = False
-            before[(flips >= (p + size) / 2) & (flips < p)] = True
+            same, flips = rng.random(n) < 0.5, rng.random(n)
+            gains, losses = flips < (p + size) / 2, (flips >= (p + size) / 2) & (flips < p)
+            before, after = (same & ~gains) | losses, (same & ~losses) | gains
             interval = paired_difference(before, after, resamples=1000)
             seen[name].append(interval.low > 0)
     assert np.mean(seen["smallest"]) == pytest.approx(0.5, abs=0.13)

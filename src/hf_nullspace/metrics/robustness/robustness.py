@@ -158,8 +158,8 @@ def corruption_errors(accuracies: Mapping[str, float], reference_errors: Any) ->
     return found
 
 
-def _errors(name: str, value: Any) -> Any:
-    """Errors in % as an array, of no dimension for one number."""
+def _errors(name: str, value: Any) -> np.ndarray:
+    """Errors in %; of no dimension for one number."""
     try:
         errors = np.asarray(value, dtype=float)
     except (TypeError, ValueError):
@@ -169,12 +169,10 @@ def _errors(name: str, value: Any) -> Any:
     return errors
 
 
-def _per_severity(corruption: str, severities: list[int], errors: Any) -> list[float]:
+def _per_severity(corruption: str, severities: list[int], errors: np.ndarray) -> list[float]:
     measured = f"{corruption} was measured at severity {', '.join(map(str, severities))}"
-    if not errors.ndim:
-        if severities != SEVERITIES:
-            raise ValueError(f"{measured}; one number is a mean over 1 to 5: give a list, one for each severity")
-        return [float(errors)] * len(severities)
-    if len(errors) != len(severities):
+    if not errors.ndim and severities != SEVERITIES:
+        raise ValueError(f"{measured}; one number is a mean over 1 to 5: give a list, one for each severity")
+    if errors.ndim and len(errors) != len(severities):
         raise ValueError(f"{measured}; its reference has {len(errors)} values, expected one for each severity")
-    return [float(error) for error in errors]
+    return np.broadcast_to(errors, len(severities)).tolist()

@@ -1,6 +1,5 @@
 """AutoAttack (Croce & Hein 2020) through the optional library pyautoattack, the authors' code."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,11 +43,9 @@ class AutoAttack(BoundedAttack):
             classes = model(pixels[:1]).shape[1]
         if classes < max(4, self.targets + 1):
             fewer = f"use AutoAttack(targets={classes - 1})" if classes >= 4 else "the DLR loss needs 4 classes"
-            raise ValueError(
-                f"{self.targets} targets need {self.targets + 1} classes, the model has {classes}: {fewer}"
-            )
+            needed = f"{self.targets} targets need {self.targets + 1} classes"
+            raise ValueError(f"{needed}, the model has {classes}: {fewer}")
         devices = [pixels.device] if pixels.is_cuda else []
-        logger = logging.getLogger("auto-attack")
         with torch.random.fork_rng(devices=devices):  # it seeds the global generators
             ensemble = library(
                 # float32 is all the library can do; and its points may be outside [0, 1] by rounding
@@ -62,11 +59,8 @@ class AutoAttack(BoundedAttack):
             ensemble.apgd.n_iter = ensemble.apgd_targeted.n_iter = ensemble.fab.n_iter = self.iterations
             ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = self.targets
             ensemble.square.n_queries = self.queries
-            level, logger.level = logger.level, logging.WARNING
-            try:
-                adversarial, _ = ensemble.run_standard_evaluation(pixels.float(), labels, batch_size=len(pixels))
-            finally:
-                logger.level = level
+            ensemble.verbose = False
+            adversarial, _ = ensemble.run_standard_evaluation(pixels.float(), labels, batch_size=len(pixels))
         return adversarial.to(pixels)
 
 
