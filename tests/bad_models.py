@@ -95,7 +95,7 @@ DAMAGES = {
     ),
     "other_size": (lambda folder: make_image_processor(32).save_pretrained(folder), None),
 }
-"""Name -> what is done to the folder, and words of the error: "plain_bin" loads, "other_size" loads and does not fit."""
+"""Name -> what is done, and words of the error: "plain_bin" loads, "other_size" loads and does not fit."""
 
 
 def save_bad_models(root):
