@@ -70,68 +70,54 @@ def main() -> None:
     if not args.dry_run and (args.repo or args.metric):
         check_ready()
     if args.metric:
-        release_metric(args)
-    elif args.repo:
-        check_complete(Path(args.run))
-        with only_run_in(args.run):
-            release_run(args, Path(args.run))
-    elif args.keep:
-        check_complete(Path(args.run))
-        with only_run_in(args.run):
-            about = {"license": args.license, "note": args.note}
-            print(f"Records: {keep_records(Path(args.run), args.keep, Path(args.records), **about)}")
-    if not args.metric:
-        cards = render_cards(Path(args.records), (HERE / "configs").glob(PLANNED), Path(args.cards))
-        print(f"Cards in {args.cards}: {', '.join(card.name for card in cards)}")
+        with tempfile.TemporaryDirectory() as staged:
+            write_space(staged, args.metric)
+            send(Path(staged), args.metric, args, repo_type="space")
+        return
+    if args.run:
+        folder = Path(args.run)
+        if missing := what_is_missing(folder):
+            fail(f"{folder} is not complete:", *missing)
+        about = {"license": args.license, "note": args.note}
+        with only_run_in(folder):
+            if args.repo:
+                measure_again(folder, args)
+                with tempfile.TemporaryDirectory() as staged:
+                    stage(folder, Path(staged), args.repo, **about)
+                    send(Path(staged), args.repo, args)
+            name = args.keep or args.repo.rpartition("/")[2]
+            print(f"Records: {keep_records(folder, name, Path(args.records), repo_id=args.repo, **about)}")
+    cards = render_cards(Path(args.records), (HERE / "configs").glob(PLANNED), Path(args.cards))
+    print(f"Cards in {args.cards}: {', '.join(card.name for card in cards)}")
 
 
-def release_run(args: ReleaseArguments, folder: Path) -> None:
-    if args.recheck_images:
-        print(f"Loading it afresh and measuring again on at most {args.recheck_images} images")
-        answers = recheck(folder, args.recheck_images, args.dataset_name)
-        for answer in answers:
-            print(f"  {'as recorded' if answer.passed else 'NOT AS RECORDED'}  {answer}")
-        if not all(answer.passed for answer in answers):
-            fail("the weights in this folder are not those that were measured; measure them, then release")
-
-    with tempfile.TemporaryDirectory() as staged:
-        stage(folder, Path(staged), args.repo, license=args.license, note=args.note)
-        print(*listing(Path(staged)), sep="\n")
-        if args.dry_run:
-            print(f"Nothing was pushed. Without --dry-run these files go to {args.repo} as one commit")
-        else:
-            place = push_and_verify(Path(staged), args.repo, private=args.private or None, repeat=said_again())
-            print(f"Pushed, pulled back and compared: {place}")
-    name = args.repo.rpartition("/")[2]
-    keep_records(folder, name, Path(args.records), repo_id=args.repo, license=args.license, note=args.note)
+def measure_again(folder: Path, args: ReleaseArguments) -> None:
+    if not args.recheck_images:
+        return
+    print(f"Loading it afresh and measuring again on at most {args.recheck_images} images")
+    answers = recheck(folder, args.recheck_images, args.dataset_name)
+    for answer in answers:
+        print(f"  {'as recorded' if answer.passed else 'NOT AS RECORDED'}  {answer}")
+    if not all(answer.passed for answer in answers):
+        fail("the weights in this folder are not those that were measured; measure them, then release")
 
 
-def release_metric(args: ReleaseArguments) -> None:
-    with tempfile.TemporaryDirectory() as staged:
-        write_space(staged, args.metric)
-        print(*listing(Path(staged)), sep="\n")
-        if args.dry_run:
-            print(f"Nothing was pushed. Without --dry-run these files go to the Space {args.metric}")
-            return
-        place = push_and_verify(
-            Path(staged), args.metric, private=args.private or None, repeat=said_again(), repo_type="space"
-        )
-    print(f"Pushed, pulled back and compared: {place}")
-    print(f"Use it: evaluate.load({args.metric!r})")
-
-
-def check_complete(folder: Path) -> None:
-    if missing := what_is_missing(folder):
-        fail(f"{folder} is not complete:", *missing)
+def send(staged: Path, repo_id: str, args: ReleaseArguments, repo_type: str = "model") -> None:
+    print(*listing(staged), sep="\n")
+    if args.dry_run:
+        place = f"the Space {repo_id}" if args.metric else repo_id
+        print(f"Nothing was pushed. Without --dry-run these files go to {place} as one commit")
+        return
+    repeat = shlex.join(["python", "recipes/release.py", *sys.argv[1:]])
+    address = push_and_verify(staged, repo_id, private=args.private or None, repeat=repeat, repo_type=repo_type)
+    print(f"Pushed, pulled back and compared: {address}")
+    if args.metric:
+        print(f"Use it: evaluate.load({repo_id!r})")
 
 
 def fail(*lines: str) -> None:
     print(*lines, sep="\n  ", file=sys.stderr)
     sys.exit(1)
-
-
-def said_again() -> str:
-    return shlex.join(["python", "recipes/release.py", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -12,36 +12,30 @@ class Fault:
     pattern: str
     times: int
     status: int | None = None
-    """Answer with this status."""
     cut_after: int | None = None
-    """Read so many bytes of the request's body, then end the connection."""
     lose_answer: bool = False
-    """Do what is asked, then end the connection without an answer."""
     wait: bool = False
-    """Wait for :attr:`go`, then go on."""
     came: threading.Event = field(default_factory=threading.Event)
     """Set when the first such request has come."""
     go: threading.Event = field(default_factory=threading.Event)
 
-    def meets(self, request: str) -> bool:
-        if self.times > 0 and re.search(self.pattern, request):
-            self.times -= 1
-            self.came.set()
-            return True
-        return False
-
 
 class Faults:
-    """The faults of one server; a pattern is searched in "METHOD path"."""
+    """The faults of one server."""
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
-        self._of_faults = threading.Lock()
+        self._lock = threading.Lock()
 
     def fault(self, request: str) -> Fault | None:
         """The first fault that a request meets."""
-        with self._of_faults:
-            return next((fault for fault in self.faults if fault.meets(request)), None)
+        with self._lock:
+            for fault in self.faults:
+                if fault.times > 0 and re.search(fault.pattern, request):
+                    fault.times -= 1
+                    fault.came.set()
+                    return fault
+        return None
 
     def _expect(self, fault: Fault) -> Fault:
         self.faults.append(fault)
@@ -55,15 +49,10 @@ class Faults:
         """End the connection after ``after`` bytes of the request's body."""
         return self._expect(Fault(pattern, times, cut_after=after))
 
-    def lose_answer(self, pattern: str, *, times: int = 1) -> Fault:
+    def lose_answer(self, pattern: str) -> Fault:
         """Do what is asked, and end the connection instead of saying so."""
-        return self._expect(Fault(pattern, times, lose_answer=True))
+        return self._expect(Fault(pattern, 1, lose_answer=True))
 
-    def hold(self, pattern: str, *, times: int = 1) -> Fault:
+    def hold(self, pattern: str) -> Fault:
         """Wait, after the request has been read, until ``go`` of the fault is set; ``came`` says that it is there."""
-        return self._expect(Fault(pattern, times, wait=True))
-
-    def let_go(self) -> None:
-        """Let go of all that is held."""
-        for fault in self.faults:
-            fault.go.set()
+        return self._expect(Fault(pattern, 1, wait=True))

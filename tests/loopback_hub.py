@@ -55,7 +55,8 @@ class Handler(BaseHTTPRequestHandler):
             fault = self.server.fault(f"{self.command} {unquote(path)}")
             if fault is not None and fault.cut_after is not None:
                 self.rfile.read(min(fault.cut_after, int(self.headers.get("Content-Length") or fault.cut_after)))
-                return self.hang_up()
+                self.close_connection = True
+                return
             self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if fault is not None and fault.wait:
                 fault.go.wait(60)
@@ -136,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repository: Repository, revision: str, name: str) -> None:
         commit = repository.at(revision)
         if (file := commit.files.get(name)) is None:
-            raise Refused(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.sha})
+            raise Refused(404, "Entry not found", "EntryNotFound")
         headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
         if file.large:
             self.server.stored.setdefault(file.sha256, file.content)
@@ -216,11 +217,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, why: Refused) -> None:
         code = {"X-Error-Code": why.code} if why.code else {}
-        self.answer(
-            {"error": why.message, "errors": [{"message": why.message}]},
-            why.status,
-            {"X-Error-Message": why.message, **code, **why.more},
-        )
+        self.answer({"error": why.message}, why.status, {"X-Error-Message": why.message, **code})
 
     def send_part(self, content: bytes, headers: dict[str, str], *, cut: bool) -> None:
         if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
@@ -231,7 +228,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, content: bytes, headers: Mapping[str, str], *, cut: bool = False) -> None:
         if self.silent:
-            return self.hang_up()
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in ({**headers, "Content-Length": str(len(content))}).items():
             self.send_header(name, value)
@@ -239,10 +237,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content[:10] if cut else content)
             self.close_connection = self.close_connection or cut
-        return None
-
-    def hang_up(self) -> None:
-        self.close_connection = True
 
     def log_message(self, *args: object) -> None:
         pass
@@ -284,7 +278,8 @@ class LoopbackHub(Faults, ThreadingHTTPServer):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.let_go()
+        for fault in self.faults:
+            fault.go.set()
         self.shutdown()
         self.server_close()
 
@@ -299,15 +294,10 @@ class LoopbackHub(Faults, ThreadingHTTPServer):
 
     def environment(self, cache: Path, token: str = "") -> dict[str, str]:
         """What a client's process needs: the place, no way around it, a cache of its own, and its token or none."""
-        places = {
-            "HF_ENDPOINT": self.endpoint,
-            "NO_PROXY": "127.0.0.1,localhost",
-            "HF_HOME": str(cache),
-            "HF_TOKEN": token,
-        }
-        own = {"HF_HUB_CACHE": str(cache / "hub"), "HF_TOKEN_PATH": str(cache / "token")}
+        places = {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"), "HF_TOKEN_PATH": str(cache / "token")}
         settings = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
-        return places | own | settings
+        way = {"HF_ENDPOINT": self.endpoint, "NO_PROXY": "127.0.0.1,localhost", "HF_TOKEN": token}
+        return places | settings | way
 
     # ---- what is there
 

@@ -15,18 +15,14 @@ ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suff
 class Refused(Exception):
     """What the Hub does not do, as a status and the headers and text that tell the client why."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, **more: str):
+    def __init__(self, status: int, message: str, code: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.code, self.more = status, message, code, more
+        self.status, self.message, self.code = status, message, code
 
 
 def is_large(path: str, size: int) -> bool:
     """Whether the Hub wants a file in large-file storage."""
     return size > 0 and (path.endswith(LARGE) or size > 5_000_000)
-
-
-def git_hash(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -40,15 +36,10 @@ class File:
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
-    @property
-    def pointer(self) -> bytes:
-        text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
-        return text.encode()
-
     @cached_property
     def oid(self) -> str:
-        """What git calls it; of a large file that is its pointer."""
-        return git_hash(self.pointer if self.large else self.content)
+        """What git calls it."""
+        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
 
     @property
     def etag(self) -> str:
@@ -74,7 +65,7 @@ class Commit:
             inside = any(name.startswith(f"{path}/") for name in self.files)
             return {"type": "directory", "path": path, "size": 0, "oid": self.sha} if inside else None
         size = len(file.content)
-        large = {"oid": file.sha256, "size": size, "pointerSize": len(file.pointer)}
+        large = {"oid": file.sha256, "size": size, "pointerSize": 130}
         return {"type": "file", "path": path, "size": size, "oid": file.oid} | ({"lfs": large} if file.large else {})
 
     def tree(self, below: str, recursive: bool) -> list[dict]:

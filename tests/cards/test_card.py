@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,46 +44,71 @@ def three(tmp_path):
 
 
 def test_the_table_has_the_numbers_of_the_bits(tmp_path, three):
-    card = model_card(finetuned(tmp_path / "mine", three))
-    rows = rows_of(card)
+    rows = rows_of(model_card(finetuned(tmp_path / "mine", three)))
     assert rows["condition"] == [
         "images", "before", "plain", "nullspace", "nullspace - before", "nullspace - plain"
     ]  # fmt: skip
     for index, title in enumerate(CONDITIONS):
         n, *cells = rows[title]
         right = [three[name][index].correct for name in ("before", "plain", "nullspace")]
+        found = [[float(number) for number in re.findall(r"[+-]?\d+\.\d+", cell)] for cell in cells]
         assert int(n) == 400
-        for cell, correct in zip(cells[:3], right, strict=True):
-            value, low, high = map(float, re.findall(r"\d+\.\d+", cell))
-            assert value == pytest.approx(100 * correct.mean(), abs=0.005)
-            p, z = correct.mean(), 1.959964
+        for (value, low, high), correct in zip(found[:3], right, strict=True):
+            p, z = correct.mean(), 1.959964  # Wilson
             centre, half = p + z**2 / 800, z * np.sqrt(p * (1 - p) / 400 + z**2 / 4 / 400**2)
-            scale = 1 + z**2 / 400
-            assert [low, high] == pytest.approx(
-                [100 * (centre - half) / scale, 100 * (centre + half) / scale], abs=0.01
-            )
-        for cell, other in zip(cells[3:], right[:2], strict=True):
+            bounds = np.array([centre - half, centre + half]) / (1 + z**2 / 400)
+            assert value == pytest.approx(100 * p, abs=0.005)
+            assert [low, high] == pytest.approx(100 * bounds, abs=0.01)
+        for (value, low, high), other in zip(found[3:], right[:2], strict=True):
             change = right[2].astype(float) - other
-            value, low, high = map(float, re.findall(r"[+-]\d+\.\d+", cell))
-            assert value == pytest.approx(100 * change.mean(), abs=0.005)
             spread = 196 * change.std() / np.sqrt(400)
+            assert value == pytest.approx(100 * change.mean(), abs=0.005)
             assert [low, high] == pytest.approx([value - spread, value + spread], abs=0.6)
 
 
 def test_the_verdict_says_where_nothing_was_measured(tmp_path, three):
-    text = str(model_card(finetuned(tmp_path / "mine", three)))
-    against = next(line for line in text.splitlines() if line.startswith("* Against `plain`"))
+    def text(**measured):
+        return str(model_card(finetuned(tmp_path / "mine", measured)))
+
+    against = next(line for line in text(**three).splitlines() if line.startswith("* Against `plain`"))
     assert "better in 1 (FGSM(eps=2/255) (+" in against
     assert "worse in 1 (generated fog 3 (-" in against
     assert "in the other 1 no difference was measured" in against
-    same = results(before=answers(0), plain=answers(1), nullspace=answers(1))
-    text = str(model_card(finetuned(tmp_path / "same", same)))
-    assert (
-        "Against `plain`, the control (the same fine-tuning without noise): **no difference was measured**; all 3"
-        in text
-    )
-    text = str(model_card(finetuned(tmp_path / "none", results(before=answers(0), nullspace=answers(1)))))
-    assert "There is no control" in text
+    control = "Against `plain`, the control (the same fine-tuning without noise): "
+    same = text(**results(before=answers(0), plain=answers(1), nullspace=answers(1)))
+    assert f"{control}**no difference was measured**; all 3" in same
+    assert "There is no control" in text(**results(before=answers(0), nullspace=answers(1)))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, "fine-tuned from `ORG/base` at revision `c0ffee` on `uoft-cs/cifar10` with nullspace noise. Every 5 steps "
+             "a noise on the patch embeddings is learned that the model of that moment hardly sees (mean squared shift "
+             "of the probabilities below epsilon = 0.03); every training batch then goes"),
+        ({"steps_per_round": None, "epsilon": None}, "noise. At intervals a noise on the patch embeddings is learned "
+                                                     "that the model of that moment hardly sees; every"),
+        ({"objective": "plain"}, "on `uoft-cs/cifar10` without noise: every batch twice as it is, the control of a"),
+        ({"objective": "madry"}, "on `uoft-cs/cifar10` with adversarial images (Madry et al. 2018)."),
+        ({"objective": "a new one"}, "on `uoft-cs/cifar10` with the objective `a new one` of hf-nullspace."),
+    ],
+)  # fmt: skip
+def test_what_was_trained_is_said_in_words(more, words, tmp_path):
+    settings = SETTINGS | {"training": SETTINGS["training"] | more}
+    settings["model"] = SETTINGS["model"] | {"model_revision": "c0ffee"}
+    text = str(model_card(finetuned(tmp_path / "mine", results(mine=answers(0)), settings)))
+    assert "`ViTForImageClassification` (2 layers, patches of 8 px, 2 classes), fine-tuned from" in text
+    assert words in text
+    assert "Base model: `ORG/base`. Data: `uoft-cs/cifar10`, split `train`, revision `abc123`." in text
+
+
+def test_a_model_without_a_known_base(tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert "`An image classifier`, fine-tuned with hf-nullspace.\n" in str(model_card(tmp_path / "mine"))
+    settings = SETTINGS | {"model": {"model_name_or_path": None}}
+    text = str(model_card(finetuned(tmp_path / "mine", results(mine=answers(0)), settings)))
+    assert "2 classes), trained from random weights and then fine-tuned on `uoft-cs/cifar10` with" in text
+    assert "Base model: a model that the run trained itself." in text
 
 
 def test_averaged_weights_are_a_column_and_not_the_model(tmp_path, three):
@@ -126,14 +150,6 @@ def test_what_is_unreliable_or_missing_is_said_and_in_no_metadata(tmp_path):
     assert "no condition could be compared" in str(card)
 
 
-def test_a_value_has_six_digits(tmp_path, three):
-    """One of three images right."""
-    correct = np.array([True, False, False])
-    few = {name: [replace(results[0], correct=correct, correct_all=None)] for name, results in three.items()}
-    _, results_file = write_card(finetuned(tmp_path / "mine", few), "ORG/mine")
-    assert yaml.safe_load(results_file.read_text())[0]["value"] == 0.333333
-
-
 def test_model_index_and_eval_results_are_what_the_hub_reads(tmp_path, three):
     folder = finetuned(tmp_path / "mine", three)
     card, results_file = write_card(folder, "ORG/mine", license="apache-2.0")
@@ -145,11 +161,8 @@ def test_model_index_and_eval_results_are_what_the_hub_reads(tmp_path, three):
     for result in three["nullspace"]:
         entry = found[result.condition]
         assert entry.metric_value == pytest.approx(result.correct.mean(), abs=1e-6)
-        assert (entry.dataset_type, entry.dataset_split, entry.dataset_revision) == (
-            "uoft-cs/cifar10",
-            "test",
-            "abc123",
-        )
+        place = (entry.dataset_type, entry.dataset_split, entry.dataset_revision)
+        assert place == ("uoft-cs/cifar10", "test", "abc123")
     (entry,) = parse_eval_result_entries(yaml.safe_load(results_file.read_text()))
     assert (entry.dataset_id, entry.dataset_revision) == ("uoft-cs/cifar10", "abc123")
     assert entry.value == pytest.approx(three["nullspace"][0].correct.mean(), abs=1e-6), "clean images alone"
@@ -284,15 +297,14 @@ def test_a_run_without_results_or_settings_has_a_card(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     assert "Nothing has been measured yet." in str(model_card(folder))
-    (folder / "results.json").write_text('{"results": []}')
-    with pytest.raises(RunFolderError, match="has no results; measure again"):
-        model_card(folder)
-    (folder / "results.json").write_text('{"results": [')
-    with pytest.raises(RunFolderError, match=r"results\.json is no valid JSON"):
-        model_card(folder)
-    (folder / "results.json").write_text('{"results": [{"checkpoint": "a"}]}')
-    with pytest.raises(RunFolderError, match="is no report of results"):
-        model_card(folder)
+    for content, message in [
+        ('{"results": []}', "has no results; measure again"),
+        ('{"results": [', r"results\.json is no valid JSON"),
+        ('{"results": [{"checkpoint": "a"}]}', "is no report of results"),
+    ]:
+        (folder / "results.json").write_text(content)
+        with pytest.raises(RunFolderError, match=message):
+            model_card(folder)
 
 
 def test_the_cost_is_summed_from_the_history(tmp_path, three):

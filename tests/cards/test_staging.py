@@ -36,24 +36,19 @@ def test_noises_keep_the_name_of_a_local_model(tmp_path):
         )
 
 
-def test_weights_are_linked_or_copied(tmp_path):
+def test_weights_are_linked_or_copied(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError("no links here")
+
     source = tmp_path / "model.safetensors"
     source.write_bytes(b"weights")
     copied = published_copy(source, tmp_path / "copied" / "model.safetensors")
     linked = published_copy(source, tmp_path / "linked" / "model.safetensors", linked=True)
-    assert linked.samefile(source)
-    assert not copied.samefile(source)
-    source.unlink()
-    assert copied.read_bytes() == linked.read_bytes() == b"weights"
-
-
-def test_where_there_are_no_links_it_is_copied(tmp_path, monkeypatch):
-    def refused(*_):
-        raise OSError("no links here")
-
     monkeypatch.setattr("os.link", refused)
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    assert linked_copy(tmp_path / "model.safetensors", tmp_path / "x" / "model.safetensors").read_bytes() == b"weights"
+    on_another_disk = linked_copy(source, tmp_path / "x" / "model.safetensors")
+    assert [path.samefile(source) for path in (copied, linked, on_another_disk)] == [False, True, False]
+    source.unlink()
+    assert {path.read_bytes() for path in (copied, linked, on_another_disk)} == {b"weights"}
 
 
 def test_what_is_damaged_is_an_error(tmp_path):

@@ -12,7 +12,6 @@ from hf_nullspace.noise.artifact import (
     NoiseProvenance,
     NullspaceNoise,
     load_noise_bank,
-    save_noise_bank,
 )
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.provenance import model_hash
@@ -49,45 +48,32 @@ def test_equal_noises_are_equal_files(tmp_path):
     assert len(files) == 1
 
 
-def test_bank(tmp_path):
+def test_a_bank_misses_what_is_lost(tmp_path):
     noises = [make_noise(seed=seed, round=seed) for seed in range(12)]
-    save_noise_bank(noises, tmp_path / "noises")
-    again = load_noise_bank(tmp_path / "noises")
+    NoiseBank(tuple(noises)).save_pretrained(tmp_path)
+    folder = tmp_path / "noises"
+    again = load_noise_bank(folder)
     assert [noise.provenance.round for noise in again] == list(range(12))
     assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(again, noises, strict=True))
-    with pytest.raises(FileNotFoundError, match="no noises"):
-        load_noise_bank(tmp_path)
-    (tmp_path / "noises" / "round-004.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"11 noises up to round-011.*no round-004\.safetensors: bring it back"):
-        load_noise_bank(tmp_path / "noises")
-
-
-def test_the_last_noise_of_a_bank_is_missed_too(tmp_path):
-    NoiseBank(tuple(make_noise(seed=seed) for seed in range(3))).save_pretrained(tmp_path)
-    (tmp_path / "noises" / "round-002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has 2 noises, its config\.json says 3: bring back the missing"):
+    (folder / "round-011.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has 11 noises, its config\.json says 12: bring back the missing"):
         NoiseBank.from_pretrained(tmp_path)
-
-
-def test_another_model_says_what_differs():
-    noise = make_noise()
-    noise.check_fits(EmbeddingShape(16, 24, (4, 4)))
-    with pytest.raises(NoiseMismatchError, match=r"learned on org/vit.*24 features per patch, the model has 32"):
-        noise.check_fits(EmbeddingShape(16, 32, (4, 4)))
-    with pytest.raises(NoiseMismatchError, match=r"4 x 4 patches, the model has 6 x 6; interpolate"):
-        noise.check_fits(EmbeddingShape(36, 24, (6, 6)))
+    (folder / "round-004.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"10 noises up to round-010.*no round-004\.safetensors: bring it back"):
+        load_noise_bank(folder)
 
 
 def test_a_grid_that_is_not_square_keeps_its_sides():
+    square = make_noise()
+    square.check_fits(EmbeddingShape(16, 24, (4, 4)))
+    with pytest.raises(NoiseMismatchError, match=r"learned on org/vit.*24 features per patch, the model has 32"):
+        square.check_fits(EmbeddingShape(16, 32, (4, 4)))
     noise = make_noise(grid=(2, 8), features=6)
     noise.check_fits(EmbeddingShape(16, 6, (2, 8)))
     with pytest.raises(NoiseMismatchError, match=r"a grid of 2 x 8 patches, it has 4 x 5; interpolate\(grid\)"):
         noise.check_fits(EmbeddingShape(20, 6, (4, 5)), "it")
     with pytest.raises(NoiseMismatchError, match=r"6 features .*; and a grid of 2 x 8 patches, the model has 8 x 2$"):
         noise.check_fits(EmbeddingShape(16, 7, (8, 2)))
-    for grid in ((0, 3), (3, -1)):
-        with pytest.raises(ValueError, match="expected at least 1 x 1 patches"):
-            noise.interpolate(grid)
     assert noise.interpolate((1, 3)).tensor.shape == (1, 3, 6)
     larger = noise.interpolate((3, 8))
     assert larger.grid == (3, 8)
@@ -119,18 +105,6 @@ def test_interpolation_is_that_of_position_embeddings():
     torch.testing.assert_close(larger.tensor, expected)
     assert larger.grid == (6, 6)
     assert larger.provenance.influence is None
-
-
-def test_wrong_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no noise at"):
-        NullspaceNoise.from_pretrained(tmp_path)
-    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="is no noise"):
-        NullspaceNoise.from_pretrained(tmp_path / "other.safetensors")
-    path = make_noise().save(tmp_path / "cut.safetensors")
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="is damaged"):
-        NullspaceNoise.from_pretrained(path)
 
 
 @pytest.mark.parametrize(

@@ -150,20 +150,19 @@ def within(adversarial: Tensor, pixels: Tensor, eps: float, norm: str, *, over: 
 
 
 class Adam:
-    """Adam's direction (Kingma & Ba 2015) for a batch from which finished images can leave."""
+    """Adam's direction (Kingma & Ba 2015, their betas) for a batch from which finished images can leave."""
 
-    def __init__(self, like: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-        self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
-        self.betas, self.eps, self.steps = betas, eps, 0
+    def __init__(self, like: Tensor):
+        self.mean, self.square, self.steps = torch.zeros_like(like), torch.zeros_like(like), 0
 
     def direction(self, gradient: Tensor) -> Tensor:
         """What the learning rate multiplies, shaped like ``gradient``."""
-        first, second = self.betas
+        first, second = 0.9, 0.999
         self.steps += 1
         self.mean = first * self.mean + (1 - first) * gradient
         self.square = second * self.square + (1 - second) * gradient.square()
         root = (self.square / (1 - second**self.steps)).sqrt()
-        return self.mean / (1 - first**self.steps) / (root + self.eps)
+        return self.mean / (1 - first**self.steps) / (root + 1e-8)
 
     def keep(self, rows: Tensor) -> None:
         """Forget the images outside ``rows`` (bool or indices)."""
