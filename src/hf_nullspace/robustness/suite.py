@@ -1,8 +1,8 @@
 """The one evaluation loop: conditions over a set of images, counted exactly on any number of processes."""
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -141,7 +141,7 @@ def evaluate(
     for name, condition in zip(names, conditions, strict=True):
         bar.expect(keys[name], work(images, condition))
     results = []
-    with contextlib.closing(bar) if bar is not progress else contextlib.nullcontext(), frozen(model):
+    with nullcontext() if bar is progress else bar, frozen(model):
         for condition in conditions:
             bar.begin(str(condition))
             start, done = time.perf_counter(), 0
@@ -152,7 +152,7 @@ def evaluate(
                 bar.advance(len(labels) * condition.cost)
                 done += len(labels)
             bar.expect(keys[str(condition)], done * condition.cost)
-            arrays = gather(parts, rank, world)
+            arrays = gather(parts, world)
             correct = arrays.pop("correct")
             result = ConditionResult(
                 condition=str(condition),
@@ -263,14 +263,14 @@ def judge(
             f"labels lie in [{int(labels.min())}, {int(labels.max())}], but the model has {logits.shape[-1]} classes; "
             "map the set's labels to the model's first"
         )
-    answers = {"correct_all": logits.argmax(-1) == labels} if subset is not None else {}
+    answers = {}
     if subset is not None:
+        answers["correct_all"] = logits.argmax(-1) == labels
         outside = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
         outside[list(subset)] = False
         logits = logits.masked_fill(outside, -torch.inf)
     confidence, prediction = logits.softmax(-1).max(-1)
-    answers |= {"correct": prediction == labels}
-    answers |= {"label": labels, "prediction": prediction, "confidence": confidence}
+    answers |= {"correct": prediction == labels, "label": labels, "prediction": prediction, "confidence": confidence}
     return {name: values.cpu().numpy() for name, values in answers.items()}
 
 
@@ -293,23 +293,20 @@ def seed_index(images: Images, index: int) -> int:
     return index if places is None else int(places[index])
 
 
-def gather(parts: Sequence[dict[str, NDArray[Any]]], rank: int, world: int) -> dict[str, NDArray[Any]]:
+def gather(parts: Sequence[dict[str, NDArray[Any]]], world: int) -> dict[str, NDArray[Any]]:
     """All processes' arrays in the order of the set: rank r holds the images r, r + world, ..."""
     mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
-    if world == 1:
-        if not mine:
-            raise ValueError("the set has no images")
-        return mine
     everyone: list[dict[str, NDArray[Any]]] = [mine] * world
-    dist.all_gather_object(everyone, mine)
+    if world > 1:
+        dist.all_gather_object(everyone, mine)
     if not everyone[0]:
         raise ValueError("the set has no images")
     arrays = {}
     for name, first in everyone[0].items():
         values = [other.get(name, first[:0]) for other in everyone]
-        arrays[name] = np.empty(sum(len(value) for value in values), dtype=first.dtype)
-        for other, value in enumerate(values):
-            arrays[name][other::world] = value
+        arrays[name] = np.empty(sum(map(len, values)), dtype=first.dtype)
+        for rank, value in enumerate(values):
+            arrays[name][rank::world] = value
     return arrays
 
 
