@@ -21,18 +21,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from figures.table_4 import HEADER, line_of, plot_table_4, remark, table_4
+from figures.table_4 import plot_table_4, remark, table_4
 from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.files import only_run_in, write_json
 from hf_nullspace.core.settings import check_numbers, check_output_dir
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.linear.attention import constructed_noise, head_changes, layer_conditions, null_direction
 from hf_nullspace.linear.layer_norm import NotANullspaceError, check_direction, exact_encoder_nullspace
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.attention import NoAttentionWeightsError, attention_inputs, attention_weights, prefix_tokens
 from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.training.sources import load_image_dataset
 
 
 @dataclass
@@ -102,11 +102,8 @@ def analyze(args: AnalyzeArguments, output: Path) -> None:
 
 def analyze_table_4(args: AnalyzeArguments, output: Path) -> None:
     """One row for each model or configuration D:patch, printed as it comes."""
-    print(HEADER)
-    rows: list[dict[str, Any]] = []
-    for row in table_4(args.table4, partial(load_model, headless=True), stored_dtype=args.dtype(), seed=args.seed):
-        rows.append(row)
-        print(line_of(row))
+    load = partial(load_model, headless=True)
+    rows = table_4(args.table4 or [], load, print, stored_dtype=args.dtype(), seed=args.seed)
     if text := remark(rows):
         print(text)
     write_json(output / "table4.json", {"command": asdict(args), "rows": rows})

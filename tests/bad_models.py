@@ -61,49 +61,46 @@ def _bert(folder):
 
 CODE = {"AutoConfig": "own.Config", "AutoModelForImageClassification": "own.Model"}
 DAMAGES = {
-    "truncated": _truncated,
-    "empty_weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
-    "no_weights": lambda folder: (folder / "model.safetensors").unlink(),
-    "lost_tensor": lambda folder: _weights(folder, lambda name: "position_embeddings" not in name),
-    "no_head": lambda folder: _weights(folder, lambda name: "classifier" not in name),
-    "other_shape": lambda folder: _config(folder, hidden_size=32),
-    "other_labels": lambda folder: _config(folder, id2label={"0": "a", "1": "b"}),
-    "no_config": lambda folder: (folder / "config.json").unlink(),
-    "broken_config": lambda folder: (folder / "config.json").write_text("{"),
-    "list_config": lambda folder: (folder / "config.json").write_text("[]"),
-    "unknown_type": lambda folder: _config(folder, model_type="vitamin"),
-    "own_code": lambda folder: _config(folder, model_type="vitamin", auto_map=CODE),
-    "text_model": _bert,
-    "pickled": _pickled,
-    "plain_bin": _plain_bin,
-    "no_processor": lambda folder: (folder / "preprocessor_config.json").unlink(),
-    "broken_processor": lambda folder: (folder / "preprocessor_config.json").write_text("{"),
-    "other_size": lambda folder: make_image_processor(32).save_pretrained(folder),
+    "truncated": (_truncated, "SafetensorError"),
+    "empty_weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "SafetensorError"),
+    "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "lost_tensor": (
+        lambda folder: _weights(folder, lambda name: "position_embeddings" not in name),
+        "1 of its weights are missing, such as vit.embeddings.position_embeddings",
+    ),
+    "no_head": (
+        lambda folder: _weights(folder, lambda name: "classifier" not in name),
+        "it has no weights for its head (classifier.bias)",
+    ),
+    "other_shape": (lambda folder: _config(folder, hidden_size=32), "its config.json asks for"),
+    "other_labels": (
+        lambda folder: _config(folder, id2label={"0": "a", "1": "b"}),
+        "classifier.bias has the shape (5,), and its config.json asks for (2,)",
+    ),
+    "no_config": (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
+    "broken_config": (lambda folder: (folder / "config.json").write_text("{"), "config.json' is not a valid JSON file"),
+    "list_config": (lambda folder: (folder / "config.json").write_text("[]"), "Unrecognized model"),
+    "unknown_type": (
+        lambda folder: _config(folder, model_type="vitamin"),
+        "has model type `vitamin` but Transformers does not recognize this architecture",
+    ),
+    "own_code": (lambda folder: _config(folder, model_type="vitamin", auto_map=CODE), "no code of a checkpoint is run"),
+    "text_model": (_bert, "it is no image classifier"),
+    "pickled": (_pickled, "nothing in a pickle is run"),
+    "plain_bin": (_plain_bin, None),
+    "no_processor": (lambda folder: (folder / "preprocessor_config.json").unlink(), "no preprocessor_config.json"),
+    "broken_processor": (
+        lambda folder: (folder / "preprocessor_config.json").write_text("{"),
+        "preprocessor_config.json' is not a valid JSON file",
+    ),
+    "other_size": (lambda folder: make_image_processor(32).save_pretrained(folder), None),
 }
-MESSAGES = {
-    "truncated": "SafetensorError",
-    "empty_weights": "SafetensorError",
-    "no_weights": "no file named model.safetensors",
-    "lost_tensor": "1 of its weights are missing, such as vit.embeddings.position_embeddings",
-    "no_head": "it has no weights for its head (classifier.bias)",
-    "other_shape": "its config.json asks for",
-    "other_labels": "classifier.bias has the shape (5,), and its config.json asks for (2,)",
-    "no_config": "it has no config.json",
-    "broken_config": "config.json' is not a valid JSON file",
-    "list_config": "Unrecognized model",
-    "unknown_type": "has model type `vitamin` but Transformers does not recognize this architecture",
-    "own_code": "no code of a checkpoint is run",
-    "text_model": "it is no image classifier",
-    "pickled": "nothing in a pickle is run",
-    "no_processor": "no preprocessor_config.json",
-    "broken_processor": "preprocessor_config.json' is not a valid JSON file",
-}
-"""What has to be said of each; "plain_bin" loads, "other_size" loads and does not fit."""
+"""Name -> what is done, and words of the error: "plain_bin" loads, "other_size" loads and does not fit."""
 
 
 def save_bad_models(root):
     """``root/NAME`` for every damage, and ``root/resnet``, which is no ViT; returns ``root``."""
-    for name, damage in DAMAGES.items():
+    for name, (damage, _) in DAMAGES.items():
         folder = save_good(root / name)
         if name == "text_model":
             shutil.rmtree(folder)

@@ -8,6 +8,7 @@ import torch
 
 from figures.table_4 import TABLE_4
 from figures.table_5 import TABLE_5
+from hf_nullspace.data.label_maps import IMAGENET_ANCHORS
 from hf_nullspace.hub.convert import NORMALIZATIONS
 from hf_nullspace.hub.timm_vit import SIZES
 from hf_nullspace.robustness import published
@@ -15,8 +16,6 @@ from hf_nullspace.robustness.corruption_functions import frost_overlays
 from hf_nullspace.robustness.corruptions import CIFAR, CORRUPTIONS, IMAGENET, SEVERITIES, SMALL
 from hf_nullspace.robustness.label_spaces import class_names, wnids
 from hf_nullspace.robustness.sets import SETS
-from hf_nullspace.training.config import PRESETS
-from hf_nullspace.training.label_maps import IMAGENET_ANCHORS
 
 # github.com/hendrycks/robustness, ImageNet-C/create_c/make_cifar_c.py: ``c`` of each function, severities 1 to 5.
 CIFAR_C = """
@@ -76,9 +75,6 @@ TABLE_4_ROWS = ((16, 192, 576), (32, 384, 2688), (16, 384, 384), (32, 768, 2304)
 # Table 5: fine-tuning step, MSE probability.
 TABLE_5_COLUMNS = ((40, 0.028), (120, 0.027), (160, 0.026), (280, 0.029), (360, 0.028), (440, 0.029), (520, 0.027),
                    (600, 0.025), (680, 0.028), (760, 0.026))  # fmt: skip
-# Appendix A.3 and section 4.1: K = 20 rounds of S = 40 steps, T = 3000 noise steps from U(-A, A) with A = 3.
-APPENDIX_A_3 = {"rounds": 20, "steps_per_round": 40, "global_batch_size": 128, "learning_rate": 1e-5,
-                "epsilon": 0.03, "noise_limit": 3, "noise_learning_rate": 0.1, "noise_max_steps": 3000}  # fmt: skip
 
 # Images and classes, as each set's own page or paper counts them.
 COUNTS = {
@@ -137,10 +133,9 @@ def test_table_1():
         assert list(found.values()) == [None if number == "_" else float(number) for number in numbers]
 
 
-def test_tables_4_and_5_and_appendix_a_3():
+def test_tables_4_and_5():
     assert {(features, patch): dimension for patch, features, dimension in TABLE_4_ROWS} == TABLE_4
     assert dict(TABLE_5_COLUMNS) == TABLE_5
-    assert {name: PRESETS["paper"][name] for name in APPENDIX_A_3} == APPENDIX_A_3
 
 
 def test_sizes_of_robustness_sets():

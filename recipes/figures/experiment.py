@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from figures.setting import Setting
 from hf_nullspace.core.processes import over_processes
 from hf_nullspace.core.seeds import derive_seed
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.models.patch_embedding import embeddings_inside
 from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
 from hf_nullspace.noise.artifact import NullspaceNoise, model_hash, provenance_of
 from hf_nullspace.noise.history import NoiseHistory
 from hf_nullspace.noise.influence import centred_norm, match_rate, noise_influence
 from hf_nullspace.noise.probe import Probe
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
 
 T = TypeVar("T")
@@ -34,6 +34,8 @@ class Experiment:
         self.config, self.batches, self.bar = setting.config, setting.batches, setting.bar
         self.train_set = setting.images(self.config.seed)
         self.model_sha256 = model_hash(model)
+        measured_on = [float(batch.double().sum()) for batch in self.batches]
+        self._data = {"data": asdict(setting.data_args), "measured on": measured_on, "model": self.model_sha256}
         self.images = sum(map(len, self.batches))
         """How many images this process measures on."""
         share = (self.config.noise_batch_size or 0) / self.config.world_size
@@ -41,7 +43,7 @@ class Experiment:
 
     def kept(self, make: Callable[[], Any], **depends_on: Any) -> Any:
         """``Records.kept`` for this model and its data."""
-        return self.setting.records.kept(make, **self.setting.identity, model=self.model_sha256, **depends_on)
+        return self.setting.records.kept(make, **self._data, **depends_on)
 
     def each(self, items: Sequence[T], cost: Callable[[], float]) -> Iterator[T]:
         """The items one after the other; those to come count for ``cost()`` forward passes each (the time left)."""

@@ -411,19 +411,3 @@ def test_fsdp2_ends_with_the_same_parameters_as_one_process(one: Launch, tmp_pat
     for resumed in after.results("resumed"):
         assert same_bits(resumed["parameters"], first["parameters"])
         assert resumed["messages"][(N_D + 3, 8)] == steps(resumed)[2] + 1
-
-
-@pytest.mark.slow
-def test_the_recipe_runs_on_two_processes(tmp_path: Path) -> None:
-    """Slow: half a minute. The command of the README, with the recipe cut short."""
-    output = tmp_path / "digits"
-    words = "--base_epochs 1 --rounds 2 --steps_per_round 2 --noise_max_steps 5 --max_eval_images 50 --save_steps 2"
-    recipe = [str(ACCELERATE_CONFIGS.parent / "finetune.py"), "--output_dir", str(output), *words.split()]
-    ended = start([*TWO, *recipe, "--disable_tqdm", "true"], tmp_path)
-    assert ended.code == 0, ended.output[-8000:]
-    assert ended.output.count("Measuring before") == ended.output.count("nullspace - before") == 1
-    state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
-    assert state["global_step"] == 4
-    assert (output / "checkpoint-4" / "rng_state_1.pth").exists()  # of the second process
-    assert len(list((output / "noises").glob("*.safetensors"))) == 2
-    assert set(json.loads((output / "results.json").read_text()))

@@ -236,14 +236,7 @@ def test_chunks_change_only_the_rounding():
     assert again.steps == history.steps
 
 
-def test_same_seed_same_noise_other_seed_another():
-    vit = tiny_model()
-    settings = NoiseSettings(epsilon=None, max_steps=3)
-    one, two, three = (
-        learn_noise(vit, stream(dtype=torch.float32), settings, seed=seed)[0].tensor for seed in (0, 0, 1)
-    )
-    assert torch.equal(one, two)
-    assert not torch.equal(one, three)
+def test_seeds_of_rounds_differ():
     assert len({derive_seed(seed, k) for seed in range(30) for k in range(30)}) == 900
 
 

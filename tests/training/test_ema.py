@@ -140,32 +140,6 @@ def test_the_models_own_weights_come_back(tmp_path):
     assert [parameter.data_ptr() for parameter in trainer.model.parameters()] == addresses
 
 
-def test_best_model_by_the_averages_metric(tmp_path):
-    """metric_for_best_model=eval_ema_loss: the model that is returned is the average of the best checkpoint."""
-    trainer = trained(
-        tmp_path,
-        tiny_model(),
-        Images(),
-        ema_decay=0.5,
-        learning_rate=0.1,
-        eval_dataset=Images(count=30, seed=7),
-        metric_for_best_model="eval_ema_loss",
-        load_best_model_at_end=True,
-        greater_is_better=False,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-    )
-    losses = logged(trainer, "eval_ema_loss")
-    best = losses.index(min(losses)) + 1
-    folder = tmp_path / f"checkpoint-{best}"
-    assert trainer.state.best_model_checkpoint == str(folder)
-    average = AutoModelForImageClassification.from_pretrained(folder, subfolder="ema")
-    assert_same(parameters_of(trainer.model), parameters_of(average))
-    assert trainer.evaluate()["eval_loss"] == min(losses)
-
-
 def test_frozen_parameters_and_buffers(tmp_path):
     model = tiny_model().double()
     model.vit.embeddings.requires_grad_(False)

@@ -126,18 +126,21 @@ BEST = {
 }
 
 
-def test_load_best_model_at_end(tmp_path):
-    trainer = trained(tmp_path, tiny_model(), Images(), eval_dataset=Images(count=30, seed=7), **BEST)
-    seen = logged(trainer, "eval_loss")
+@pytest.mark.parametrize(("metric", "part"), [("eval_loss", ""), ("eval_ema_loss", "ema")])
+def test_load_best_model_at_end(tmp_path, metric, part):
+    """By the metric of the averaged weights the model that is returned is the average of the best checkpoint."""
+    given = BEST | {"metric_for_best_model": metric, "ema_decay": 0.5 if part else None}
+    trainer = trained(tmp_path, tiny_model(), Images(), eval_dataset=Images(count=30, seed=7), **given)
+    seen = logged(trainer, metric)
     best = seen.index(max(seen)) + 1
     assert best < 4, "the test means something only if the best is not the last"
     folder = tmp_path / f"checkpoint-{best}"
     assert trainer.state.best_model_checkpoint == str(folder)
-    assert_same(parameters_of(trainer.model), parameters_of(AutoModelForImageClassification.from_pretrained(folder)))
+    saved = AutoModelForImageClassification.from_pretrained(folder, subfolder=part)
+    assert_same(parameters_of(trainer.model), parameters_of(saved))
     assert trainer.evaluate()["eval_loss"] == max(seen)
-    assert torch.equal(trainer.noise.tensor, NullspaceNoise.from_pretrained(folder).tensor), (
-        "the noise it is saved with"
-    )
+    kept = NullspaceNoise.from_pretrained(folder).tensor
+    assert torch.equal(trainer.noise.tensor, kept), "the noise it is saved with"
 
 
 class OutOfMemoryOnce:
