@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from figures.table_4 import HEADER, line_of, plot_table_4, remark, table_4
+from figures.table_4 import plot_table_4, remark, table_4
 from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.files import only_run_in, write_json
@@ -102,11 +102,8 @@ def analyze(args: AnalyzeArguments, output: Path) -> None:
 
 def analyze_table_4(args: AnalyzeArguments, output: Path) -> None:
     """One row for each model or configuration D:patch, printed as it comes."""
-    print(HEADER)
-    rows: list[dict[str, Any]] = []
-    for row in table_4(args.table4, partial(load_model, headless=True), stored_dtype=args.dtype(), seed=args.seed):
-        rows.append(row)
-        print(line_of(row))
+    load = partial(load_model, headless=True)
+    rows = table_4(args.table4 or [], load, print, stored_dtype=args.dtype(), seed=args.seed)
     if text := remark(rows):
         print(text)
     write_json(output / "table4.json", {"command": asdict(args), "rows": rows})

@@ -4,7 +4,7 @@
     python recipes/convert.py --checkpoint vit.safetensors --normalization augreg --crop_pct 0.9 --output_dir vit
 
 Takes .pth, .pth.tar, .bin and .safetensors of a ViT or a distilled DeiT. Sizes are read from the shapes. Mean and std
-are those that the file wraps around the model, or have to be said. What transformers cannot express, and any tensor
+are those that the file wraps around the model, or have to be given. What transformers cannot express, and any tensor
 that would be left over, is an error. Nothing in the file is run. docs/convert.md has the command for EasyRobust's DAT.
 """
 

@@ -19,6 +19,7 @@ class Parent:
 
     _group_title = "Inherited"
     patience: int = field(default=3, metadata={"help": "How long."})
+    rate: float = field(default=2.0, metadata={"help": "The child has another."})
 
 
 @dataclass

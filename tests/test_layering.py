@@ -90,7 +90,6 @@ ORDER = [
     "training.noise_stream",
     "training.cost",
     "training.record",
-    "training.divergence",
     "training.events",
     "training.private_methods",
     "training.publishing",

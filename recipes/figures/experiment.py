@@ -34,6 +34,8 @@ class Experiment:
         self.config, self.batches, self.bar = setting.config, setting.batches, setting.bar
         self.train_set = setting.images(self.config.seed)
         self.model_sha256 = model_hash(model)
+        measured_on = [float(batch.double().sum()) for batch in self.batches]
+        self._data = {"data": asdict(setting.data_args), "measured on": measured_on, "model": self.model_sha256}
         self.images = sum(map(len, self.batches))
         """How many images this process measures on."""
         share = (self.config.noise_batch_size or 0) / self.config.world_size
@@ -41,7 +43,7 @@ class Experiment:
 
     def kept(self, make: Callable[[], Any], **depends_on: Any) -> Any:
         """``Records.kept`` for this model and its data."""
-        return self.setting.records.kept(make, **self.setting.identity, model=self.model_sha256, **depends_on)
+        return self.setting.records.kept(make, **self._data, **depends_on)
 
     def each(self, items: Sequence[T], cost: Callable[[], float]) -> Iterator[T]:
         """The items one after the other; those to come count for ``cost()`` forward passes each (the time left)."""

@@ -63,17 +63,15 @@ def sweep(experiment: Experiment, probe: Probe) -> Iterator[dict[str, Any]]:
 
 
 def _point(experiment: Experiment, probe: Probe, settings: NoiseSettings, index: int) -> dict[str, Any]:
-    noise, history = experiment.learn(settings, index, f"lambda {settings.norm_weight:g}, seed {index}")
-    learned = noise.tensor.to(probe.device)
+    result, history = experiment.learn(settings, index, f"lambda {settings.norm_weight:g}, seed {index}")
+    learned = result.tensor.to(probe.device)
     generator = generator_of(experiment.config.seed, index, 2)
     other = permuted(learned, generator, raw=experiment.setting.args.raw_permutation)
-    return {
-        "lambda": settings.norm_weight,
-        "seed": index,
-        "steps": history.steps,
-        "learned": sizes(learned) | influence_and_match(probe, learned),
-        "permuted": sizes(other) | influence_and_match(probe, other),
-    }
+    point: dict[str, Any] = {"lambda": settings.norm_weight, "seed": index, "steps": history.steps}
+    for kind, noise in (("learned", learned), ("permuted", other)):
+        sizes = {"norm": float(torch.linalg.vector_norm(noise)), "centred_norm": float(centred_norm(noise))}
+        point[kind] = sizes | influence_and_match(probe, noise)
+    return point
 
 
 def line_of(point: dict[str, Any]) -> str:
@@ -84,11 +82,6 @@ def line_of(point: dict[str, Any]) -> str:
         f"influence {learned['influence']:.4f}, match {100 * learned['match']:.1f}%; permuted: "
         f"{other['influence']:.4f}, {100 * other['match']:.1f}%"
     )
-
-
-def sizes(noise: torch.Tensor) -> dict[str, float]:
-    """Raw and centred norm."""
-    return {"norm": float(torch.linalg.vector_norm(noise)), "centred_norm": float(centred_norm(noise))}
 
 
 def curves(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

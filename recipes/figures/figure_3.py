@@ -19,7 +19,6 @@ from figures.experiment import Experiment
 from figures.setting import Setting, claim
 from hf_nullspace.core import text
 from hf_nullspace.core.canvas import canvas, save_png
-from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.records import evaluate_resumably, from_bits, record
 from hf_nullspace.robustness.scores import paired_mean_difference
@@ -105,7 +104,7 @@ def group_of(condition: Condition) -> str:
 def point(experiment: Experiment, step: int) -> dict[str, Any]:
     """What is kept of one checkpoint: sizes of noises, every condition with its bits, the groups' means."""
     setting, config = experiment.setting, experiment.config
-    noises = noise_sizes(experiment, config.descent_settings(), setting.args.noises_per_round)
+    noises = noise_sizes(experiment)
     conditions = setting.args.conditions()
     preprocessing = setting.classifier.preprocessing
     results, _ = evaluate_resumably(
@@ -121,8 +120,9 @@ def point(experiment: Experiment, step: int) -> dict[str, Any]:
     return summary(step, list(results.values()), conditions, noises)
 
 
-def noise_sizes(experiment: Experiment, settings: NoiseSettings, count: int) -> list[dict[str, Any]]:
-    """Norms and influence of ``count`` noises of the model; the starts are the same for every model."""
+def noise_sizes(experiment: Experiment) -> list[dict[str, Any]]:
+    """Norms and influence of noises of the model; the starts are the same for every model."""
+    settings, count = experiment.config.descent_settings(), experiment.setting.args.noises_per_round
 
     def measure(index: int) -> dict[str, Any]:
         noise, history = experiment.learn(settings, index, f"noise {index - FIRST_INDEX + 1} of {count}")

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -127,15 +126,13 @@ class Setting:
     """The evaluation images as ``pixel_values`` (b, C, H, W): this process's share."""
     _train_rows: Any = None
 
-    @property
-    def output(self) -> Path:
+    def __post_init__(self) -> None:
+        self.output = Path(str(self.config.output_dir))
         """The folder of all results; it belongs to one model and one data set."""
-        return Path(str(self.config.output_dir))
-
-    @property
-    def seeds(self) -> range:
+        self.records = Records(self.output / "points")
+        """The finished points."""
+        self.seeds = range(self.config.seed, self.config.seed + self.args.runs)
         """Of the fine-tunings of figure 3 and table 5."""
-        return range(self.config.seed, self.config.seed + self.args.runs)
 
     def say(self, text: str) -> None:
         """A line, once, that does not break the bar."""
@@ -200,16 +197,6 @@ class Setting:
     def images(self, seed: int) -> Any:
         """The training images, augmented from ``seed``."""
         return training_images(self.data_args, self._train_rows, self.classifier, seed)
-
-    @cached_property
-    def records(self) -> Records:
-        """The finished points."""
-        return Records(self.output / "points")
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What a finished point depends on besides the model and its own settings."""
-        return {"data": asdict(self.data_args), "measured on": [float(batch.double().sum()) for batch in self.batches]}
 
     def keep(self, figure: str, found: dict[str, Any], quoted: Any, plot: Callable[[Path], Path]) -> None:
         """FIGURE.json with command, versions, settings, protocol and what the paper says, and FIGURE.png."""

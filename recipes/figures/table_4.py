@@ -1,6 +1,6 @@
 """Table 4: the dimension of the patch embedding's nullspace, of models or of configurations with random weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,8 @@ HEADER = "features  patch  dimension  paper  at tol/10  at 10 tol   s_min/s_max 
 def make(setting: Setting) -> None:
     """The dimension of the nullspace of models and configurations."""
     own = setting.model_args.model_name_or_path
-    setting.say(HEADER)
-    rows = []
-    for row in table_4([*setting.args.table4, *([own] if own else [])], load_model, seed=setting.config.seed):
-        rows.append(row)
-        setting.say(line_of(row))
+    names = [*setting.args.table4, *([own] if own else [])]
+    rows = table_4(names, load_model, setting.say, seed=setting.config.seed)
     setting.say(f"'paper' is quoted; {remark(rows) or 'all as in the paper'}")
     quoted = {f"{features}:{patch}": dimension for (features, patch), dimension in TABLE_4.items()}
     setting.keep("table4", {"rows": rows}, quoted, partial(plot_table_4, rows))
@@ -37,11 +34,12 @@ def make(setting: Setting) -> None:
 def table_4(
     names: Sequence[str],
     load: Callable[[str], nn.Module],
+    say: Callable[[str], None],
     *,
     stored_dtype: torch.dtype | None = None,
     seed: int = 0,
-) -> Iterator[dict[str, Any]]:
-    """One row after the other: ``PatchNullspace.summary``, the model's name, and the paper's dimension or None.
+) -> list[dict[str, Any]]:
+    """The rows, each said as it comes: ``PatchNullspace.summary``, the model's name, the paper's dimension or None.
 
     A name is a model, for ``load``; a configuration ``D:patch`` of 3 channels, whose weights are drawn from
     ``seed``; or "paper", the eight configurations of the paper.
@@ -49,6 +47,8 @@ def table_4(
     Raises:
         UsageError: for a configuration with a zero.
     """
+    rows = []
+    say(HEADER)
     papers = [f"{features}:{patch}" for features, patch in TABLE_4]
     for name in [one for given in names for one in (papers if given == "paper" else [given])]:
         features, _, patch = name.partition(":")
@@ -63,7 +63,9 @@ def table_4(
         row = {"model": kind, "paper": None, **nullspace.summary()}
         if row["patch"][0] == 3 and row["patch"][1] == row["patch"][2]:
             row["paper"] = TABLE_4.get((row["features"], row["patch"][1]))
-        yield row
+        rows.append(row)
+        say(line_of(row))
+    return rows
 
 
 def line_of(row: dict[str, Any]) -> str:

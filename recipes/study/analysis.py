@@ -5,7 +5,7 @@ are over images: these are resampled jointly for all arms and conditions, the se
 stands beside them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,27 +34,21 @@ class Results:
             bits = {t: from_bits(found, len(self.places[t])) for t, found in run["correct_bits"].items()}
             self.correct.setdefault(run["arm"], {})[run["seed"]] = bits
 
-    def seeds(self, arm: str, titles: Iterable[str] = ()) -> list[int | None]:
-        """Those that an arm was trained with, and measured under all of ``titles``; ``[None]`` for the checkpoint."""
-        return [seed for seed, found in self.correct[arm].items() if all(title in found for title in titles)]
-
-    def accuracy(self, arm: str, seed: int | None, weights: Mapping[str, float]) -> float:
-        """Weighted mean accuracy in [0, 1] of one run."""
-        return float(sum(weight * self.correct[arm][seed][title].mean() for title, weight in weights.items()))
-
     def change(self, arm: str, reference: str, title: str) -> Array:
         """Per image, in [-1, 1]: arm minus reference under one condition, averaged over the seeds that both have.
 
-        NaN where they have none in common.
+        NaN where they have none in common. The checkpoint before has no seed, and is compared with all.
         """
-        own, others = self.seeds(arm, [title]), self.seeds(reference, [title])
-        if None not in own + others:
-            own = others = [seed for seed in own if seed in others]
-        if not own or not others:
+        ours, theirs = (
+            {seed: found[title] for seed, found in self.correct[one].items() if title in found}
+            for one in (arm, reference)
+        )
+        if None not in {*ours, *theirs}:
+            both = ours.keys() & theirs.keys()
+            ours, theirs = ({seed: found[seed] for seed in both} for found in (ours, theirs))
+        if not ours or not theirs:
             return np.full(len(self.places[title]), np.nan)
-        ours = [self.correct[arm][seed][title].astype(float) for seed in own]
-        theirs = [self.correct[reference][seed][title].astype(float) for seed in others]
-        return np.mean(ours, axis=0) - np.mean(theirs, axis=0)
+        return np.mean(list(ours.values()), axis=0) - np.mean(list(theirs.values()), axis=0)
 
 
 def differences(
@@ -103,19 +97,17 @@ def table(results: Results, groups: Mapping[str, Mapping[str, float]]) -> dict[s
 
     A group has no entry where no seed of the arm was measured under all of its conditions.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for arm in results.correct:
-        found[arm] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {arm: {} for arm in results.correct}
+    for arm, runs in results.correct.items():
         for group, weights in groups.items():
-            each = [100 * results.accuracy(arm, seed, weights) for seed in results.seeds(arm, weights)]
-            if not each:
-                continue
-            spread = float(np.std(each, ddof=1)) if len(each) > 1 else None
-            found[arm][group] = {
-                "mean": round(float(np.mean(each)), 4),
-                "spread": None if spread is None else round(spread, 4),
-                "seeds": [round(value, 4) for value in each],
-            }
+            measured = [correct for correct in runs.values() if weights.keys() <= correct.keys()]
+            each = [100 * float(sum(w * correct[t].mean() for t, w in weights.items())) for correct in measured]
+            if each:
+                found[arm][group] = {
+                    "mean": round(float(np.mean(each)), 4),
+                    "spread": round(float(np.std(each, ddof=1)), 4) if len(each) > 1 else None,
+                    "seeds": [round(value, 4) for value in each],
+                }
     return found
 
 

@@ -71,6 +71,23 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """One condition of a run on a slice of the test images."""
+
+    run: Run
+    planned: Planned
+    slice: Slice
+
+    def __str__(self) -> str:
+        return f"measure {self.run}: {self.planned.title} ({self.slice.name})"
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The test images that it looks at."""
+        return self.slice.places(self.planned.limit)
+
+
+@dataclass(frozen=True)
 class Study:
     """The whole design; :func:`make_study` checks it."""
 
@@ -90,9 +107,13 @@ class Study:
     seed: int
     """Of corruptions and random starts."""
 
-    def plan_of(self, run: Run) -> list[Planned]:
-        """What a run is measured on; the checkpoint before on everything."""
-        return [p for p in self.plan if run.seed is None or run.seed in self.condition_seeds.get(p.title, (run.seed,))]
+    def measurements(self, run: Run) -> list[Measurement]:
+        """What a run is measured on for the report; the checkpoint before on everything."""
+        return [
+            Measurement(run, planned, self.report)
+            for planned in self.plan
+            if run.seed is None or run.seed in self.condition_seeds.get(planned.title, (run.seed,))
+        ]
 
     def selecting(self) -> list[Arm]:
         """The arms that get a learning rate of their own."""
@@ -104,9 +125,11 @@ class Study:
             return []
         return [Run(arm.name, rate, arm.seeds[0]) for arm in self.selecting() for rate in self.learning_rates]
 
-    def selection_plan(self) -> list[Planned]:
+    def selection_measurements(self, run: Run) -> list[Measurement]:
         """The conditions of the average, all on the same images: ``selection_limit`` of them, or the whole slice."""
-        return [Planned(BASE, p.condition, self.selection_limit) for p in self.plan if p.title in self.average]
+        assert self.selection is not None
+        plan = [Planned(BASE, p.condition, self.selection_limit) for p in self.plan if p.title in self.average]
+        return [Measurement(run, planned, self.selection) for planned in plan]
 
     def report_runs(self, chosen: Mapping[str, float]) -> list[Run]:
         """The checkpoint before, and every arm with every seed, with the learning rates that were chosen.
@@ -188,11 +211,7 @@ def make_study(args: CompareArguments) -> Study:
 
 
 def mapping_of(name: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping, or JSON of one.
-
-    Raises:
-        UsageError: if it is neither.
-    """
+    """A mapping, or JSON of one; anything else is a UsageError."""
     try:
         content = json.loads(value) if isinstance(value, str) else dict(value)
     except ValueError as error:

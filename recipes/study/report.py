@@ -1,7 +1,7 @@
 """A finished study as JSON, Markdown and pictures. The JSON holds everything, the rest is computed from it."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,11 @@ def costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for arm in dict.fromkeys(run["arm"] for run in runs if run["cost"] is not None):
         mine = [run["cost"] for run in runs if run["arm"] == arm]
-        found[arm] = {
-            "forward_equivalents": float(np.mean([cost["forward_equivalents"] for cost in mine])),
-            **{
-                stage: float(np.mean([cost["stages"][stage]["forward_equivalents"] for cost in mine]))
-                for stage in ("training", "attack", "noise")
-            },
-            "seconds": round(float(np.mean([cost["seconds"] for cost in mine])), 1),
-        }
+        passes = {"forward_equivalents": [cost["forward_equivalents"] for cost in mine]}
+        for stage in ("training", "attack", "noise"):
+            passes[stage] = [cost["stages"][stage]["forward_equivalents"] for cost in mine]
+        found[arm] = {name: float(np.mean(values)) for name, values in passes.items()}
+        found[arm]["seconds"] = round(float(np.mean([cost["seconds"] for cost in mine])), 1)
     return found
 
 
@@ -76,58 +73,52 @@ def markdown(content: Mapping[str, Any]) -> str:
     groups, control = list(content["study"]["groups"]), content["study"]["control"]
     arms, between = list(content["table"]), content["between_arms"]
     seeds = Counter(run["arm"] for run in content["runs"])
-    lines = ["Accuracy in %, mean over the seeds ± their standard deviation.", ""]
-    lines += _table(
+    rates = {run["arm"]: run["learning_rate"] for run in content["runs"]}
+    lines = []
+
+    def add(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        table = markdown_table([cell(text) for text in head], [[cell(text) for text in row] for row in rows])
+        lines.extend([title, "", *table, ""])
+
+    add(
+        "Accuracy in %, mean over the seeds ± their standard deviation.",
         ["arm", "seeds", *map(short, groups)],
-        [[arm, str(seeds[arm]), *(spread(entry.get(g)) for g in groups)] for arm, entry in content["table"].items()],
+        ([arm, str(seeds[arm]), *(spread(entry.get(g)) for g in groups)] for arm, entry in content["table"].items()),
     )
-    lines += ["", f"Paired differences to {escape(control)} in points, with 95% intervals over images.", ""]
-    lines += _table(
+    add(
+        f"Paired differences to {escape(control)} in points, with 95% intervals over images.",
         ["arm", *map(short, groups)],
-        [[arm, *(_interval(entry.get(g)) for g in groups)] for arm, entry in content["differences"].items()],
+        ([arm, *(_interval(entry.get(g)) for g in groups)] for arm, entry in content["differences"].items()),
     )
-    lines += ["", "The same for the average, between every two arms: the row's minus the column's.", ""]
-    lines += _table(["", *arms], [[arm, *(_interval(between[arm].get(other)) for other in arms)] for arm in arms])
-    lines += ["", "Cost of one run, in forward passes of one image (a backward pass to the parameters is two).", ""]
-    lines += _table(
+    add(
+        "The same for the average, between every two arms: the row's minus the column's.",
+        ["", *arms],
+        ([arm, *(_interval(between[arm].get(other)) for other in arms)] for arm in arms),
+    )
+    kinds = ("forward_equivalents", "training", "attack", "noise", "seconds")
+    add(
+        "Cost of one run, in forward passes of one image (a backward pass to the parameters is two).",
         ["arm", "learning rate", "all", "training steps", "attacks", "noises", "seconds"],
-        [
-            [
-                arm,
-                f"{rate_of(content, arm):g}",
-                *(f"{cost[key]:,.0f}" for key in ("forward_equivalents", "training", "attack", "noise", "seconds")),
-            ]
-            for arm, cost in content["cost"].items()
-        ],
+        ([a, f"{rates[a]:g}", *(f"{cost[kind]:,.0f}" for kind in kinds)] for a, cost in content["cost"].items()),
     )
     if content["power"] is not None:
         average = content["power"]["average"]
-        lines += [
-            "",
+        lines.append(
             f"Written down before: one seed on {content['power']['report_images']} images sees a difference of the "
             f"average from {average['smallest']:.2f} points on ({average['smallest_with_80_percent_power']:.2f} in "
-            "four studies of five).",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def rate_of(content: Mapping[str, Any], arm: str) -> float:
-    """The learning rate of an arm's runs."""
-    return next(run["learning_rate"] for run in content["runs"] if run["arm"] == arm)
+            "four studies of five).\n"
+        )
+    return "\n".join(lines)
 
 
 def spread(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return ""
-    return f"{entry['mean']:.2f}" + ("" if entry["spread"] is None else f" ± {entry['spread']:.2f}")
+    return f"{entry['mean']:.2f}" if entry["spread"] is None else f"{entry['mean']:.2f} ± {entry['spread']:.2f}"
 
 
 def _interval(entry: Sequence[float] | None) -> str:
     return "" if entry is None else with_interval(*entry)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return markdown_table([cell(text) for text in head], [[cell(text) for text in row] for row in rows])
 
 
 def plot_cost(content: Mapping[str, Any], path: Path) -> Path:

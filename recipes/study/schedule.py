@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from hf_nullspace.robustness.records import Records, versions
 from hf_nullspace.training.config import NullspaceConfig
 from study.analysis import power
-from study.design import Run, Study
-from study.tasks import Measurement, Runner, Task, Training, measurements_of
+from study.design import Measurement, Run, Study
+from study.tasks import Runner, Task, run_of
 
 NOISE_STEPS = 225
 """Gradient steps per round that are assumed of Algorithm 1 (measured from A = 3 on a ViT of 1.2 M parameters)."""
@@ -31,25 +31,22 @@ class Schedule:
 
 def schedule_of(study: Study, runner: Runner) -> Schedule:
     """The tasks; learning rates are chosen if the selection is finished."""
-    selection: list[Task] = []
-    for run in study.selection_runs():
-        selection += [Training(run), *_selecting(study, run)]
+    selection = _tasks(study.selection_runs(), study.selection_measurements)
     done = all(runner.finished(task) for task in selection)
     chosen = study.chosen(averages_of(study, runner)) if done else None
     middle = study.learning_rates[len(study.learning_rates) // 2]
-    report: list[Task] = []
-    for run in study.report_runs(chosen or {arm.name: middle for arm in study.selecting()}):
-        report += [Training(run), *measurements_of(run, study.plan_of(run), study.report)]
-    return Schedule(selection, report, chosen)
+    runs = study.report_runs(chosen or {arm.name: middle for arm in study.selecting()})
+    return Schedule(selection, _tasks(runs, study.measurements), chosen)
 
 
-def _selecting(study: Study, run: Run) -> list[Measurement]:
-    return [] if study.selection is None else measurements_of(run, study.selection_plan(), study.selection)
+def _tasks(runs: Sequence[Run], measurements: Callable[[Run], Sequence[Measurement]]) -> list[Task]:
+    """Every run, followed by its measurements."""
+    return [task for run in runs for task in cast(list[Task], [run, *measurements(run)])]
 
 
 def _correct(study: Study, runner: Runner, run: Run) -> dict[str, Any]:
     """Condition -> one bool per selection image."""
-    return {task.planned.title: runner.correct(task) for task in _selecting(study, run)}
+    return {task.planned.title: runner.correct(task) for task in study.selection_measurements(run)}
 
 
 def averages_of(study: Study, runner: Runner) -> dict[str, dict[float, float]]:
@@ -80,19 +77,19 @@ def work_through(
     """
 
     def do(tasks: Sequence[Task]) -> bool:
-        mine = [task for task in tasks if not only or task.run.arm in only]
-        for run in dict.fromkeys(task.run for task in mine):
+        mine = [task for task in tasks if not only or run_of(task).arm in only]
+        for run in dict.fromkeys(map(run_of, mine)):
             runner.claim(run)
         left = [task for task in mine if runner.finished(task) is None]
         for number, task in enumerate(left):
             if deadline is not None and time.monotonic() > deadline:
                 say(f"Time is up; {len(left) - number} tasks of this part are left. Start it again to go on")
                 return False
-            begin = time.perf_counter()
+            begin, title = time.perf_counter(), f"train {task}" if isinstance(task, Run) else task
             if not runner.do(task, deadline):
-                say(f"Time is up in the middle of: {task}. Start it again to go on from its last checkpoint")
+                say(f"Time is up in the middle of: {title}. Start it again to go on from its last checkpoint")
                 return False
-            say(f"[{number + 1}/{len(left)}] {task}: {time.perf_counter() - begin:.1f} s")
+            say(f"[{number + 1}/{len(left)}] {title}: {time.perf_counter() - begin:.1f} s")
         return True
 
     if not do(schedule_of(study, runner).selection):
@@ -126,10 +123,9 @@ def content_of(study: Study, runner: Runner, described: dict[str, Any]) -> dict[
     assert chosen is not None
     runs = []
     for run in study.report_runs(chosen):
-        trained = runner.finished(Training(run))
+        trained = runner.finished(run)
         assert trained is not None
-        tasks = measurements_of(run, study.plan_of(run), study.report)
-        records = {task.planned.title: record for task in tasks if (record := runner.finished(task))}
+        records = {t.planned.title: record for t in study.measurements(run) if (record := runner.finished(t))}
         entry: dict[str, Any] = {"arm": run.arm, "learning_rate": run.learning_rate, "seed": run.seed}
         entry |= {name: trained[name] for name in ("cost", "rounds", "weights")}
         entry["correct_bits"] = {title: record["correct_bits"] for title, record in records.items()}
@@ -165,9 +161,9 @@ def work(task: Task, config_of: Callable[[Run], NullspaceConfig]) -> float:
     """Forward passes of one image that a task takes, roughly."""
     if isinstance(task, Measurement):
         return float(len(task.places) * task.planned.condition.cost)
-    if task.run.seed is None:
+    if task.seed is None:
         return 0.0
-    config: Any = config_of(task.run)  # its fields are set
+    config: Any = config_of(task)  # its fields are set
     names = set(config.objective.split("+"))
     views = len({view for name in names for view in _VIEWS.get(name, ("clean", "other"))})
     passes = 3 * views + 2 * config.attack_steps * len(names & {"madry", "trades"})
@@ -187,7 +183,7 @@ def seconds_left(tasks: Sequence[tuple[Task, float]], runner: Runner) -> tuple[f
     Trainings and measurements run at speeds of their own.
     """
     total, measured = 0.0, False
-    for kind in (Training, Measurement):
+    for kind in (Run, Measurement):
         mine = [(runner.finished(task), load) for task, load in tasks if isinstance(task, kind) and load]
         done = [(load, _seconds(found)) for found, load in mine if found]
         speed = sum(load for load, _ in done) / max(sum(seconds for _, seconds in done), 1e-9) if done else SPEED
@@ -207,7 +203,7 @@ def what_is_left(study: Study, runner: Runner, config_of: Callable[[Run], Nullsp
     loads = [(task, work(task, config_of)) for task in tasks]
     groups: dict[str, list[tuple[bool, float]]] = {}
     for task, load in loads:
-        name = str(task) if isinstance(task, Training) else f"measure {task.run} ({task.slice.name})"
+        name = f"train {task}" if isinstance(task, Run) else f"measure {task.run} ({task.slice.name})"
         groups.setdefault(name, []).append((runner.finished(task) is None, load))
     lines = []
     if schedule.chosen is None:

@@ -18,13 +18,12 @@ from hf_nullspace.core.files import damaged_files, size_and_hash
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.robustness.image_sets import InMemory
 from hf_nullspace.robustness.pixel_model import PixelModel
-from hf_nullspace.robustness.plans import Planned
 from hf_nullspace.robustness.records import Records, from_bits, record
 from hf_nullspace.robustness.suite import Clean, Corrupted, evaluate
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
 from hf_nullspace.training.run_settings import claim_folder
 from hf_nullspace.training.trainer import NullspaceTrainer
-from study.design import Run, Slice, slug
+from study.design import Measurement, Run, slug
 from study.images import ImageStore
 
 FINISHED = "finished"
@@ -32,44 +31,18 @@ _TRAINED = ("model.safetensors", "config.json", "preprocessor_config.json", "nul
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Training:
-    """The training of a run; the checkpoint before, which has none, is only hashed."""
-
-    run: Run
-
-    def __str__(self) -> str:
-        return f"train {self.run}"
+Task = Run | Measurement
+"""A run is trained (the checkpoint before, which has no training, is only hashed), or measured."""
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One condition of a run on a slice of the test images."""
-
-    run: Run
-    planned: Planned
-    slice: Slice
-
-    def __str__(self) -> str:
-        return f"measure {self.run}: {self.planned.title} ({self.slice.name})"
-
-    @property
-    def places(self) -> tuple[int, ...]:
-        """The test images that it looks at."""
-        return self.slice.places(self.planned.limit)
-
-
-Task = Training | Measurement
-
-
-def measurements_of(run: Run, plan: list[Planned], where: Slice) -> list[Measurement]:
-    """Every condition of a run on a slice."""
-    return [Measurement(run, planned, where) for planned in plan]
+def run_of(task: Task) -> Run:
+    """The run that a task is about."""
+    return task.run if isinstance(task, Measurement) else task
 
 
 @dataclass
 class Runner:
-    """Runs tasks below ``folder``; knows the checkpoint, the data and the settings of all runs."""
+    """Does tasks below ``folder``; knows the checkpoint, the data and the settings of all runs."""
 
     folder: Path
     store: ImageStore
@@ -92,12 +65,13 @@ class Runner:
 
     def finished(self, task: Task) -> dict[str, Any] | None:
         """What a task gave, or None if it is not finished."""
-        trained = self._records(task.run).read(FINISHED)
-        if trained is None or not self._files_are_whole(task.run, trained):
+        run = run_of(task)
+        trained = self._records(run).read(FINISHED)
+        if trained is None or not self._files_are_whole(run, trained):
             return None
-        if isinstance(task, Training):
+        if isinstance(task, Run):
             return trained
-        found = self._records(task.run, task.slice).read(slug(task.planned.title))
+        found = self._records(task).read(slug(task.planned.title))
         return found if found is not None and found["key"] == self._key(task, trained["weights"]) else None
 
     def correct(self, task: Measurement) -> NDArray[np.bool_]:
@@ -106,8 +80,8 @@ class Runner:
         assert found is not None
         return from_bits(found["correct_bits"], found["n"])
 
-    def _records(self, run: Run, where: Slice | None = None) -> Records:
-        return Records(self.folder / run.folder / (where.name if where else ""))
+    def _records(self, task: Task) -> Records:
+        return Records(self.folder / run_of(task).folder / (task.slice.name if isinstance(task, Measurement) else ""))
 
     def _files_are_whole(self, run: Run, trained: Mapping[str, Any]) -> bool:
         """Whether the files of a finished training are as they were written; looked at once."""
@@ -158,11 +132,11 @@ class Runner:
         """
         if isinstance(task, Measurement):
             self._measure(task)
-        elif task.run.seed is None:
+        elif task.seed is None:
             entry: dict[str, Any] = {"weights": model_hash(self.load_base()), "cost": None, "rounds": []}
-            self._records(task.run).write(FINISHED, entry)
+            self._records(task).write(FINISHED, entry)
         else:
-            return self._train(task.run, deadline)
+            return self._train(task, deadline)
         return True
 
     def _train(self, run: Run, deadline: float | None) -> bool:
@@ -196,15 +170,14 @@ class Runner:
         begin = time.perf_counter()
         images = InMemory(self.store.get(task.places, condition))
         conditions = [Clean() if isinstance(condition, Corrupted) else condition]
+        options: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.store.seed, "progress": False}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
-            (result,) = evaluate(
-                model, images, conditions, batch_size=self.batch_size, seed=self.store.seed, progress=False
-            )
-        trained = self.finished(Training(task.run))
+            (result,) = evaluate(model, images, conditions, **options)
+        trained = self.finished(task.run)
         assert trained is not None
         entry = record(result) | {"condition": task.planned.title, "key": self._key(task, trained["weights"])}
         entry["seconds"] = round(time.perf_counter() - begin, 3)
-        self._records(task.run, task.slice).write(slug(task.planned.title), entry)
+        self._records(task).write(slug(task.planned.title), entry)
 
     def _model(self, run: Run) -> PixelModel:
         if self._loaded is None or self._loaded[0] != run:

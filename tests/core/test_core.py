@@ -29,4 +29,6 @@ def test_what_is_no_fraction_is_an_error(text):
 
 def test_a_near_name_is_proposed_and_else_the_valid_ones():
     assert nearest("contrats", ["contrast", "fog"]) == "; did you mean contrast?"
+    assert nearest("contrats", ["contrast", "contrasts"], most=2) == "; did you mean contrasts or contrast?"
     assert nearest("xyz", ["fog", "contrast"]) == "; expected one of contrast, fog"
+    assert nearest("xyz", ["fog"], otherwise="see --help") == "; see --help"

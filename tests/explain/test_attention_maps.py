@@ -60,10 +60,13 @@ def test_nothing_is_changed_by_looking(family, look):
     next(model.children()).eval()  # mixed modes
     for parameter in list(model.parameters())[::2]:
         parameter.requires_grad_(False)
+    modes = []
+    model.register_forward_pre_hook(lambda module, args: modes.append(any(part.training for part in module.modules())))
     before = state(model)
     assert "sdpa" in before[3]
     look(model, images(dtype=torch.float32))
     assert state(model) == before
+    assert modes == [False]
     with pytest.raises(ValueError, match="doesn't match model"):
         look(model, torch.zeros(1, 3, 20, 20))
     assert state(model) == before

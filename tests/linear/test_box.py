@@ -25,7 +25,6 @@ def test_scipy_finds_the_same_nearest_patches(std):
     source[:4] = source[:4].round()  # pixels that are black or white, as in real images
     found = nearest_in_box(rows, source, target, iterations=20000, tolerance=1e-10)
     assert found.kkt_residual.max() <= 1e-10
-    assert found.duality_gap.abs().max() < 1e-8
     assert found.patches.min() >= 0
     assert found.patches.max() <= 1
     clipped = ((found.patches == 0) | (found.patches == 1)).sum()

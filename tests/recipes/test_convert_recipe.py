@@ -52,10 +52,11 @@ def test_an_easyrobust_checkpoint_becomes_a_folder(ema, files, tmp_path, capsys)
     call(*words, "--id2label", files / "labels.txt", *(["--ema"] if ema else []))
     said = capsys.readouterr().out
     taken, left = ("state_dict_ema", "state_dict") if ema else ("state_dict", "state_dict_ema")
-    assert f"model_best.pth.tar: {taken} ({left} left in the file)" in said
-    assert "width 24, depth 2, 4 heads (as given), patch 4, images of 16 x 16, 5 classes" in said
-    assert "shorter edge to 18, bicubic, centre crop; mean [0.485, 0.456, 0.406]" in said
-    assert "from the file (0.mean, 0.std, for pixels in [0, 1])" in said
+    for words in (f"model_best.pth.tar: {taken} ({left} left in the file)",
+                  "width 24, depth 2, 4 heads (as given), patch 4, images of 16 x 16, 5 classes",
+                  "shorter edge to 18, bicubic, centre crop; mean [0.485, 0.456, 0.406]",
+                  "from the file (0.mean, 0.std, for pixels in [0, 1])"):  # fmt: skip
+        assert words in said
 
     folder = tmp_path / "new" / "vit"
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -97,13 +98,10 @@ def test_weights_alone_with_what_is_said(files, tmp_path, capsys):
         (["--checkpoint", "{0}/plain.safetensors", "--output_dir", "{0}/labels.txt"], "labels.txt is there already"),
         (["--checkpoint", "{0}/none.pth"], "none.pth"),
         (["--checkpoint", "{0}/labels.txt"], "labels.txt is no checkpoint that torch can read"),
-        (["--checkpoint", "{0}/plain.safetensors", "--normalization", "augreg"], "no usual ViT of width 24: give"),
         (["--checkpoint", "{0}/plain.safetensors", "--heads", "4"], "does not say how images are normalised"),
-        (["--checkpoint", "{0}/plain.safetensors", "--heads", "4", "--ema"], "no state_dict_ema or model_ema"),
         (["--checkpoint", "{0}/registers.pth", "--heads", "4"], "reg_token are register tokens"),
         (["--checkpoint", "{0}/grey.pth", "--heads", "4", "--normalization", "imagenet"], "model takes 1 channels"),
         (["--checkpoint", "{0}/module.pth"], "needs more than tensors: torch.nn.modules.linear.Linear"),
-        (["--checkpoint", "{0}/model_best.pth.tar", "--architecture", "vit_base_patch16_224"], "not those of vit_base"),
         (["--checkpoint", "{0}/model_best.pth.tar", "--heads", "4", "--normalization", "augreg"], "augreg says"),
         (["--checkpoint", "{0}/model_best.pth.tar", "--heads", "4", "--id2label", "imagenet"], "1000 class names"),
         (["--checkpoint", "{0}/model_best.pth.tar", "--heads", "4", "--crop_pct", "2"], "crop_pct=2.0"),

@@ -1,6 +1,6 @@
 """A run's results in the two forms that the Hub reads: ``model-index`` in the card, and ``.eval_results/*.yaml``.
 
-A number whose checks failed, and what is missing, is in neither: there is no place for the doubt beside the number.
+A number that a check doubts is in neither: these forms have no place for the doubt beside the number.
 """
 
 from collections.abc import Iterator

@@ -88,7 +88,7 @@ class Report:
         return recorded or difference(self.results, other, self.subject, index)
 
     def doubts(self, checkpoint: str, result: ConditionResult) -> list[str]:
-        """Names of the failed checks that concern a result: it is no number to be repeated without them."""
+        """Names of the failed checks that concern a result; the number is never shown without them."""
         return unreliable(self.checks.get(checkpoint, ()), attack="attack" in result.protocol)
 
 

@@ -63,9 +63,9 @@ def read_checkpoint(path: Path | str, averaged: bool = False) -> Checkpoint:
         if all(key in tensors for key in NORMALIZATION):
             mean, std = (_values(tensors.pop(key)) for key in NORMALIZATION)
             prefix = "1."
-            if strangers := [key for key in tensors if not key.startswith(prefix)]:
+            if beside := [key for key in tensors if not key.startswith(prefix)]:
                 raise CheckpointError(
-                    f"{path.name}: beside a normalisation (0.mean, 0.std) and a model (1.) there is {strangers[0]}; "
+                    f"{path.name}: beside a normalisation (0.mean, 0.std) and a model (1.) there is {beside[0]}; "
                     "expected nn.Sequential(normalisation, model)"
                 )
         if prefix is None:

@@ -159,10 +159,10 @@ def normalization(
 
 def _in_unit_range(mean: Sequence[float], std: Sequence[float], what: str) -> tuple[Normalization, str]:
     """(mean, std) of pixels in [0, 1], and the range of pixels they were for."""
-    if len(mean) == len(std) and len(mean) in (1, 3) and np.isfinite([*mean, *std]).all() and min(std) > 0:
-        for top in (1, 255):
-            if max(std) <= top and (top == 1 or min(std) > 1) and min(mean) >= 0 and max(mean) <= top:
-                return (tuple(x / top for x in mean), tuple(x / top for x in std)), f"[0, {top}]"
+    if len(mean) == len(std) and len(mean) in (1, 3) and np.isfinite([*mean, *std]).all():
+        top = 255 if min(std) > 1 else 1
+        if 0 < min(std) <= max(std) <= top and 0 <= min(mean) <= max(mean) <= top:
+            return (tuple(x / top for x in mean), tuple(x / top for x in std)), f"[0, {top}]"
     raise CheckpointError(
         f"{what}: mean {_numbers(mean)}, std {_numbers(std)}; expected 1 or 3 values each, for pixels in [0, 1] (std "
         "up to 1) or in [0, 255] (std above 1)"
@@ -176,7 +176,7 @@ def _numbers(values: Sequence[float]) -> str:
 def timm_image_processor(size: int, mean: Sequence[float], std: Sequence[float], crop_pct: float) -> Any:
     """timm's preprocessing for evaluation: shorter edge to ``size / crop_pct``, bicubic, centre crop of ``size``.
 
-    A ``ViTImageProcessor``, whose own default squashes instead. ``crop_pct`` is in (0, 1].
+    A ``ViTImageProcessor``; without these settings it would squash the image. ``crop_pct`` is in (0, 1].
     """
     from transformers import ViTImageProcessorPil
 

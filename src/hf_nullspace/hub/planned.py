@@ -19,8 +19,8 @@ def planned_card(config: Path) -> ModelCard:
     """
     text = config.read_text(encoding="utf-8")
     about, claims = header(text)
-    if lacking := [part for part in ("command", "hardware", "time", "expected") if part not in claims]:
-        raise ValueError(f"the header of {config} has no {', '.join(lacking)}")
+    if missing := [part for part in ("command", "hardware", "time", "expected") if part not in claims]:
+        raise ValueError(f"the header of {config} has no {', '.join(missing)}")
     settings = yaml.safe_load(text)
     base, data = source(settings["model_name_or_path"]), source(settings["dataset_name"])
     metadata = ModelCardData(

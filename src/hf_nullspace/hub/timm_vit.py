@@ -64,8 +64,8 @@ def read_architecture(
     ``name``, else those of timm's ViT of this width.
 
     Raises:
-        CheckpointError: for a model that cannot be expressed, for tensors without which nothing can be said, or if
-            nothing says how many heads there are.
+        CheckpointError: for a model that transformers cannot express, if a tensor that shows the sizes is missing, or
+            if nothing says how many heads there are.
     """
     for key in tensors:
         for pattern, reason in _REFUSED.items():

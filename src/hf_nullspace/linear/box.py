@@ -26,8 +26,6 @@ class BoxSolution:
     kkt_residual: Tensor
     """(N,): ||A (x - source)|| / max(||A source||, 1), the relative change of the embedding. The other optimality
     conditions are met by construction."""
-    duality_gap: Tensor
-    """(N,): primal objective minus dual function; negative where x is not feasible yet."""
     iterations: int
 
 
@@ -64,15 +62,15 @@ def nearest_in_box(
     wanted = source @ rows.T
     scale = torch.linalg.vector_norm(wanted, dim=1).clamp_min(1.0)
 
-    def primal(multipliers: Tensor, which: Tensor) -> Tensor:
-        return (target[which] + multipliers @ rows).clamp(0, 1)
+    def primal(goal: Tensor, multipliers: Tensor) -> Tensor:
+        return (goal + multipliers @ rows).clamp(0, 1)
 
     multipliers = torch.zeros_like(wanted)
     ahead, momentum = multipliers.clone(), wanted.new_ones(len(source))
     active = torch.arange(len(source), device=source.device)
     done = 0
     for done in range(1, iterations + 1):  # noqa: B007 (reported)
-        gradient = wanted[active] - primal(ahead[active], active) @ rows.T
+        gradient = wanted[active] - primal(target[active], ahead[active]) @ rows.T
         finished = torch.linalg.vector_norm(gradient, dim=1) <= tolerance * scale[active]
         # what is judged is the point where the gradient was taken
         multipliers[active[finished]] = ahead[active[finished]]
@@ -86,24 +84,13 @@ def nearest_in_box(
         after = (1 + (1 + 4 * before.square()).sqrt()) / 2
         ahead[active] = step + ((before - 1) / after)[:, None] * moved
         multipliers[active], momentum[active] = step, after
-    everything = torch.arange(len(source), device=source.device)
-    patches = primal(multipliers, everything)
-    error = patches @ rows.T - wanted
-    return BoxSolution(
-        patches=patches,
-        kkt_residual=torch.linalg.vector_norm(error, dim=1) / scale,
-        duality_gap=(multipliers * error).sum(1),
-        iterations=done,
-    )
+    patches = primal(target, multipliers)
+    residual = torch.linalg.vector_norm(patches @ rows.T - wanted, dim=1) / scale
+    return BoxSolution(patches, residual, iterations=done)
 
 
 def nearest_invisible_image(
-    nullspace: PatchNullspace,
-    source: Tensor,
-    target: Tensor,
-    *,
-    iterations: int = 2000,
-    tolerance: float = 1e-5,
+    nullspace: PatchNullspace, source: Tensor, target: Tensor, *, iterations: int = 2000, tolerance: float = 1e-5
 ) -> tuple[Tensor, BoxSolution]:
     """The image nearest to ``target`` among those in [0, 1] with the patch embeddings of ``source``.
 
@@ -113,11 +100,6 @@ def nearest_invisible_image(
     """
     shape = nullspace.patch_shape
     sources, targets = split_patches(source, shape), split_patches(target, shape)
-    solution = nearest_in_box(
-        nullspace.row_basis,
-        sources.flatten(0, 1),
-        targets.flatten(0, 1),
-        iterations=iterations,
-        tolerance=tolerance,
-    )
+    both = sources.flatten(0, 1), targets.flatten(0, 1)
+    solution = nearest_in_box(nullspace.row_basis, *both, iterations=iterations, tolerance=tolerance)
     return with_patches(source, solution.patches.view_as(sources), shape), solution

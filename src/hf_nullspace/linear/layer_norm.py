@@ -68,12 +68,6 @@ class LayerNormNullspace:
         """A noise (1, N, D) of this space with that Euclidean norm, in a uniformly random direction; float64."""
         return _constants(self.patches, self.features, generator, norm)
 
-    def project(self, noise: Tensor) -> Tensor:
-        """The part of ``noise`` (1, N, D) that lies in this space: each token's feature mean."""
-        if tuple(noise.shape) != (1, self.patches, self.features):
-            raise ValueError(f"noise of shape {tuple(noise.shape)}, expected {(1, self.patches, self.features)}")
-        return noise.mean(-1, keepdim=True).expand_as(noise).clone()
-
 
 def exact_encoder_nullspace(
     model: nn.Module,

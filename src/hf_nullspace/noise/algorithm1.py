@@ -7,14 +7,13 @@ same step.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from hf_nullspace import __version__
 from hf_nullspace.core.settings import check_choices, check_numbers
 from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise, provenance_of
@@ -22,6 +21,7 @@ from hf_nullspace.noise.calibration import scale_into
 from hf_nullspace.noise.history import LEAST, NoiseHistory, warn
 from hf_nullspace.noise.influence import centred_norm
 from hf_nullspace.noise.probe import Probe, probing
+from hf_nullspace.noise.provenance import completed
 
 
 class NoiseNotLearnedError(RuntimeError):
@@ -137,7 +137,7 @@ def learn_noise(
     known = provenance or provenance_of(probe.model)
     measured = history.influence[-1] if history.held_out_influence is None else history.held_out_influence
     warn(history.stopped, measured, settings.epsilon, history.steps, known.round)
-    provenance = replace(
+    provenance = completed(
         known,
         seed=seed,
         epsilon=settings.epsilon,
@@ -146,7 +146,6 @@ def learn_noise(
         steps=history.steps,
         stopped=history.stopped,
         settings=asdict(settings),
-        library=f"hf_nullspace {__version__}",
     )
     return NullspaceNoise(v.detach().cpu(), grid, provenance), history
 

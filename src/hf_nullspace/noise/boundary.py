@@ -16,7 +16,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_nullspace import __version__
 from hf_nullspace.core.seeds import generator_of
 from hf_nullspace.core.settings import check_choices, check_numbers
 from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise
@@ -26,6 +25,7 @@ from hf_nullspace.noise.calibration import scale_into, scale_to_influence
 from hf_nullspace.noise.history import NoiseHistory, scaled_ending, warn, worst
 from hf_nullspace.noise.influence import centre
 from hf_nullspace.noise.probe import Probe, probing
+from hf_nullspace.noise.provenance import completed
 
 _EXPONENT, _SLOWEST, _FASTEST = 0.25, 0.7, 1.3
 """The radius is multiplied by (epsilon / influence)^0.25 after a step, within [0.7, 1.3]."""
@@ -108,15 +108,9 @@ def follow_boundary(
     history.seconds = time.perf_counter() - begin
     known = provenance or provenance_of(probe.model)
     warn(history.stopped, min(influence), settings.epsilon, history.steps, known.round)
-    provenance = replace(
-        known,
-        seed=seed,
-        epsilon=settings.epsilon,
-        influence_images=images,
-        steps=history.steps,
-        settings={"learner": "boundary", **asdict(settings)},
-        library=f"hf_nullspace {__version__}",
-    )
+    described = {"learner": "boundary", **asdict(settings)}
+    measured = {"epsilon": settings.epsilon, "influence_images": images, "steps": history.steps}
+    provenance = completed(known, seed=seed, settings=described, **measured)
     found = [
         NullspaceNoise(tensor[None].cpu(), grid, replace(provenance, influence=reached, stopped=ending))
         for tensor, reached, ending in zip(noises.tensor().detach(), influence, endings, strict=True)

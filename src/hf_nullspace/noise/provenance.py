@@ -4,7 +4,7 @@ import hashlib
 import typing
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from hf_nullspace import __version__
 from hf_nullspace.models.patch_embedding import unwrap
 
 
@@ -60,6 +61,11 @@ class NoiseProvenance:
                     raise ValueError(f"its provenance has {name}={value!r:.80}")
                 known[name] = value
         return cls(**known)
+
+
+def completed(known: NoiseProvenance, **values: Any) -> NoiseProvenance:
+    """``known`` of the model, with ``values`` of a noise, and this library's version."""
+    return replace(known, library=f"hf_nullspace {__version__}", **values)
 
 
 def model_hash(model: nn.Module, *, without: Sequence[str] = ()) -> str:

@@ -13,7 +13,7 @@ from hf_nullspace.core.text import short
 from hf_nullspace.robustness.corruptions import SEVERITIES
 from hf_nullspace.robustness.suite import ConditionResult
 
-Results = Mapping[str, Sequence[ConditionResult]]
+Results = Mapping[str, Sequence[ConditionResult]]  # checkpoint name -> its results, in the same order of conditions
 MOST_BARS = 24  # conditions that one picture can show; corruption cells beyond it stand in the severity plot
 IN_A_ROW = 12  # of them beside each other: a page is not wider
 

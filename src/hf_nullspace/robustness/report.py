@@ -15,14 +15,12 @@ from typing import Any
 from hf_nullspace.core.files import write_json, write_text
 from hf_nullspace.core.text import cell, escape, table, with_interval
 from hf_nullspace.robustness.checks import Check, unreliable
-from hf_nullspace.robustness.plots import plot_bars, plot_severity, plot_strength
+from hf_nullspace.robustness.plots import Results, plot_bars, plot_severity, plot_strength
 from hf_nullspace.robustness.published import TABLE_1, TABLE_1_COLUMNS
 from hf_nullspace.robustness.records import record, versions
 from hf_nullspace.robustness.scores import Interval, paired_difference, paired_mean_difference, worst_condition
-from hf_nullspace.robustness.suite import ConditionResult
 from hf_nullspace.robustness.summaries import image_averages, summaries
 
-Results = Mapping[str, Sequence[ConditionResult]]  # checkpoint name -> its results, in the same order of conditions
 Checks = Mapping[str, Sequence[Check]]  # checkpoint name -> what checks.run_checks said
 Missing = Mapping[str, str]  # condition -> why it was not measured, and how to get what it needs
 UNRELIABLE = "(!)"

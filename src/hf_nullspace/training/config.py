@@ -164,7 +164,7 @@ class NullspaceConfig(TrainingArguments):
             self._check("ema_from", bool(self.ema_from), "a folder or an id on the Hub")
             self._check("ema_from", self.ema_decay is not None, "ema_decay beside it")
         self._settle_length()
-        given = {name: getattr(self, name) for name in ("per_device_train_batch_size", "global_batch_size")}
+        given = self.per_device_train_batch_size, self.global_batch_size
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -176,7 +176,7 @@ class NullspaceConfig(TrainingArguments):
             self.use_cpu = True  # else accelerate 1.15 does not see the other processes, and each trains by itself
         super().__post_init__()
         check_trackers(list(self.report_to or []))
-        self._settle_batch_size(given["per_device_train_batch_size"], given["global_batch_size"])
+        self._settle_batch_size(*given)
         if self.noise_batch_size < self.world_size:
             raise ValueError(f"noise_batch_size={self.noise_batch_size} is less than one image per process")
 
@@ -271,11 +271,7 @@ class NullspaceConfig(TrainingArguments):
         return numbers
 
     def noise_settings(self) -> NoiseSettings | BoundarySettings:
-        """The settings of one round's noise, for the learner that is chosen.
-
-        Raises:
-            ValueError: if one is out of range.
-        """
+        """The settings of one round's noise, for the learner that is chosen. Raises a ValueError out of range."""
         check_choices(self, {"noise_learner": ("boundary", "descent"), "noise_mix": MIXES})
         self._check("noise_bank_size", self.noise_bank_size >= self.noises_at_once, "at least noises_at_once")
         self._check("noises_at_once", 1 <= self.noises_at_once <= self.noise_batch_size, "1 to a batch")
@@ -297,11 +293,7 @@ class NullspaceConfig(TrainingArguments):
         }
 
     def descent_settings(self) -> NoiseSettings:
-        """The settings of Algorithm 1, whichever learner is chosen.
-
-        Raises:
-            ValueError: if one is out of range.
-        """
+        """The settings of Algorithm 1, whichever learner is chosen. Raises a ValueError out of range."""
         names = ("max_steps", "weight_decay", "stop_on", "on_limit")
         check_choices(self, {"noise_stop_on": ("held_out", "minibatch"), "noise_on_limit": ("use", "rescale", "error")})
         return self._noise_settings(NoiseSettings, {name: f"noise_{name}" for name in names})

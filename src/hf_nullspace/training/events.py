@@ -1,27 +1,40 @@
-"""What the Trainer tells callbacks alone: when a training loop begins and ends, its logs, and its epochs."""
+"""When a run begins and ends, as the Trainer tells callbacks alone; a run ends at the first NaN, which is named."""
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_nullspace.training.divergence import check_loss
+from hf_nullspace.noise.probe import not_finite_weight
+
+_AGAIN = "start again with a lower learning_rate, or with bf16 instead of fp16"
 
 
-class Listener(Protocol):
-    """The trainer that is told."""
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raise FloatingPointError if a weight of ``model`` is NaN or infinite after ``step`` optimizer steps."""
+    if (weight := not_finite_weight(model)) is not None:
+        raise FloatingPointError(f"optimizer step {step}: the weight {weight} is NaN or infinite: {_AGAIN}")
 
-    model: Any
-    train_dataset: Any
 
-    def begin_run(self) -> None: ...
-    def end_run(self) -> None: ...
+def check_loss(loss: float, step: int, model: nn.Module, inputs: dict[str, Any] | None = None) -> None:
+    """Raise FloatingPointError if ``loss`` is NaN or infinite; it names the input or the weight that is."""
+    if abs(loss) < float("inf"):
+        return
+    poor = [name for name, each in (inputs or {}).items() if isinstance(each, Tensor) and not each.isfinite().all()]
+    if poor:
+        culprit = f"{poor[0]} of the batch has NaN or infinity: check the images and their preprocessing"
+    else:
+        weight = not_finite_weight(model)
+        culprit = f"the weight {weight} is NaN or infinite" if weight else "the model's logits are NaN or infinite"
+        culprit += f": {_AGAIN}"
+    raise FloatingPointError(f"optimizer step {step}: the loss is {loss}: {culprit}")
 
 
 class RunEvents(TrainerCallback):
     """Tells the trainer when a run begins and ends, and the data set which epoch it is; ends a run with a NaN loss."""
 
-    def __init__(self, trainer: Listener) -> None:
+    def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
@@ -96,23 +96,7 @@ def _how_to_repeat(run: Path, repo_id: str) -> str:
     return f'The run in {run} is whole; repeat the upload with: python -c "{call}"'
 
 
-class Publisher(Protocol):
-    """What is asked of a trainer."""
-
-    args: Any
-    state: Any
-    control: Any
-    callback_handler: Any
-    hub_model_id: Any
-    push_in_progress: Any
-
-    def is_world_process_zero(self) -> bool: ...
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None: ...
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None: ...
-    def create_model_card(self, language: Any = None, license: str | None = None) -> None: ...
-
-
-def open_run(trainer: Publisher, token: str | None = None, private: bool | None = None) -> None:
+def open_run(trainer: Any, token: str | None = None, private: bool | None = None) -> None:
     """Find or create the run's repository, so that what makes every push fail is known before hours of training.
 
     Raises:
@@ -132,14 +116,14 @@ def open_run(trainer: Publisher, token: str | None = None, private: bool | None 
     trainer.push_in_progress = None
 
 
-def write_run_card(trainer: Publisher, license: str | None = None) -> None:
+def write_run_card(trainer: Any, license: str | None = None) -> None:
     """Write README.md from what the run left in its folder."""
     if trainer.is_world_process_zero():
         write_card(_folder_of(trainer), trainer.hub_model_id, license=license)
 
 
 def push_after_training(
-    trainer: Publisher,
+    trainer: Any,
     commit_message: str | None = "End of training",
     blocking: bool = True,
     token: str | None = None,
@@ -177,7 +161,7 @@ def push_after_training(
     return (_push_staged if blocking else partial(_BACKGROUND.run_as_future, _push_staged))(staged, repo_id, **named)
 
 
-def push_checkpoint(trainer: Publisher, checkpoint: Path) -> None:
+def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
     """Upload the checkpoint's model as it is now, in the background; training goes on, and survives a failure."""
     args, state, run = trainer.args, trainer.state, _folder_of(trainer)
     running = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
@@ -212,7 +196,7 @@ def push_checkpoint(trainer: Publisher, checkpoint: Path) -> None:
         trainer.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]  # annotated as one future, used as a list
 
 
-def _folder_of(trainer: Publisher) -> Path:
+def _folder_of(trainer: Any) -> Path:
     return Path(str(trainer.args.output_dir))
 
 

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_nullspace import __version__
 from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise, embedding_shape
 from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
 from hf_nullspace.noise.artifact import NoiseProvenance, NullspaceNoise
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.calibration import Calibrated, calibrate
 from hf_nullspace.noise.history import NoiseHistory, warn, worst
+from hf_nullspace.noise.provenance import completed
 
 _LARGEST = 2.0
 """By how much an earlier noise is scaled up at most, if the model has got used to it."""
@@ -68,19 +68,15 @@ class Round:
     def shape(self) -> EmbeddingShape:
         """Shape of the patch embeddings."""
         example = self.held_out[0] if self.held_out else next(self._images[1])
-        with torch.no_grad():
-            return embedding_shape(self.model, example, self.hook.module)
+        return embedding_shape(self.model, example, self.hook.module)
 
     def learn(self, *, alone: bool = False) -> RoundNoises:
         """Noises learned on the present model, and earlier ones scaled to epsilon on it, up to ``bank_size``.
 
         Learned by Algorithm 1 (lines 3 to 14), or by following the boundary, as the settings say. ``alone``: without
         the noises of the round before, neither to start from nor to keep.
-
-        Raises:
-            ValueError: if the settings need held-out images and there are none.
         """
-        settings, start = self.settings, None
+        start = None
         if self.warm_start and self.previous and not alone:
             start = torch.cat([noise.tensor for noise in self.previous])
         options: dict[str, Any] = {
@@ -91,15 +87,12 @@ class Round:
             "provenance": self.known(),
             "on_step": self.on_step,
         }
-        if isinstance(settings, BoundarySettings):
-            if not self.held_out:
-                raise ValueError("held_out_images=0: noises are scaled to epsilon on held-out images; keep some")
-            learned, history = follow_boundary(self.model, self._images[1], settings, start=start, **options)
+        batches = self._images[1]
+        if isinstance(self.settings, BoundarySettings):
+            learned, history = follow_boundary(self.model, batches, self.settings, start=start, **options)
         else:
-            if settings.needs_held_out and not self.held_out:
-                raise ValueError("held_out_images=0: this preset tests epsilon on held-out images; keep some")
             start = None if start is None else start[:1]
-            noise, history = learn_noise(self.model, self._images[1], settings, start=start, **options)
+            noise, history = learn_noise(self.model, batches, self.settings, start=start, **options)
             learned = [noise]
         return RoundNoises((*learned, *(() if alone else self.kept(self.bank_size - len(learned)))), history)
 
@@ -108,26 +101,24 @@ class Round:
         kept = self.previous[: max(count, 0)]
         if not kept:
             return ()
-        found = self._calibrated([noise.tensor for noise in kept], _LARGEST)  # below epsilon even so: it is got used to
-        return tuple(
-            NullspaceNoise(
-                scaled.noise.detach().cpu(),
-                noise.grid,
-                replace(
-                    noise.provenance, influence=scaled.influence, influence_images=scaled.images, stopped=scaled.ended
-                ),
-            )
-            for noise, scaled in zip(kept, found, strict=True)
-        )
+        scaled = self._calibrated([noise.tensor for noise in kept], _LARGEST)
+        return tuple(self._noise(each, noise.provenance, noise.grid) for noise, each in zip(kept, scaled, strict=True))
 
     def _calibrated(self, directions: Sequence[Tensor], largest: float = math.inf) -> list[Calibrated]:
         epsilon = self.settings.epsilon
         if epsilon is None:
             raise ValueError("epsilon is not set; a noise is scaled to an influence: set epsilon")
-        if not self.held_out:
-            raise ValueError("held_out_images=0: a noise is scaled on held-out images; keep some")
         options: dict[str, Any] = {"hook": self.hook, "chunk_size": self.chunk_size, "largest": largest}
         return calibrate(self.model, directions, epsilon, self.held_out, **options)
+
+    @staticmethod
+    def _noise(scaled: Calibrated, known: NoiseProvenance, grid: tuple[int, int]) -> NullspaceNoise:
+        measured: dict[str, Any] = {
+            "influence": scaled.influence,
+            "influence_images": scaled.images,
+            "stopped": scaled.ended,
+        }
+        return NullspaceNoise(scaled.noise.detach().cpu(), grid, replace(known, **measured))
 
     def scaled(self, directions: Sequence[Tensor], made: str, history: NoiseHistory | None = None) -> RoundNoises:
         """Each of ``directions`` (1, N, D) scaled to the influence epsilon on the held-out images.
@@ -148,20 +139,11 @@ class Round:
         history.held_out_influence = found[0].influence
         warn(worst(endings), min(scaled.influence for scaled in found), self.settings.epsilon, 0, self.number)
         history.seconds += time.perf_counter() - begin
+        known = completed(self.known(), seed=self.seed, epsilon=self.settings.epsilon, steps=history.steps)
         noises = []
         for scaled in found:
-            provenance = replace(
-                self.known(),
-                seed=self.seed,
-                epsilon=self.settings.epsilon,
-                influence=scaled.influence,
-                influence_images=scaled.images,
-                steps=history.steps,
-                stopped=scaled.ended,
-                settings={"made": made, "factor": scaled.factor, "evaluations": scaled.evaluations},
-                library=f"hf_nullspace {__version__}",
-            )
-            noises.append(NullspaceNoise(scaled.noise.detach().cpu(), self.shape.grid, provenance))
+            settings = {"made": made, "factor": scaled.factor, "evaluations": scaled.evaluations}
+            noises.append(self._noise(scaled, replace(known, settings=settings), self.shape.grid))
         return RoundNoises(tuple(noises), history)
 
 

@@ -23,8 +23,7 @@ from hf_nullspace.noise.artifact import NullspaceNoise, provenance_of
 from hf_nullspace.training import ema, objectives, publishing
 from hf_nullspace.training.checkpoints import checkpoint_to_resume, complete_checkpoint, load_weights
 from hf_nullspace.training.config import NullspaceConfig, changed, usable_config
-from hf_nullspace.training.divergence import check_loss, check_weights
-from hf_nullspace.training.events import RunEvents
+from hf_nullspace.training.events import RunEvents, check_loss, check_weights
 from hf_nullspace.training.noise_stream import an_empty_stream_is_said, noise_stream, own_randomness
 from hf_nullspace.training.preflight import check_images
 from hf_nullspace.training.private_methods import check_private_methods

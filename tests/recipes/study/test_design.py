@@ -42,14 +42,14 @@ def test_what_is_trained_and_measured():
     assert report[3] == Run("sweep, 0.1", 1e-4, 7)
     assert report[3].folder == "runs/sweep-0.1/lr-0.0001/seed-7"
     assert [planned.limit for planned in ours.plan] == [100, 50, 100, 100, 100, 100]
-    assert {planned.limit for planned in ours.selection_plan()} == {40}
+    assert {len(task.places) for task in ours.selection_measurements(report[1])} == {40}
 
 
 def test_a_dear_condition_may_have_fewer_seeds():
     conditions = [*GIVEN["conditions"], "{attack: CW, limit: 20, seeds: [8]}"]
     ours = study(conditions=conditions)
     plans = {
-        run: [planned.title for planned in ours.plan_of(run)]
+        run: [task.planned.title for task in ours.measurements(run)]
         for run in ours.report_runs(dict.fromkeys(ours.arms, 1e-3))
     }
     for run, titles in plans.items():

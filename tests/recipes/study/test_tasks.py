@@ -16,10 +16,10 @@ from hf_nullspace.robustness.plans import Planned
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate
 from hf_nullspace.training.run_settings import OtherRunError
 from hf_nullspace.training.trainer import NullspaceTrainer
-from study.design import Run, Slice
+from study.design import Measurement, Run, Slice
 from study.images import ImageStore
 from study.schedule import seconds_left, work
-from study.tasks import Measurement, Runner, Training, measurements_of
+from study.tasks import Runner
 from tiny_models import tiny_model
 from tiny_training import Images, config
 
@@ -31,7 +31,7 @@ PLAN = [
     Planned("base", Corrupted("contrast", 4), 20),
 ]
 RUN = Run("nullspace", 1e-3, 3)
-MEASUREMENTS = measurements_of(RUN, PLAN, WHERE)
+MEASUREMENTS = [Measurement(RUN, planned, WHERE) for planned in PLAN]
 
 
 def pictures():
@@ -57,14 +57,14 @@ def whole(tmp_path_factory):
     """A run with its measurements, done at once."""
     runner = runner_in(tmp_path_factory.mktemp("whole"))
     runner.claim(RUN)
-    for task in (Training(RUN), *MEASUREMENTS):
+    for task in (RUN, *MEASUREMENTS):
         assert runner.finished(task) is None
         assert runner.do(task)
     return runner
 
 
 def test_a_training_stops_at_a_checkpoint_and_goes_on(whole, tmp_path):
-    runner, task = runner_in(tmp_path), Training(RUN)
+    runner, task = runner_in(tmp_path), RUN
     for checkpoint in ("checkpoint-2", "checkpoint-4"):
         assert not runner.do(task, deadline=time.monotonic() - 1)
         assert (tmp_path / RUN.folder / checkpoint).is_dir()
@@ -88,7 +88,7 @@ def test_measurements_are_those_of_the_suite(whole):
 
 
 def test_nothing_is_measured_twice_unless_something_changed(whole):
-    again, tasks = runner_in(whole.folder), [Training(RUN), *MEASUREMENTS]
+    again, tasks = runner_in(whole.folder), [RUN, *MEASUREMENTS]
     assert all(again.finished(task) for task in tasks)
     other_numbers = runner_in(whole.folder, seed=1)
     assert [bool(other_numbers.finished(task)) for task in tasks] == [True, False, False, False]
@@ -118,10 +118,10 @@ def test_a_run_of_other_settings_is_refused_or_deleted(whole, tmp_path):
     changed = runner_in(tmp_path, data="others")
     with pytest.raises(OtherRunError, match="data: pictures there, others now"):
         changed.claim(RUN)
-    assert changed.finished(Training(RUN))
+    assert changed.finished(RUN)
     overwriting = runner_in(tmp_path, data="others", overwrite=True)
     overwriting.claim(RUN)
-    assert not overwriting.finished(Training(RUN))
+    assert not overwriting.finished(RUN)
 
 
 def test_bf16_measures(whole, tmp_path):
@@ -133,20 +133,20 @@ def test_bf16_measures(whole, tmp_path):
 
 def test_the_checkpoint_before_is_measured_without_training(whole):
     before = Run("before")
-    (measured,) = measurements_of(before, PLAN[:1], WHERE)
-    assert whole.do(Training(before))
+    measured = Measurement(before, PLAN[0], WHERE)
+    assert whole.do(before)
     assert whole.do(measured)
-    assert whole.finished(Training(before))["cost"] is None
+    assert whole.finished(before)["cost"] is None
     assert (whole.correct(measured) != whole.correct(MEASUREMENTS[0])).any()
 
 
 def test_time_left_follows_the_speed_of_finished_tasks(whole):
     settings = whole.trainer_of(RUN, whole.folder / "x").args
-    loads = [(task, work(task, lambda run: settings)) for task in (Training(RUN), *MEASUREMENTS)]
+    loads = [(task, work(task, lambda run: settings)) for task in (RUN, *MEASUREMENTS)]
     assert [load for _, load in loads] == [6 * 8 * 2 * 3 + 3 * (3 * 4 * 8 + 10 * 8), 20, 10 * (1 + 3 * 2), 20]
     assert seconds_left(loads, whole) == (0, True)
     other = Run("nullspace", 1e-3, 4)
-    left = list(zip(measurements_of(other, PLAN, WHERE), [20, 70, 20], strict=True))
+    left = [(Measurement(other, planned, WHERE), load) for planned, load in zip(PLAN, [20, 70, 20], strict=True)]
     done = sum(whole.finished(task)["seconds"] for task in MEASUREMENTS)
     assert seconds_left(loads + left, whole)[0] == pytest.approx(done)
-    assert seconds_left([(Training(other), 5500.0)], whole) == (pytest.approx(10.0), False)
+    assert seconds_left([(other, 5500.0)], whole) == (pytest.approx(10.0), False)
