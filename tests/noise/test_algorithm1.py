@@ -272,3 +272,16 @@ def test_a_summary_keeps_at_most_200_points_of_a_curve(count, stride):
     assert found["trace_stride"] == stride
     assert found["trace"]["influence"] == [index + 0.5 for index in range(0, count, stride)]
     assert found["minibatch_influence"] == (count - 0.5 if count else None)
+
+
+def test_a_noise_that_is_inside_on_held_out_images_is_not_scaled():
+    """After T steps outside on the minibatch; the held-out image is the one that sees the noise least."""
+    vit, images = tiny_model().double(), next(stream())
+    known, before = learn_noise(vit, itertools.repeat(images), NoiseSettings(epsilon=None, max_steps=2), seed=5)
+    least = min(images.split(1), key=lambda image: influence_of(vit, image, known.tensor))
+    epsilon = 0.999 * min(before.influence)
+    assert influence_of(vit, least, known.tensor) < 0.9 * epsilon
+    settings = NoiseSettings(epsilon=epsilon, max_steps=2, stop_on="minibatch", on_limit="rescale")
+    noise, history = learn_noise(vit, itertools.repeat(images), settings, seed=5, held_out=[least])
+    assert history.stopped == "rescaled"
+    assert torch.equal(noise.tensor, known.tensor)
