@@ -256,7 +256,7 @@ def test_bf16_model_keeps_a_float32_noise():
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_batches_that_run_out_say_where_and_how_many_are_needed(count):
+def test_batches_that_run_out_are_an_error_with_the_step_and_the_number_needed(count):
     settings = NoiseSettings(epsilon=1e-9, max_steps=5, stop_on="minibatch")
     batches = itertools.islice(stream(dtype=torch.float32), count)
     with pytest.raises(ValueError, match=f"ran out at noise step {count}; up to 6 are needed: repeat the data"):
