@@ -32,7 +32,7 @@ def test_full_from_a_file_on(campaign, recipe, count):
 
     def filled(name, number):
         folder = campaign.new_folder()
-        ended = campaign.server.run(recipe, folder, point=["file", number + 4], action="full")
+        ended = campaign.run(recipe, folder, point=["file", number + 4], action="full")
         if ended.code == 0:  # nothing was written after this point
             return None
         return failed(campaign, "full disk", name, recipe, folder, ended)
@@ -66,7 +66,7 @@ def remount(disk, options):
 def test_a_real_disk_that_is_too_small(campaign, finetune, small_disk, size):
     """In kB; a run takes about 900."""
     disk = small_disk(f"size={size}k")
-    ended = campaign.server.run(finetune, disk / "run")
+    ended = campaign.run(finetune, disk / "run")
     more_room = lambda: remount(disk, "size=20000k")  # noqa: E731
     name = f"a disk of {size} kB"
     assert failed(campaign, "full disk", name, finetune, disk / "run", ended, more_room) is None
@@ -78,7 +78,7 @@ def test_a_disk_that_cannot_be_written(campaign, finetune, run_of, small_disk, s
     if state != "new":
         shutil.copytree(run_of[state], disk / "run")
     remount(disk, "ro")
-    ended = campaign.server.run(finetune, disk / "run")
+    ended = campaign.run(finetune, disk / "run")
     writable, name = lambda: remount(disk, "rw"), f"a {state} run"
     assert failed(campaign, "read-only disk", name, finetune, disk / "run", ended, writable) is None
 
