@@ -19,9 +19,9 @@ import torch
 from common import circumstances, keep, model_options, random_vit
 from torch.nn.functional import cross_entropy
 
+from hf_nullspace.data.image_set import ArrayRows, ImageSet
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.attacks.gradient import PGD
-from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, InMemory
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, evaluate
 
@@ -40,8 +40,8 @@ def main() -> None:
     arrays = rng.integers(0, 256, (args.images, args.size, args.size, 3), dtype=np.uint8)
     rows = ArrayRows(arrays, rng.integers(0, 10, args.images))
     side = (args.size, args.size)
-    on_demand = ImageSet("noise", rows, Preprocessing((0.5,) * 3, (0.5,) * 3, side, None))
-    images = InMemory(on_demand)
+    on_demand = ImageSet(rows, Preprocessing((0.5,) * 3, (0.5,) * 3, side, None), name="noise")
+    images = on_demand.in_memory()
     ready = torch.from_numpy(arrays).permute(0, 3, 1, 2).float().div(255).to(args.device)
 
     def forwards() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
                 torch.autograd.grad(loss, point)
         forwards()
 
-    def suite(condition: Condition, images: ImageSet | InMemory = images) -> Callable[[], object]:
+    def suite(condition: Condition, images: ImageSet = images) -> Callable[[], object]:
         return lambda: evaluate(
             model, images, [condition], batch_size=args.batch, workers=args.workers, progress=False
         )  # fmt: skip

@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nullspace.core.files import write_json
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.explain.agreement import Explanations, explain_change
 from hf_nullspace.invisible.images import (
     Judge,
@@ -40,7 +41,6 @@ from hf_nullspace.invisible.images import (
     write_png,
 )
 from hf_nullspace.robustness.scores import wilson
-from hf_nullspace.training.sources import load_image_dataset
 
 COMMAND = "python benchmarks/invisible_images.py --model M --dataset D"
 PAPERS_CHANGE = 1e-4  # of the confidence, A.7 and A.8

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softmax
 
 from hf_nullspace import NullspaceConfig
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, embedding_shape
 from hf_nullspace.noise.algorithm1 import NoiseSettings, l2, learn_noise, start_noise
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
@@ -34,7 +35,6 @@ from hf_nullspace.noise.influence import centred_norm
 from hf_nullspace.noise.probe import probing
 from hf_nullspace.training.base_model import train_base_model
 from hf_nullspace.training.cost import Cost, equivalents
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import (
     DataArguments,
     ModelArguments,

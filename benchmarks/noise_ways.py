@@ -20,13 +20,13 @@ from noise_learning import model_and_images
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.calibration import calibrate
 from hf_nullspace.noise.probe import probing
 from hf_nullspace.training.cost import Cost, equivalents
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.noise_stream import noise_stream
 
 BASE = {"steps": 60, "learning_rate": 0.4, "pool_images": 1024}

@@ -28,13 +28,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nullspace.core.files import write_whole
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.invisible.ownership import Fingerprint, fingerprint, invariance_score
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.patch_embedding import find_patch_embedding, patch_projection
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.scores import wilson
-from hf_nullspace.training.sources import load_image_dataset
 
 THRESHOLD = 0.1
 WEIGHT_NOISES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)  # of every weight tensor's standard deviation

@@ -23,8 +23,8 @@ from common import circumstances, keep
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
+from hf_nullspace.data.image_stream import ImageStream
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.robustness.image_sets import ImageStream
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.suite import Clean, Corrupted, evaluate
 
@@ -79,9 +79,7 @@ def measure(folder: Path) -> dict[str, float]:
 
     def stream(count: int) -> ImageStream:
         few = rows.select(range(count)).to_iterable_dataset()
-        images = ImageStream("noise", few, Preprocessing(MEAN, STD, (SIDE, SIDE), None))
-        images.expected = count
-        return images
+        return ImageStream(few, Preprocessing(MEAN, STD, (SIDE, SIDE), None), name="noise", expected=count)
 
     evaluate(model, stream(500), conditions, batch_size=64, progress=False)  # what every library allocates once
     before = peak()

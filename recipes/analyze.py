@@ -26,13 +26,13 @@ from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.files import only_run_in, write_json
 from hf_nullspace.core.settings import check_numbers, check_output_dir
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.linear.attention import constructed_noise, head_changes, layer_conditions, null_direction
 from hf_nullspace.linear.layer_norm import NotANullspaceError, check_direction, exact_encoder_nullspace
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.attention import NoAttentionWeightsError, attention_inputs, attention_weights, prefix_tokens
 from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.training.sources import load_image_dataset
 
 
 @dataclass

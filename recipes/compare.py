@@ -25,9 +25,9 @@ import torch
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
 from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.core.files import only_run_in
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.training.base_model import train_base_model
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import (
     DataArguments,
     ModelArguments,

@@ -23,10 +23,14 @@ from accelerate import PartialState
 from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.files import only_run_in
 from hf_nullspace.core.settings import check_numbers, check_output_dir, nearest
+from hf_nullspace.data.columns import class_names
+from hf_nullspace.data.image_set import ImageSet
+from hf_nullspace.data.image_stream import Images, ImageStream
+from hf_nullspace.data.label_maps import align_labels
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.models.loading import load_image_processor, load_model, load_model_config
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.checks import Check, run_checks
-from hf_nullspace.robustness.image_sets import ImageSet, InMemory, Part
 from hf_nullspace.robustness.label_spaces import imagenet_columns
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.plans import BASE, OWN, Planned, lacks, load_plan
@@ -34,10 +38,7 @@ from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.records import Records, evaluate_resumably, images_fingerprint, model_fingerprint
 from hf_nullspace.robustness.report import terminal_table, write_report
 from hf_nullspace.robustness.sets import CIFAR10_C_IMAGES, SETS, MissingData, load_cifar10_c, load_set
-from hf_nullspace.robustness.suite import ConditionResult, is_stream
-from hf_nullspace.training.columns import class_names
-from hf_nullspace.training.label_maps import align_labels
-from hf_nullspace.training.sources import load_image_dataset
+from hf_nullspace.robustness.suite import ConditionResult
 
 
 @dataclass
@@ -190,18 +191,18 @@ class Evaluation:
             self.keys += keys
         return [found[planned.title] for planned in self.plan if planned.title in found], answers
 
-    def load_images(self, where: str, limit: int | None, checkpoint: str, preprocessing: Preprocessing) -> Any:
+    def load_images(self, where: str, limit: int | None, checkpoint: str, preprocessing: Preprocessing) -> Images:
         """The set ``where`` with labels as the checkpoint numbers them."""
         args = self.args
         places = dict(place.split("=", 1) for place in args.location)
-        images: Any
+        images: Images
         if is_own(where):
             dataset = self.name_of(where)
             rows = own_rows(dataset, args.split)
             labels = align_labels(class_names(rows), load_model_config(checkpoint))
             if labels.new_head:
                 raise UsageError(f"{checkpoint} does not know the classes of {dataset}: {labels.message}")
-            images = ImageSet(f"{dataset}, {args.split}", rows, preprocessing, labels=labels.remap)
+            images = ImageSet(rows, preprocessing, remap=labels.remap, name=f"{dataset}, {args.split}")
         elif where.startswith("cifar10-c/"):
             _, corruption, severity = where.split("/")
             folder = places.get("cifar10-c", str(Path(args.data_root or ".") / "cifar10-c"))
@@ -215,14 +216,15 @@ class Evaluation:
                 where, preprocessing, data_root=args.data_root, location=location, streaming=args.streaming,
                 label_order=args.label_order, allow_partial=args.allow_partial,
             )  # fmt: skip
-        if limit is not None and is_stream(images):
+        if isinstance(images, ImageSet):
+            images = images.part(limit) if limit is not None and limit < len(images) else images
+            return images.in_memory() if args.in_memory else images
+        if limit is not None:
             raise UsageError(f"a limit takes evenly spaced images, and a stream has no length: measure {where} whole, "
                              "or leave --streaming out")  # fmt: skip
-        if limit is not None and limit < len(images):
-            images = Part(images, limit)
-        return InMemory(images) if args.in_memory and not is_stream(images) else images
+        return images
 
-    def check(self, model: PixelModel, images: Any, fingerprint: str) -> list[Check]:
+    def check(self, model: PixelModel, images: Images, fingerprint: str) -> list[Check]:
         """What the checks say to 32 evenly spaced images, or to a stream's first 32; on every process alike."""
         if not self.args.checks:
             return []
@@ -230,10 +232,10 @@ class Evaluation:
         kept = self.records.read(f"checks-{key}", lambda entry: [Check(**each) for each in entry["checks"]])
         if kept is not None:
             return list(kept)
-        if is_stream(images):
-            rows = list(itertools.islice(images, 32))
+        if isinstance(images, ImageStream):
+            rows = list(itertools.islice(images.pairs(), 32))
         else:
-            few = Part(images, 32)
+            few = images.part(32)
             rows = [(few.raw_image(i), few.label(i)) for i in range(len(few))]
         if not rows:
             raise ValueError("the set has no images")

@@ -23,6 +23,7 @@ from hf_nullspace.command_line import UsageError, parse, run
 from hf_nullspace.core.files import only_run_in
 from hf_nullspace.core.settings import check_numbers
 from hf_nullspace.core.uploads import check_ready
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.noise.pictures import plot_history
 from hf_nullspace.robustness.attacks.gradient import FGSM
 from hf_nullspace.robustness.pixel_model import PixelModel
@@ -31,7 +32,6 @@ from hf_nullspace.robustness.report import terminal_table, write_report
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, evaluate
 from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import (
     DataArguments,
     ModelArguments,

@@ -26,6 +26,7 @@ from hf_nullspace.core.files import DamagedFileError, only_run_in, read_json, wr
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.core.settings import check_numbers, check_output_dir
 from hf_nullspace.core.uploads import check_ready
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
 from hf_nullspace.noise.artifact import (
     WEIGHTS_NAME,
@@ -37,7 +38,6 @@ from hf_nullspace.noise.artifact import (
 from hf_nullspace.noise.bank import NoiseBank
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.pictures import plot_history
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.loading import DataArguments, ModelArguments, load_classifier, load_rows, training_images
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
 from hf_nullspace.training.run_settings import SETTINGS_NAME, check_folder, claim_folder

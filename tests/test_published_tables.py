@@ -8,6 +8,7 @@ import torch
 
 from figures.table_4 import TABLE_4
 from figures.table_5 import TABLE_5
+from hf_nullspace.data.label_maps import IMAGENET_ANCHORS
 from hf_nullspace.hub.convert import NORMALIZATIONS
 from hf_nullspace.hub.timm_vit import SIZES
 from hf_nullspace.robustness import published
@@ -15,7 +16,6 @@ from hf_nullspace.robustness.corruption_functions import frost_overlays
 from hf_nullspace.robustness.corruptions import CIFAR, CORRUPTIONS, IMAGENET, SEVERITIES, SMALL
 from hf_nullspace.robustness.label_spaces import class_names, wnids
 from hf_nullspace.robustness.sets import SETS
-from hf_nullspace.training.label_maps import IMAGENET_ANCHORS
 
 # github.com/hendrycks/robustness, ImageNet-C/create_c/make_cifar_c.py: ``c`` of each function, severities 1 to 5.
 CIFAR_C = """

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from figures.setting import Setting
 from hf_nullspace.core.processes import over_processes
 from hf_nullspace.core.seeds import derive_seed
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.models.patch_embedding import embeddings_inside
 from hf_nullspace.noise.algorithm1 import NoiseSettings, learn_noise
 from hf_nullspace.noise.artifact import NullspaceNoise, model_hash, provenance_of
 from hf_nullspace.noise.history import NoiseHistory
 from hf_nullspace.noise.influence import centred_norm, match_rate, noise_influence
 from hf_nullspace.noise.probe import Probe
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
 
 T = TypeVar("T")

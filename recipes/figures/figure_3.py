@@ -19,12 +19,12 @@ from figures.experiment import Experiment
 from figures.setting import Setting, claim
 from hf_nullspace.core import text
 from hf_nullspace.core.canvas import canvas, save_png
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.records import evaluate_resumably, from_bits, record
 from hf_nullspace.robustness.scores import paired_mean_difference
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, ConditionResult
 from hf_nullspace.training.checkpoints import HISTORY_NAME, last_complete_checkpoint, missing_from
-from hf_nullspace.training.data import collate
 from hf_nullspace.training.trainer import NullspaceTrainer
 
 GROUPS = ("clean", "adversarial", "corruption")

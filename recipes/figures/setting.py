@@ -15,6 +15,9 @@ from transformers import set_seed
 from hf_nullspace.command_line import UsageError, option
 from hf_nullspace.core.files import write_json
 from hf_nullspace.core.settings import check_numbers, fraction
+from hf_nullspace.data.columns import class_names
+from hf_nullspace.data.image_set import collate
+from hf_nullspace.data.label_maps import LabelAlignment
 from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing
@@ -24,10 +27,7 @@ from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.records import Records, versions
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted
 from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
-from hf_nullspace.training.columns import class_names
 from hf_nullspace.training.config import NullspaceConfig
-from hf_nullspace.training.data import collate
-from hf_nullspace.training.label_maps import LabelAlignment
 from hf_nullspace.training.loading import (
     Classifier,
     DataArguments,

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from hf_nullspace.command_line import UsageError
 from hf_nullspace.core.files import DamagedFileError, read_json, size_and_hash, write_json, write_whole
+from hf_nullspace.data.image_set import ArrayRows, ImageSet
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.corruptions import SMALL, corrupt
-from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet
 from hf_nullspace.robustness.records import images_fingerprint
 from hf_nullspace.robustness.suite import Condition, Corrupted
 
@@ -19,8 +19,8 @@ class KeptImages(ImageSet):
     """Some images of a set, from an array on disk, at their own size; ``places`` are their places in the set."""
 
     def __init__(self, rows: ArrayRows, preprocessing: Preprocessing, places: tuple[int, ...], condition: Condition):
-        super().__init__("test images", rows, preprocessing)
-        self.places, self.condition = places, condition
+        super().__init__(rows, preprocessing, name="test images", places=places)
+        self.condition = condition
 
     def protocol(self) -> dict[str, Any]:
         """With the corruption that is in the pixels already."""

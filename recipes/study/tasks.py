@@ -16,7 +16,6 @@ from transformers import AutoModelForImageClassification, PrinterCallback, Train
 
 from hf_nullspace.core.files import damaged_files, size_and_hash
 from hf_nullspace.noise.artifact import model_hash
-from hf_nullspace.robustness.image_sets import InMemory
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.records import Records, from_bits, record
 from hf_nullspace.robustness.suite import Clean, Corrupted, evaluate
@@ -168,7 +167,7 @@ class Runner:
     def _measure(self, task: Measurement) -> None:
         model, condition = self._model(task.run), task.planned.condition
         begin = time.perf_counter()
-        images = InMemory(self.store.get(task.places, condition))
+        images = self.store.get(task.places, condition).in_memory()
         conditions = [Clean() if isinstance(condition, Corrupted) else condition]
         options: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.store.seed, "progress": False}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):

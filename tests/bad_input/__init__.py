@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import hf_nullspace
+from hf_nullspace.data.image_set import ImageSet
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.patch_embedding import patch_embedding_noise
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.training.config import NullspaceConfig
-from hf_nullspace.training.data import ImageClassificationDataset
 from hf_nullspace.training.trainer import NullspaceTrainer
 from study.arguments import CompareArguments
 from study.design import make_study
@@ -77,7 +77,7 @@ def namespace(places, folder):
         return make_study(CompareArguments(arms=arms, **small | {"average": ["clean"], "report": "0:4"} | given))
 
     def images_of(rows, **given):
-        return ImageClassificationDataset(rows, preprocessing, **given)
+        return ImageSet(rows, preprocessing, **given)
 
     def with_noise(noise, model=model):
         with patch_embedding_noise(model, noise):

@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from torch import Tensor
 
+from hf_nullspace.data.image_set import ImageSet
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.training.config import NullspaceConfig
@@ -50,14 +51,14 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class FixedImages(Images):
+class FixedImages(Images, ImageSet):
     """The same images in every process; in the noise stream of one round it may end, or poison, one rank or all."""
 
     def __init__(self, dtype: torch.dtype, trouble: dict[str, Any] | None = None) -> None:
         super().__init__(IMAGES, dtype, seed=7)
         self.trouble, self.reads = trouble, -1
 
-    def with_stream(self, name: str, part: int) -> "FixedImages":
+    def with_key(self, name: str, part: int) -> "FixedImages":
         stream = copy.copy(self)
         stream.reads = 0 if self.trouble is not None and part == self.trouble["round"] else -1
         return stream

@@ -25,7 +25,7 @@ from huggingface_hub import constants
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from hf_nullspace.command_line import run
-from hf_nullspace.training import sources
+from hf_nullspace.data import sources
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NAMES = ("finetune", "learn_noise", "evaluate_robustness", "compare")

@@ -15,12 +15,11 @@ from transformers import AutoModelForImageClassification
 
 from hf_nullspace import NullspaceNoise
 from hf_nullspace.cards.card import model_card
+from hf_nullspace.data.image_set import ArrayRows, ImageSet
 from hf_nullspace.hub.planned import header, planned_card
-from hf_nullspace.hub.recheck import First, Recheck, ReleaseError, recheck, what_is_missing
+from hf_nullspace.hub.recheck import Recheck, ReleaseError, recheck, what_is_missing
 from hf_nullspace.hub.release import keep_records
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
-from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, Part
-from hf_nullspace.robustness.suite import seed_index
 from loopback_hub import READ_ONLY, TOKEN
 from recipe_calls import call_recipe
 
@@ -231,9 +230,8 @@ def test_an_evaluation_beside_the_run_is_measured_again(run):
 
 def test_a_part_of_a_part_keeps_the_seeds_of_the_whole():
     rows = ArrayRows(np.zeros((30, 8, 8, 3), dtype=np.uint8), np.zeros(30, dtype=int))
-    part = Part(ImageSet("zeros", rows, Preprocessing.from_processor(make_image_processor(8))), 7)
-    few = First(part, 3)
-    assert [seed_index(few, index) for index in range(len(few))] == [0, 5, 10] == part.places[:3]
+    part = ImageSet(rows, Preprocessing.from_processor(make_image_processor(8)), name="zeros").part(7)
+    assert part.first(3).places == [0, 5, 10] == part.places[:3]
 
 
 def test_the_metric_goes_to_a_space(release, capsys, hub_here):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import Swinv2Config, Swinv2ForImageClassification
 
-from hf_nullspace.training.sources import load_image_dataset
+from hf_nullspace.data.sources import load_image_dataset
 from recipe_calls import call_recipe, check_refused, saved_model
 from tiny_models import numpy_patches, numpy_projection, tiny_model, tiny_resnet
 

@@ -80,7 +80,7 @@ def test_what_it_writes_loads_with_plain_transformers(finished):
 
 def test_results_are_those_of_the_saved_model(finished):
     """Counted again by a loop that shares nothing with the suite: clean accuracy of the folders on the disk."""
-    from hf_nullspace.training.sources import load_image_dataset
+    from hf_nullspace.data.sources import load_image_dataset
 
     folder = finished[0] / "out"
     rows = load_image_dataset("digits", "test").select(range(40))

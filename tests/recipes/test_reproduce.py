@@ -13,8 +13,8 @@ from transformers import ViTForImageClassification
 
 from figures.figure_4 import pairs_of
 from forked import kill_when
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank
-from hf_nullspace.training.sources import load_image_dataset
 from recipe_calls import RECIPES, call_recipe, saved_model
 from tiny_models import tiny_model
 
@@ -145,7 +145,7 @@ def test_figure_2_says_what_was_measured_and_how(figure_2):
 def test_figure_2_is_equation_6_in_a_loop_of_its_own(figure_2, saved):
     """One point is learned again without the package's learning, hook and measures."""
     from hf_nullspace.core.seeds import derive_seed
-    from hf_nullspace.training.data import collate
+    from hf_nullspace.data.image_set import collate
     from hf_nullspace.training.noise_stream import noise_stream
 
     model = ViTForImageClassification.from_pretrained(saved).eval()

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from hf_nullspace.data.image_set import ArrayRows, ImageSet
+from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.pixel_model import PixelModel
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)
@@ -113,24 +115,13 @@ def foolbox():
     return foolbox
 
 
-class ListImages:
-    """Images in memory that follow the suite's protocol."""
+class ListImages(ImageSet):
+    """Images in memory; a test may change ``images``, ``labels`` and ``subset``."""
 
     def __init__(self, images, labels, size=16):
-        self.images, self.labels, self.size = images, labels, size
-
-    def __len__(self):
-        return len(self.images)
-
-    def raw_image(self, index):
-        return self.images[index]
-
-    def label(self, index):
-        return self.labels[index]
-
-    def pixels_from_image(self, image):
-        array = np.asarray(image.resize((self.size, self.size)), dtype=np.float32) / 255
-        return torch.from_numpy(array).permute(2, 0, 1)
+        self.images, self.labels = images, labels
+        half, side = (0.5, 0.5, 0.5), (size, size)
+        super().__init__(ArrayRows(images, labels), Preprocessing(half, half, side, side, Image.Resampling.BICUBIC))
 
 
 def make_photo(size=32, seed=0):

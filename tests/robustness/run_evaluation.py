@@ -6,6 +6,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import evaluate as hf_evaluate
 import numpy as np
 import torch
@@ -15,49 +16,40 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_nullspace
+from hf_nullspace.data.image_set import ArrayRows, ImageSet
+from hf_nullspace.data.image_stream import ImageStream
+from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
-from hf_nullspace.robustness.image_sets import InMemory
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.records import Records, evaluate_resumably
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate
 
 N = 103
 CONDITIONS = [Clean(), Corrupted("gaussian_noise", 4), Attacked(FGSM(4 / 255)), Attacked(PGD(4 / 255, steps=2))]
+PLAIN = Preprocessing((0.5,) * 3, (0.25,) * 3, (16, 16), None)
 METRIC = Path(hf_nullspace.__file__).parent / "metrics" / "robustness"
 
 
-class Noise:
+class Noise(ImageSet):
     """103 images that their seed alone decides, labelled by the model on odd places."""
 
     def __init__(self, model: nn.Module):
         rng = np.random.default_rng(0)
         self.images = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(N)]
         with torch.no_grad():
-            predicted = model(torch.stack([self.pixels_from_image(image) for image in self.images])).argmax(1)
+            predicted = model(torch.stack([PLAIN.pixels_from_image(image) for image in self.images])).argmax(1)
         self.labels = [int(p) if i % 2 else i % 10 for i, p in enumerate(predicted)]
-
-    def __len__(self) -> int:
-        return N
-
-    def raw_image(self, index: int) -> Image.Image:
-        return self.images[index]
-
-    def label(self, index: int) -> int:
-        return self.labels[index]
-
-    def pixels_from_image(self, image: Image.Image) -> torch.Tensor:
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        super().__init__(ArrayRows(self.images, self.labels), PLAIN)
 
 
-class Stream(Noise):
-    expected = N
+def streamed(model: nn.Module) -> ImageStream:
+    images = Noise(model)
+    rows = datasets.Dataset.from_dict({"image": images.images, "label": images.labels})
+    return ImageStream(rows.to_iterable_dataset(), PLAIN, expected=N)
 
-    def __iter__(self):
-        return iter(zip(self.images, self.labels, strict=True))
 
-
-def Kept(model: nn.Module) -> InMemory:
-    return InMemory(Noise(model))
+def kept(model: nn.Module) -> ImageSet:
+    return Noise(model).in_memory()
 
 
 def main(folder: Path) -> None:
@@ -73,8 +65,8 @@ def main(folder: Path) -> None:
     for name, images, batch_size in [
         ("seven", Noise, 7),
         ("all", Noise, 200),
-        ("stream", Stream, 16),
-        ("memory", Kept, 10),
+        ("stream", streamed, 16),
+        ("memory", kept, 10),
     ]:
         results = evaluate(model, images(model), CONDITIONS, batch_size=batch_size, seed=5, progress=name == "seven")
         found[name] = {r.condition: [int(bit) for bit in r.correct] for r in results}

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hf_nullspace.data.image_files import DataError
+from hf_nullspace.data.image_set import ImageSet
+from hf_nullspace.data.image_stream import ImageStream
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.robustness.image_sets import ImageSet, ImageStream, Part
 from hf_nullspace.robustness.label_spaces import LabelError, indices, wnids
 from hf_nullspace.robustness.records import images_fingerprint
 from hf_nullspace.robustness.sets import (
@@ -123,23 +125,21 @@ def test_a_row_without_a_class_is_named(tmp_path, streaming):
     for labels in ([0, -1], [0, 3], [0, None]):
         rows = datasets.Dataset.from_dict({"image": [marked(0), marked(1)], "label": labels})
         rows = rows.to_iterable_dataset() if streaming else rows
-        images = (ImageStream if streaming else ImageSet)("some", rows, PROCESSOR, labels=[5, 6, 7])
-        with pytest.raises(LabelError, match=f"some: row 1 has label {labels[1]}, expected 0 to 2"):
-            list(images) if streaming else images.label(1)
+        problem = "no label" if labels[1] is None else f"label {labels[1]}, expected 0 to 2"
+        with pytest.raises(DataError, match=f"Row 1 of (the stream of )?some has {problem}"):
+            list((ImageStream if streaming else ImageSet)(rows, PROCESSOR, name="some", remap=[5, 6, 7]))
 
 
 def test_streaming_gives_the_same_images(tmp_path, tiny_vit):
     tree(tmp_path / "imagenet-v2", {str(c): c for c in (0, 2, 10, 100)})
     whole = load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, allow_partial=True)
     stream = load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, streaming=True, allow_partial=True)
-    assert [(class_of_colour(image), label) for image, label in stream] == [
+    assert [(class_of_colour(image), label) for image, label in stream.pairs()] == [
         (c, c) for c in (0, 0, 10, 10, 100, 100, 2, 2)
     ]
     assert stream.expected == 10_000
-    with pytest.raises(TypeError, match="is a stream"):
-        len(stream)
     for images in (whole, stream):
-        images.labels = [c % 7 for c in range(101)]
+        images.remap = [c % 7 for c in range(101)]
         images.preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16), (16, 16))
     (a,) = evaluate(tiny_vit, whole, [Clean()], batch_size=3, progress=False)
     (b,) = evaluate(tiny_vit, stream, [Clean()], batch_size=3, progress=False)
@@ -154,7 +154,7 @@ def test_file_names_are_not_taken_for_splits(tmp_path, streaming):
         (tmp_path / "imagenet-1k" / wnids()[c]).mkdir(parents=True)
         marked(c).save(tmp_path / "imagenet-1k" / wnids()[c] / name)
     loaded = load_set("imagenet-1k", PROCESSOR, data_root=tmp_path, allow_partial=True, streaming=streaming)
-    rows = loaded if streaming else [(loaded.raw_image(i), loaded.label(i)) for i in range(len(loaded))]
+    rows = loaded.pairs() if streaming else [(loaded.raw_image(i), loaded.label(i)) for i in range(len(loaded))]
     assert sorted((class_of_colour(image), label) for image, label in rows) == [(c, c) for c in (0, 3, 4, 466)]
 
 
@@ -162,7 +162,7 @@ def test_a_corrupt_file_is_named(tmp_path):
     tree(tmp_path / "imagenet-v2", {"0": 0, "1": 1})
     (tmp_path / "imagenet-v2" / "1" / "0.png").write_bytes(b"not an image")
     loaded = load_set("imagenet-v2", PROCESSOR, data_root=tmp_path, allow_partial=True)
-    with pytest.raises(ValueError, match=r"imagenet-v2: row 2 \(.*1/0\.png\) cannot be decoded: Unid"):
+    with pytest.raises(ValueError, match=r"Row 2 of imagenet-v2 \(.*1/0\.png\) cannot be decoded: Unid"):
         loaded.raw_image(2)
 
 
@@ -176,7 +176,7 @@ def test_a_changed_file_is_noticed_beyond_the_sampled_pixels(tmp_path):
         for name, array in arrays.items():
             np.save(tmp_path / f"{name}.npy", array)
         cifar = load_cifar10_c(tmp_path, "fog", 1, PROCESSOR, allow_partial=True)
-        sets = (loaded, Part(loaded, 6), cifar)
+        sets = (loaded, loaded.part(6), cifar)
         return [images_fingerprint(images, sample=2) for images in sets]
 
     before = prints()
@@ -265,7 +265,7 @@ def test_a_hub_set_is_mapped_by_its_names(tmp_path, monkeypatch, named):
     monkeypatch.setattr(datasets, "load_dataset", lambda _, split, streaming, revision: stream)
     if named:
         streamed = load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", streaming=True)
-        assert [(class_of_colour(image), label) for image, label in streamed] == [(2, 2), (500, 500), (10, 10)]
+        assert [(class_of_colour(image), label) for image, label in streamed.pairs()] == [(2, 2), (500, 500), (10, 10)]
     stream.info.features = None
     with pytest.raises(LabelError, match="has no image column"):
         load_set("imagenet-1k", PROCESSOR, location="someone/imagenet", streaming=True)

@@ -2,16 +2,17 @@
 
 import dataclasses
 
+import datasets
 import numpy as np
 import pytest
 import torch
 
 from hf_nullspace.core.seeds import derive_seed
+from hf_nullspace.data.image_stream import ImageStream
 from hf_nullspace.robustness.attacks.base import Attack
 from hf_nullspace.robustness.attacks.carlini_wagner import CW
 from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
 from hf_nullspace.robustness.corruptions import corrupt
-from hf_nullspace.robustness.image_sets import InMemory, Part
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate
@@ -43,6 +44,12 @@ def half_right(tiny_vit, images):
     return images
 
 
+def stream_of(images, **options):
+    """The same images, one after the other."""
+    rows = datasets.Dataset.from_dict({"image": images.images, "label": images.labels})
+    return ImageStream(rows.to_iterable_dataset(), images.preprocessing, **options)
+
+
 def test_counts_do_not_depend_on_the_batch_size(tiny_vit, half_right):
     runs = [evaluate(tiny_vit, half_right, CONDITIONS, batch_size=b, seed=3, progress=False) for b in (1, 4, 13, 64)]
     for condition, *results in zip(CONDITIONS, *runs, strict=True):
@@ -60,13 +67,7 @@ def test_workers_and_streams_see_the_same_images(tiny_vit, half_right):
     plain = evaluate(tiny_vit, half_right, CONDITIONS, batch_size=4, seed=3, progress=False, per_sample=True)
     working = evaluate(tiny_vit, half_right, CONDITIONS[:2], batch_size=4, seed=3, progress=False, workers=1)
 
-    class Stream:
-        expected, pixels_from_image = 99, staticmethod(half_right.pixels_from_image)
-
-        def __iter__(self):
-            return iter(zip(half_right.images, half_right.labels, strict=True))
-
-    streamed = evaluate(tiny_vit, Stream(), CONDITIONS, batch_size=5, seed=3, progress=False)
+    streamed = evaluate(tiny_vit, stream_of(half_right), CONDITIONS, batch_size=5, seed=3, progress=False)
     for results in (working, streamed):
         for ours, theirs in zip(results, plain, strict=False):
             assert ours.correct.tolist() == theirs.correct.tolist()
@@ -77,8 +78,8 @@ def test_workers_and_streams_see_the_same_images(tiny_vit, half_right):
 
 
 def test_a_set_in_memory_gives_the_same_counts(tiny_vit, half_right):
-    kept = InMemory(half_right)
-    assert kept.pixels.dtype == torch.uint8
+    kept = half_right.in_memory()
+    assert kept.kept[0].dtype == torch.uint8
     plain = evaluate(tiny_vit, half_right, CONDITIONS, batch_size=4, seed=3, progress=False)
     for ours, theirs in zip(
         evaluate(tiny_vit, kept, CONDITIONS, batch_size=5, seed=3, progress=False), plain, strict=True
@@ -87,13 +88,13 @@ def test_a_set_in_memory_gives_the_same_counts(tiny_vit, half_right):
     between = half_right.pixels_from_image
     half_right.pixels_from_image = lambda image: between(image) * 0.999
     with pytest.raises(ValueError, match="between the 8-bit levels"):
-        InMemory(half_right)
+        half_right.in_memory()
 
 
 def test_a_part_has_the_whole_sets_corruptions(tiny_vit, half_right):
     whole = evaluate(tiny_vit, half_right, CONDITIONS, batch_size=4, seed=3, progress=False)
-    part = Part(half_right, 5)
-    for images in (part, InMemory(part)):
+    part = half_right.part(5)
+    for images in (part, part.in_memory()):
         for few, many in zip(
             evaluate(tiny_vit, images, CONDITIONS, batch_size=2, seed=3, progress=False), whole, strict=True
         ):
@@ -108,7 +109,7 @@ def test_results_are_told_as_they_come(tiny_vit, images):
 
 def test_a_subset_of_classes_is_judged_both_ways(tiny_vit, images):
     images.subset = [1, 4, 7]
-    images.labels = [images.subset[i % 3] for i in range(13)]
+    images.labels[:] = [images.subset[i % 3] for i in range(13)]
     (result,) = evaluate(tiny_vit, images, [Clean()], batch_size=5, progress=False)
     with torch.no_grad():
         logits = [tiny_vit(images.pixels_from_image(image)[None])[0] for image in images.images]
@@ -129,7 +130,7 @@ def test_an_attack_on_a_subset_decides_among_the_judges_classes(tiny_vit, images
     few = PixelModel(tiny_vit.model, tiny_vit.mean, tiny_vit.std, [(columns or range(10))[c] for c in images.subset])
     with torch.no_grad():
         truth = few(pixels).argmax(1)
-    images.labels = [images.subset[int(place)] for place in truth]
+    images.labels[:] = [images.subset[int(place)] for place in truth]
     (result,) = evaluate(tiny_vit, images, [Attacked(CW(c=100, steps=20))], batch_size=5, progress=False)
     with torch.no_grad():
         expected = few(CW(c=100, steps=20)(few, pixels, truth)).argmax(1) == truth
@@ -143,16 +144,9 @@ def test_an_attack_on_a_subset_decides_among_the_judges_classes(tiny_vit, images
 
 
 def test_a_stream_of_another_length_says_so(tiny_vit, images):
-    class Stream:
-        expected, pixels_from_image = 50, staticmethod(images.pixels_from_image)
-
-        def __iter__(self):
-            return iter(zip(images.images, images.labels, strict=True))
-
-    (result,) = evaluate(tiny_vit, Stream(), [Clean()], batch_size=5, progress=False)
+    (result,) = evaluate(tiny_vit, stream_of(images, expected=50), [Clean()], batch_size=5, progress=False)
     assert result.protocol["note"] == "partial: 13 of 50 images"
-    Stream.expected = 13
-    (result,) = evaluate(tiny_vit, Stream(), [Clean()], batch_size=5, progress=False)
+    (result,) = evaluate(tiny_vit, stream_of(images, expected=13), [Clean()], batch_size=5, progress=False)
     assert result.protocol == {}
 
 
@@ -217,9 +211,9 @@ def test_wrong_input_is_an_error(tiny_vit, images):
     images.labels[12] = 10
     with pytest.raises(ValueError, match="but the model has 10 classes"):
         evaluate(tiny_vit, images, [Clean()], batch_size=4, progress=False)
-    images.images.clear()
+    nothing = ImageStream(stream_of(images).rows.take(0), images.preprocessing)
     with pytest.raises(ValueError, match="no images"):
-        evaluate(tiny_vit, images, [Clean()], batch_size=4, progress=False)
+        evaluate(tiny_vit, nothing, [Clean()], batch_size=4, progress=False)
 
 
 def test_nan_logits_are_no_wrong_answer(tiny_vit, images):

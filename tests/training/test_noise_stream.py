@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from hf_nullspace.data.augmentation import Augmentation
+from hf_nullspace.data.image_set import ImageSet
+from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
-from tiny_training import Images
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -167,18 +169,15 @@ def test_rows_without_images_are_named():
 
 
 def test_augmentation_is_drawn_from_the_round():
-    class Augmented(Images):
-        def with_stream(self, *key):
-            view = Images(jitter=0.5)
-            view.key = ("stream", key[1])
-            return view
+    rows = [{"image": np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8), "label": 0} for i in range(8)]
+    images = ImageSet(rows, Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16), None), augmentation=Augmentation())
 
     def first(round):
-        return next(noise_stream(Augmented(), collate, batch_size=4, held_out_images=0, seed=0, round=round)[1])
+        return next(noise_stream(images, collate, batch_size=4, held_out_images=0, seed=0, round=round)[1])
 
     assert torch.equal(first(0), first(0))
-    nearest = torch.cdist(first(0).flatten(1), Images().pixel_values.flatten(1)).min(1).values
-    assert (nearest > 1).all(), "the images were changed"
+    plain = torch.stack([ImageSet(rows, images.preprocessing)[i]["pixel_values"] for i in range(8)])
+    assert (torch.cdist(first(0).flatten(1), plain.flatten(1)) > 1).all(), "the images were changed"
     assert not torch.equal(first(0), first(1))
 
 

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from hf_nullspace.cards.run_folder import HISTORY_NAME, REPORTS, SETTINGS_NAME, Report, RunFolder
+from hf_nullspace.data.columns import class_names
+from hf_nullspace.data.image_set import ImageSet
+from hf_nullspace.data.label_maps import align_labels
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.models.loading import load_image_processor, load_model, load_model_config
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, bank_file_name
-from hf_nullspace.robustness.image_sets import ImageSet, Part
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.plots import cell
 from hf_nullspace.robustness.records import model_fingerprint
 from hf_nullspace.robustness.suite import Clean, Condition, ConditionResult, Corrupted, evaluate
-from hf_nullspace.training.columns import class_names
-from hf_nullspace.training.label_maps import align_labels
 from hf_nullspace.training.loading import Classifier, DataArguments, evaluation_images, load_rows
-from hf_nullspace.training.sources import load_image_dataset
 
 IMAGES = 200
 TOLERANCE = 0.01  # share of images whose answer may differ: rounding on another machine tips a few
@@ -150,7 +150,7 @@ def recorded_images(
     dataset_name: str | None,
     report: Report,
     count: int,
-) -> Any:
+) -> ImageSet:
     """The first ``count`` of the images that a report is over, in its order."""
     n = min(result.n for result in report.results[report.subject])
     count = min(count, n)
@@ -167,17 +167,5 @@ def recorded_images(
         raise ReleaseError("the report names no data set")
     rows = load_image_dataset(dataset, split)
     labels = align_labels(class_names(rows), load_model_config(str(run)))
-    whole: Any = ImageSet(f"{dataset}, {split}", rows, preprocessing, labels=labels.remap)
-    return First(Part(whole, n) if n < len(whole) else whole, count)  # evaluate_robustness.py: n evenly spaced
-
-
-class First:
-    """The first ``count`` images of a set, with the random numbers that they have in the whole."""
-
-    def __init__(self, images: Any, count: int):
-        self.images, self.subset = images, getattr(images, "subset", None)
-        self.places = list(getattr(images, "places", range(len(images))))[:count]
-        self.raw_image, self.label, self.pixels_from_image = images.raw_image, images.label, images.pixels_from_image
-
-    def __len__(self) -> int:
-        return len(self.places)
+    whole = ImageSet(rows, preprocessing, remap=labels.remap, name=f"{dataset}, {split}")
+    return (whole.part(n) if n < len(whole) else whole).first(count)  # evaluate_robustness.py: n evenly spaced

@@ -12,6 +12,7 @@ import yaml
 
 from hf_nullspace.command_line import UsageError, read_yaml
 from hf_nullspace.core.settings import fraction, nearest
+from hf_nullspace.data.image_stream import Images, ImageStream
 from hf_nullspace.robustness.attacks.auto import AutoAttack
 from hf_nullspace.robustness.attacks.base import Attack
 from hf_nullspace.robustness.attacks.carlini_wagner import CW
@@ -19,7 +20,7 @@ from hf_nullspace.robustness.attacks.gradient import FGSM, MIM, PGD
 from hf_nullspace.robustness.attacks.patch_fool import PatchFool
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from hf_nullspace.robustness.sets import SETS
-from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, Images, is_stream
+from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted
 
 NAMED = ("quick", "standard", "paper")
 BASE = "base"  # the user's own images: --dataset_name
@@ -142,7 +143,7 @@ def lacks(condition: Condition, images: Images) -> str | None:
     """
     try:
         if isinstance(condition, Corrupted):
-            image = next(iter(images))[0] if is_stream(images) else images.raw_image(0)  # type: ignore[call-overload]
+            image = next(images.pairs())[0] if isinstance(images, ImageStream) else images.raw_image(0)
             corrupt(image, condition.corruption, condition.severity, seed=0, index=0)
         if isinstance(condition, Attacked):
             condition.attack.require()

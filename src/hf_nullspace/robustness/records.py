@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import logging
 import platform
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 
 from hf_nullspace.core.files import DamagedFileError, read_json, write_json, write_whole
 from hf_nullspace.core.processes import rank_and_world_size
-from hf_nullspace.robustness.image_sets import content_digest, modification_stamp
+from hf_nullspace.data.image_stream import Images, ImageStream
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
-from hf_nullspace.robustness.suite import Attacked, Condition, ConditionResult, Images, evaluate, is_stream
+from hf_nullspace.robustness.suite import Attacked, Condition, ConditionResult, evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -119,14 +120,6 @@ class Records:
             found = self.read(key)
         return found
 
-    def load(self, key: str) -> ConditionResult | None:
-        """The result of a condition; None if there is none."""
-        return self.read(key, result_from_record)
-
-    def save(self, key: str, result: ConditionResult) -> None:
-        """Keep the result of a condition."""
-        self.write(key, record(result))
-
     def others(self, keys: Iterable[str]) -> int:
         """How many records belong to another checkpoint, protocol, data set or seed; they are never mixed in."""
         known = set(keys)
@@ -143,21 +136,20 @@ def model_fingerprint(model: PixelModel) -> str:
 
 
 def images_fingerprint(images: Images, *, sample: int = 64) -> str:
-    """A hash of the number of images, labels, geometry, ``content_digest``, and the pixels of ``sample`` images.
+    """A hash of the number of images, labels, geometry, its ``content_digest``, and the pixels of ``sample`` images.
 
     Of a stream the first ``sample`` images count: it would have to be read once more otherwise.
     """
-    described = images.protocol() if hasattr(images, "protocol") else {}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    digest.update(repr(getattr(images, "subset", None)).encode())
-    if is_stream(images):
-        rows = [row for row, _ in zip(images, range(sample), strict=False)]  # type: ignore[call-overload]
+    digest = hashlib.sha256(json.dumps(images.protocol(), sort_keys=True, default=str).encode())
+    digest.update(repr(images.subset).encode())
+    if isinstance(images, ImageStream):
+        rows = list(itertools.islice(images.pairs(), sample))
     else:
         n = len(images)
         digest.update(repr([n, [images.label(index) for index in range(n)]]).encode())
         places = sorted({round(place) for place in np.linspace(0, n - 1, min(sample, n))})
         rows = [(images.raw_image(index), images.label(index)) for index in places]
-    digest.update(content_digest(images).encode())
+    digest.update(images.content_digest().encode())
     for image, label in rows:
         digest.update(f"{label} {image.size}".encode())
         digest.update(image.tobytes())
@@ -186,12 +178,13 @@ def evaluate_resumably(
     confidence per image are written there as parquet. ``fingerprint`` is the model's where the caller knows it.
     """
     fingerprints = {"model": fingerprint or model_fingerprint(model), "images": images_fingerprint(images)}
-    usual: dict[str, Any] = fingerprints | {"seed": seed, "dtype": dtype, "written": modification_stamp(images)}
+    usual: dict[str, Any] = fingerprints | {"seed": seed, "dtype": dtype, "written": images.modification_stamp()}
     keys = {
         title: records.key(**usual, title=title, condition=repr(condition), **batch_settings(condition, batch_size))
         for title, condition in conditions.items()
     }
-    found = {} if samples else {title: result for title, key in keys.items() if (result := records.load(key))}
+    known = {} if samples else {title: records.read(key, result_from_record) for title, key in keys.items()}
+    found = {title: result for title, result in known.items() if result is not None}
     if found:
         say(f"{len(found)} of {len(conditions)} conditions were finished before: {', '.join(found)}")
     titles = {str(condition): title for title, condition in conditions.items()}
@@ -203,20 +196,11 @@ def evaluate_resumably(
         if samples is not None and rank_and_world_size()[0] == 0:
             write_samples(result, samples / f"{keys[title]}.parquet", title)
         found[title] = replace(result, condition=title, protocol=protocol, samples=None)
-        records.save(keys[title], found[title])
+        records.write(keys[title], record(found[title]))
 
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "workers": workers, "progress": progress}
     if left := [condition for title, condition in conditions.items() if title not in found]:
-        evaluate(
-            model,
-            images,
-            left,
-            batch_size=batch_size,
-            seed=seed,
-            workers=workers,
-            per_sample=samples is not None,
-            progress=progress,
-            on_result=keep,
-        )
+        evaluate(model, images, left, per_sample=samples is not None, on_result=keep, **options)
     return {title: found[title] for title in conditions}, list(keys.values())
 
 

@@ -10,10 +10,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 from PIL import Image
 
-from hf_nullspace.models.image_files import check_names, chosen_columns
+from hf_nullspace.data.image_files import check_names, chosen_columns
+from hf_nullspace.data.image_set import ArrayRows, ImageSet
+from hf_nullspace.data.image_stream import Images, ImageStream
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES
-from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, ImageStream
 from hf_nullspace.robustness.label_spaces import LabelError, check_wnids, imagenet_labels, indices, wnids
 
 SUFFIXES = {".jpeg", ".jpg", ".png"}
@@ -88,7 +89,7 @@ def load_set(
     streaming: bool = False,
     label_order: str | None = None,
     allow_partial: bool = False,
-) -> ImageSet:
+) -> Images:
     """A set of ``SETS`` by name: from ``location`` (a folder or a Hub id), else from ``data_root / name``.
 
     Raises ``MissingData`` when it is not there, ``LabelError`` when its classes are not the set's, and ``ValueError``
@@ -130,14 +131,20 @@ def image_set(
     note: str,
     *,
     source: datasets.Dataset | str | None = None,
-) -> ImageSet:
+    origin: str = "",
+) -> Images:
     geometry = benchmark_preprocessing(preprocessing, info)
-    words: dict[str, Any] = {"labels": labels, "subset": info.subset, "note": note, "ready": info.resized}
-    if not isinstance(rows, datasets.Dataset):
-        stream = ImageStream(info.name, rows, geometry, **words)
-        stream.expected, stream.source = info.images, source
-        return stream
-    return ImageSet(info.name, rows, geometry, **words)
+    words: dict[str, Any] = {
+        "name": info.name,
+        "remap": labels,
+        "subset": info.subset,
+        "note": note,
+        "origin": origin,
+        "ready": info.resized,
+    }
+    if isinstance(rows, datasets.Dataset):
+        return ImageSet(rows, geometry, **words)
+    return ImageStream(rows, geometry, **words, expected=info.images, source=source)
 
 
 def folder_rows(folder: Path, info: SetInfo) -> datasets.Dataset:
@@ -221,7 +228,7 @@ def from_hub(
     streaming: bool,
     label_order: str | None,
     allow_partial: bool,
-) -> ImageSet:
+) -> Images:
     """A Hub data set with an image and a label column; its class names (wnids or names) decide, never their order.
 
     Integer labels without names are ImageNet's class indices only if ``label_order="imagenet"`` says so. A stream's
@@ -249,9 +256,8 @@ def from_hub(
     if not streaming and names is None and (largest := max(rows["label"], default=0)) >= len(wnids()):
         raise LabelError(f"{location} has label {largest}; ImageNet's class indices are 0 to {len(wnids()) - 1}")
     note = "" if streaming else partial_note(f"{info.name} at {location}", len(rows), info.images, allow_partial)
-    images = image_set(info, rows, preprocessing, labels, note, source=commit)
-    images.origin = f"{location}, split {split}, commit {commit or 'not known (offline)'}"
-    return images
+    origin = f"{location}, split {split}, commit {commit or 'not known (offline)'}"
+    return image_set(info, rows, preprocessing, labels, note, source=commit, origin=origin)
 
 
 def commit_of(location: str) -> str | None:
@@ -284,4 +290,4 @@ def load_cifar10_c(
     part = slice((severity - 1) * n, severity * n)
     name = f"cifar10-c/{corruption}/{severity}"
     note = partial_note(name, n, CIFAR10_C_IMAGES, allow_partial)
-    return ImageSet(name, ArrayRows(images[part], labels[part]), preprocessing, note=note)
+    return ImageSet(ArrayRows(images[part], labels[part]), preprocessing, name=name, note=note)

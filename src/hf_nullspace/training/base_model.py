@@ -18,7 +18,7 @@ from hf_nullspace.core.files import (
     write_json,
     write_manifest,
 )
-from hf_nullspace.training.data import collate
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.training.loading import Classifier
 
 BASE_RANGES = {"base_epochs": "(0, inf)", "base_learning_rate": "(0, inf)", "base_batch_size": "int [1, inf)"}

@@ -1,5 +1,6 @@
 """From names to a model and its data: what every recipe does before its own work begins."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,16 +11,19 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from hf_nullspace.command_line import option
 from hf_nullspace.core.settings import check_numbers
-from hf_nullspace.models.image_files import told_when_broken, undecoded
+from hf_nullspace.data.augmentation import Augmentation
+from hf_nullspace.data.columns import class_names, num_classes
+from hf_nullspace.data.image_files import CorruptImageError, DataError, decoded_image, readable_stream, undecoded
+from hf_nullspace.data.image_set import ImageSet
+from hf_nullspace.data.image_stream import Images, ImageStream
+from hf_nullspace.data.label_maps import LabelAlignment, align_labels
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.models.loading import HEAD_NAMES, NoHeadError, load_image_processor, load_model, load_model_config
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.noise.artifact import hub_commit, model_hash
-from hf_nullspace.training.augmentation import Augmentation
-from hf_nullspace.training.columns import DataError, class_names, num_classes
-from hf_nullspace.training.data import ImageClassificationDataset, StreamingImageClassificationDataset
-from hf_nullspace.training.label_maps import LabelAlignment, align_labels
-from hf_nullspace.training.sources import load_image_dataset
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -220,7 +224,7 @@ def _small_vit(args: ModelArguments, names: list[str]) -> ViTConfig:
 
 def training_images(
     args: DataArguments, rows: datasets.Dataset | datasets.IterableDataset, classifier: Classifier, seed: int
-) -> torch.utils.data.Dataset[Any]:
+) -> Images:
     """The training split as the model takes it, augmented; a stream if ``rows`` is one."""
     options: dict[str, Any] = {
         "augmentation": args.augmentation(),
@@ -232,11 +236,9 @@ def training_images(
     count = args.max_train_images
     if isinstance(rows, datasets.IterableDataset):
         rows = rows if count is None else rows.take(count)
-        return StreamingImageClassificationDataset(
-            rows, classifier.preprocessing, shuffle_buffer=args.shuffle_buffer, repeat=True, **options
-        )
+        return ImageStream(rows, classifier.preprocessing, shuffle_buffer=args.shuffle_buffer, repeat=True, **options)
     rows = rows if count is None else rows.select(range(min(count, len(rows))))
-    return ImageClassificationDataset(rows, classifier.preprocessing, **options)
+    return ImageSet(rows, classifier.preprocessing, **options)
 
 
 def evaluation_images(
@@ -245,7 +247,7 @@ def evaluation_images(
     count: int | None,
     *,
     skip_corrupt: bool = False,
-) -> ImageClassificationDataset:
+) -> ImageSet:
     """The first ``count`` images (all, if None) to measure on: not augmented. Of a stream they are held, encoded.
 
     With ``skip_corrupt`` those that cannot be decoded are left out, with a warning that names each: every image is
@@ -254,20 +256,40 @@ def evaluation_images(
     Raises:
         DataError: if a stream is given and no ``count``, or no image can be decoded.
     """
-    chosen: Any = rows
+    chosen: Any = undecoded(rows)
     if isinstance(rows, datasets.IterableDataset):
         if count is None:
             raise DataError("a streamed evaluation split has no end that is known; set max_eval_images")
-        chosen = list(told_when_broken(undecoded(rows, "image").take(count)))
+        chosen = list(readable_stream(chosen.take(count)))
     elif count is not None and count < len(rows):
-        chosen = rows.select(range(count))
-    options: dict[str, Any] = {
-        "remap": classifier.labels.remap,
-        "num_labels": classifier.labels.num_labels,
-        "split": rows.split and str(rows.split),
-    }
-    images = ImageClassificationDataset(chosen, classifier.preprocessing, **options)
-    if not skip_corrupt or len(good := images.readable()) == len(images):
-        return images
-    chosen = chosen.select(good) if isinstance(chosen, datasets.Dataset) else [chosen[index] for index in good]
-    return ImageClassificationDataset(chosen, classifier.preprocessing, **options)
+        chosen = chosen.select(range(count))
+    if skip_corrupt:
+        chosen = _without_corrupt(chosen, f"split {str(rows.split)!r}" if rows.split else "the data")
+    labels = classifier.labels
+    return ImageSet(
+        chosen,
+        classifier.preprocessing,
+        remap=labels.remap,
+        num_labels=labels.num_labels,
+        split=rows.split and str(rows.split),
+    )
+
+
+def _without_corrupt(rows: Any, where: str) -> Any:
+    """The rows with images that can be decoded; a warning names each other one.
+
+    Raises:
+        CorruptImageError: if there is none.
+    """
+    good = []
+    for index, row in enumerate(rows):
+        try:
+            decoded_image(row["image"], f"Row {index} of {where}")
+            good.append(index)
+        except CorruptImageError as error:
+            logger.warning("%s It is left out.", error)
+    if not good:
+        raise CorruptImageError(f"None of the {len(rows)} images of {where} can be decoded.")
+    if len(good) == len(rows):
+        return rows
+    return rows.select(good) if isinstance(rows, datasets.Dataset) else [rows[index] for index in good]

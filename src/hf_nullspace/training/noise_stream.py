@@ -6,18 +6,19 @@ The noise's batch size is a number of all processes together; each rank takes it
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
-from datasets import IterableDataset as HubStream
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hf_nullspace.core.seeds import derive_seed
+from hf_nullspace.core.seeds import derive_seed, generator_of
+from hf_nullspace.data.image_stream import Images, ImageStream
 from hf_nullspace.training.preflight import held_out_of
 
 _SHUFFLE_BUFFER = 1024
@@ -41,8 +42,8 @@ def noise_stream(
 
     Args:
         dataset: the training set; a map-style one is drawn from without replacement, epoch after epoch, and gives at
-            most a quarter of its images to the held-out ones; a streaming one is shuffled in a buffer if it can be.
-            One with ``with_stream`` (ImageClassificationDataset) draws its augmentation from (seed, round) as well.
+            most a quarter of its images to the held-out ones; a stream of `datasets` is shuffled in a buffer. An
+            ImageSet or ImageStream draws its augmentation from (seed, round) as well.
         batch_size: images per noise step, over all processes.
         held_out_images: how many images of the stream to hold out, over all processes.
 
@@ -52,39 +53,35 @@ def noise_stream(
     Raises:
         ValueError: if the dataset is empty or too small to hold an image out, or its rows have no ``pixel_values``.
     """
-    if hasattr(dataset, "with_stream"):
-        dataset = dataset.with_stream("noise", round)
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        share = _share(batch_size, rank, processes)
-        count = -(-_share(held_out_images, rank, processes) // share)  # whole batches, the last one cut below
-        shards = getattr(dataset, "num_shards", 0)
+    if isinstance(dataset, Images):
+        dataset = dataset.with_key("noise", round)
+    share = _share(batch_size, rank, processes)
+    # The generator is for the workers' base seed: else it would come from the global generator.
+    options: dict[str, Any] = {"collate_fn": collate, "generator": generator_of(seed, round)}
+    if isinstance(dataset, IterableDataset):
+        wanted = _share(held_out_images, rank, processes)
+        count = -(-wanted // share)  # whole batches, the last one cut below
+        shards = dataset.num_shards if isinstance(dataset, (ImageStream, datasets.IterableDataset)) else 0
         workers = min(num_workers, shards // processes if shards % processes == 0 else shards)
-        rows = _Restarted(dataset, derive_seed(seed, round), rank, processes, held_out_batches=count, batch_size=share)
-        loader = DataLoader(rows, share, collate_fn=collate, num_workers=workers, generator=_generator(seed, round))
-        batches = (_images(batch, input_name) for batch in loader)
+        rows = _EndlessRows(dataset, derive_seed(seed, round), rank, processes, held_out=count, batch_size=share)
+        batches = _images(DataLoader(rows, share, num_workers=workers, **options), input_name)
         held_out = list(itertools.islice(batches, count))
         if held_out:
-            held_out[-1] = held_out[-1][: _share(held_out_images, rank, processes) - (count - 1) * share]
+            held_out[-1] = held_out[-1][: wanted - (count - 1) * share]
         return held_out, batches
     if len(dataset) == 0:
         raise ValueError("the training set is empty: no image to learn a noise on")
-    order = torch.randperm(len(dataset), generator=_generator(seed, round)).tolist()
-    held_out_images = held_out_of(len(dataset), held_out_images, processes)
-    held, pool = order[:held_out_images], order[held_out_images:]
-
-    def drawn() -> Iterator[list[int]]:
-        indices = _endless(pool, seed, round)
-        while True:
-            yield list(itertools.islice(indices, batch_size))[rank::processes]
-
-    generator = _generator(seed, round)  # the workers' base seed: else it would come from the global generator
-    options: dict[str, Any] = {"collate_fn": collate, "num_workers": num_workers, "generator": generator}
-    mine = held[rank::processes]
-    share = _share(batch_size, rank, processes)
-    chunks = [mine[i : i + share] for i in range(0, len(mine), share)]
-    held_loader = DataLoader(dataset, batch_sampler=chunks, **options)
-    loader = DataLoader(dataset, batch_sampler=_Endless(drawn), **options)
-    return [_images(batch, input_name) for batch in held_loader], (_images(batch, input_name) for batch in loader)
+    order = torch.randperm(len(dataset), generator=generator_of(seed, round)).tolist()
+    count = held_out_of(len(dataset), held_out_images, processes)
+    mine = order[:count][rank::processes]
+    held = [mine[first : first + share] for first in range(0, len(mine), share)]
+    endless = _endless_batches(order[count:], batch_size, seed, round)
+    drawn = (batch[rank::processes] for batch in endless)
+    loaders = (
+        DataLoader(dataset, batch_sampler=indices, num_workers=num_workers, **options) for indices in (held, drawn)
+    )
+    held_out_batches, batches = (_images(loader, input_name) for loader in loaders)
+    return list(held_out_batches), batches
 
 
 @contextmanager
@@ -108,8 +105,8 @@ def own_randomness(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def an_empty_stream_is_said() -> Iterator[None]:
-    """accelerate has words of its own for a stream without a row; this has the reader's."""
+def clear_error_of_an_empty_stream() -> Iterator[None]:
+    """accelerate has words of its own for a stream without a row; this says what to check."""
     try:
         yield
     except ValueError as error:
@@ -123,69 +120,54 @@ def _share(total: int, rank: int, processes: int) -> int:
     return len(range(rank, total, processes))
 
 
-def _generator(*key: int) -> torch.Generator:
-    return torch.Generator().manual_seed(derive_seed(*key))
+def _endless_batches(pool: list[int], batch_size: int, seed: int, round: int) -> Iterator[list[int]]:
+    """Batches from ``pool``, pass after pass in new orders."""
+
+    def passes() -> Iterator[int]:
+        for epoch in itertools.count(1):
+            order = torch.randperm(len(pool), generator=generator_of(seed, round, epoch))
+            yield from (pool[position] for position in order.tolist())
+
+    indices = passes()
+    while True:
+        yield list(itertools.islice(indices, batch_size))
 
 
-def _endless(pool: list[int], seed: int, round: int) -> Iterator[int]:
-    for epoch in itertools.count(1):
-        for position in torch.randperm(len(pool), generator=_generator(seed, round, epoch)).tolist():
-            yield pool[position]
+def _images(batches: Iterable[dict[str, Any]], input_name: str) -> Iterator[Tensor]:
+    for batch in batches:
+        if input_name not in batch:
+            raise ValueError(f"training rows have {sorted(batch)}; the noise is learned on {input_name!r}")
+        yield batch[input_name]
 
 
-def _images(batch: dict[str, Any], input_name: str) -> Tensor:
-    if input_name not in batch:
-        raise ValueError(f"training rows have {sorted(batch)}; the noise is learned on {input_name!r}")
-    return batch[input_name]
+class _EndlessRows(IterableDataset[Any]):
+    """This rank's rows of a stream, begun again when they end, then without those that were held out.
 
-
-def _splitter(dataset: Any) -> Callable[[int, int], Any] | None:
-    """What gives one process's part of a streaming data set, if anything does."""
-    if isinstance(dataset, HubStream):
-        return lambda rank, processes: split_dataset_by_node(dataset, rank, processes)
-    return dataset.split if callable(getattr(dataset, "split", None)) else None
-
-
-class _Endless:
-    """Batches of indices without an end, as a batch sampler."""
-
-    def __init__(self, batches: Callable[[], Iterator[list[int]]]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._batches()
-
-
-class _Restarted(IterableDataset[Any]):
-    """This rank's rows of a streaming data set, begun again when they end, then without those that were held out.
-
-    The first ``held_out_batches`` of ``batch_size`` rows are the held-out ones; workers give batches in turn, so each
-    knows how many of its own those are. A data set that can be split by node (``split``) is; of another every rank
+    The first ``held_out`` batches of ``batch_size`` rows are the held-out ones; workers give batches in turn, so each
+    knows how many of its own those are. Of a stream that is neither an ImageStream nor one of `datasets` every rank
     reads all rows and keeps its own.
     """
 
-    def __init__(
-        self, dataset: Any, seed: int, rank: int, processes: int, *, held_out_batches: int, batch_size: int
-    ) -> None:
+    def __init__(self, rows: Any, seed: int, rank: int, processes: int, *, held_out: int, batch_size: int) -> None:
         super().__init__()
-        if hasattr(dataset, "shuffle") and not hasattr(dataset, "with_stream"):
-            dataset = dataset.shuffle(seed=seed % 2**32, buffer_size=_SHUFFLE_BUFFER)
+        if isinstance(rows, datasets.IterableDataset):
+            rows = rows.shuffle(seed=seed % 2**32, buffer_size=_SHUFFLE_BUFFER)
         self._first, self._step = rank, processes
-        if processes > 1 and (split := _splitter(dataset)) is not None:
-            dataset = split(rank, processes)
+        if processes > 1 and isinstance(rows, (ImageStream, datasets.IterableDataset)):
+            of_process = split_dataset_by_node if isinstance(rows, datasets.IterableDataset) else ImageStream.of_process
+            rows = of_process(rows, rank, processes)
             self._first, self._step = 0, 1
-        self._dataset = dataset
-        self._held_out_batches, self._batch_size = held_out_batches, batch_size
+        self._rows, self._held_out, self._batch_size = rows, held_out, batch_size
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        held_out = self._batch_size * len(range(own, self._held_out_batches, workers))
+        held_out = self._batch_size * len(range(own, self._held_out, workers))
         for epoch in itertools.count():
-            if epoch == 0 and iter(self._dataset) is iter(self._dataset):
+            if epoch == 0 and iter(self._rows) is iter(self._rows):
                 raise ValueError("the training stream can be read only once; give a data set that can be begun again")
             count = 0
-            for row in itertools.islice(self._dataset, self._first, None, self._step):
+            for row in itertools.islice(self._rows, self._first, None, self._step):
                 count += 1
                 if epoch == 0 or count > held_out:
                     yield row

@@ -24,7 +24,7 @@ from hf_nullspace.training import ema, objectives, publishing
 from hf_nullspace.training.checkpoints import checkpoint_to_resume, complete_checkpoint, load_weights
 from hf_nullspace.training.config import NullspaceConfig, changed, usable_config
 from hf_nullspace.training.events import RunEvents, check_loss, check_weights
-from hf_nullspace.training.noise_stream import an_empty_stream_is_said, noise_stream, own_randomness
+from hf_nullspace.training.noise_stream import clear_error_of_an_empty_stream, noise_stream, own_randomness
 from hf_nullspace.training.preflight import check_images
 from hf_nullspace.training.private_methods import check_private_methods
 from hf_nullspace.training.record import RunRecord
@@ -119,7 +119,7 @@ class NullspaceTrainer(Trainer):
     # ---- a step
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        with an_empty_stream_is_said():
+        with clear_error_of_an_empty_stream():
             return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from hf_nullspace.command_line import UsageError
+from hf_nullspace.data.image_set import ArrayRows, ImageSet
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet, InMemory
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.suite import Clean, Corrupted, evaluate
 from study.images import ImageStore
@@ -18,7 +18,7 @@ PLAIN = Preprocessing((0.5,) * 3, (0.5,) * 3, (12, 12), (12, 12))
 def pictures(count=20, seed=0):
     rng = np.random.default_rng(seed)
     rows = ArrayRows(rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8), [i % 3 for i in range(count)])
-    return ImageSet("pictures", rows, PLAIN)
+    return ImageSet(rows, PLAIN, name="pictures")
 
 
 class Mean(torch.nn.Module):
@@ -38,7 +38,7 @@ def test_kept_images_give_the_results_of_the_suite(tmp_path, condition):
     model, images = PixelModel(Mean(), PLAIN.mean, PLAIN.std), pictures()
     (direct,) = evaluate(model, images, [condition], batch_size=7, seed=5, progress=False)
     kept = ImageStore(tmp_path, images, seed=5).get(tuple(range(20)), condition)
-    (ours,) = evaluate(model, InMemory(kept), [Clean()], batch_size=3, progress=False)
+    (ours,) = evaluate(model, kept.in_memory(), [Clean()], batch_size=3, progress=False)
     assert (ours.correct == direct.correct).all()
     assert 0 < ours.correct.sum() < 20
 
@@ -73,6 +73,6 @@ def test_they_are_made_once(tmp_path, monkeypatch):
 def test_what_does_not_fit_is_an_error(tmp_path):
     rows = [{"image": Image.new("RGB", (8, 8 + i)), "label": 0} for i in range(2)]
     with pytest.raises(UsageError, match="Resize the set"):
-        ImageStore(tmp_path, ImageSet("mixed", rows, PLAIN), seed=0).get((0, 1), Clean())
+        ImageStore(tmp_path, ImageSet(rows, PLAIN, name="mixed"), seed=0).get((0, 1), Clean())
     with pytest.raises(UsageError, match="the test split has 20 images"):
         ImageStore(tmp_path, pictures(), seed=0).get((0, 25), Clean())

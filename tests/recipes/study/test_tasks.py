@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from hf_nullspace.data.image_set import ArrayRows, ImageSet
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.robustness.attacks.gradient import PGD
-from hf_nullspace.robustness.image_sets import ArrayRows, ImageSet
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.plans import Planned
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate
@@ -37,7 +37,7 @@ MEASUREMENTS = [Measurement(RUN, planned, WHERE) for planned in PLAN]
 def pictures():
     rng = np.random.default_rng(0)
     rows = ArrayRows(rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8), [i % 5 for i in range(40)])
-    return ImageSet("pictures", rows, Preprocessing(*HALF, (16, 16), (16, 16)))
+    return ImageSet(rows, Preprocessing(*HALF, (16, 16), (16, 16)), name="pictures")
 
 
 def runner_in(folder, seed=0, data="pictures", **changed):
@@ -81,7 +81,7 @@ def test_measurements_are_those_of_the_suite(whole):
     for task in MEASUREMENTS:
         images = pictures()
         rows = ArrayRows(images.rows.images[list(task.places)], [place % 5 for place in task.places])
-        images = ImageSet("pictures", rows, images.preprocessing)
+        images = ImageSet(rows, images.preprocessing, name="pictures")
         images.places = task.places  # what random numbers depend on
         (direct,) = evaluate(model, images, [task.planned.condition], batch_size=3, seed=0, progress=False)
         assert (whole.correct(task) == direct.correct).all()

@@ -17,10 +17,11 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
+from hf_nullspace.data.columns import DataError, class_names, find_columns, num_classes
+from hf_nullspace.data.image_set import ImageSet
+from hf_nullspace.data.image_stream import ImageStream
+from hf_nullspace.data.sources import digits, load_image_dataset
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.training.columns import DataError, class_names, find_columns, num_classes
-from hf_nullspace.training.data import ImageClassificationDataset, StreamingImageClassificationDataset
-from hf_nullspace.training.sources import digits, load_image_dataset
 
 PREPROCESSING = Preprocessing.from_processor(ViTImageProcessorPil(size={"height": 8, "width": 8}))
 
@@ -114,10 +115,10 @@ def test_class_folders_with_and_without_splits(tmp_path):
     validation = load_image_dataset(split, "validation")
     assert validation["label"][:] == [2]  # the number of c in train, although a and b are missing here
     assert np.array_equal(np.array(validation[0]["image"]), np.array(picture(3)))
-    item = ImageClassificationDataset(validation, PREPROCESSING)[0]
+    item = ImageSet(validation, PREPROCESSING)[0]
     assert (tuple(item["pixel_values"].shape), item["labels"]) == ((3, 8, 8), 2)
     streamed = load_image_dataset(split, streaming=True)
-    assert [item["labels"] for item in StreamingImageClassificationDataset(streamed, PREPROCESSING)] == [0, 1, 2]
+    assert [item["labels"] for item in ImageStream(streamed, PREPROCESSING)] == [0, 1, 2]
 
 
 def test_numbered_class_folders_are_sorted_as_numbers(tmp_path):
@@ -133,11 +134,12 @@ def test_every_kind_of_png_and_jpeg_becomes_an_item(tmp_path):
     picture(3).quantize(8).save(folder / "a" / "palette.png")
     picture(4).convert("CMYK").save(folder / "a" / "cmyk.jpg")
     Image.fromarray(np.full((5, 5), 40000, np.uint16)).save(folder / "a" / "deep.png")
-    dataset = ImageClassificationDataset(load_image_dataset(folder), PREPROCESSING, normalize=False)
+    dataset = ImageSet(load_image_dataset(folder), PREPROCESSING)
     assert len(dataset) == 6
-    assert all(item["pixels"].shape == (3, 8, 8) for item in dataset)
+    assert all(item["pixel_values"].shape == (3, 8, 8) for item in dataset)
     deep = next(i for i in range(6) if np.array(dataset.raw_image(i)).std() == 0)
-    assert dataset[deep]["pixels"].mean().item() == pytest.approx(40000 / 65535, abs=0.5 / 255)
+    pixels = dataset.pixels_from_image(dataset.raw_image(deep))
+    assert pixels.mean().item() == pytest.approx(40000 / 65535, abs=0.5 / 255)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_parquet_with_names_in_its_metadata(tmp_path):
     assert np.array_equal(np.array(rows[2]["image"]), np.array(picture(2)))
     assert len(load_image_dataset(tmp_path / "set", "test")) == 1
     streamed = load_image_dataset(tmp_path / "set", "train", streaming=True)
-    assert [item["labels"] for item in StreamingImageClassificationDataset(streamed, PREPROCESSING)] == [0, 1, 1]
+    assert [item["labels"] for item in ImageStream(streamed, PREPROCESSING)] == [0, 1, 1]
     assert "'nope'" in error_line(tmp_path / "set", "nope")
     assert "corresponds to no data" in error_line(tmp_path / "set", "train[:0]")
 
@@ -199,7 +201,7 @@ def test_parquet_without_metadata_has_no_names(tmp_path):
     rows = load_image_dataset(tmp_path / "set")
     assert isinstance(rows.features["image"], ImageFeature)
     assert isinstance(rows.features["label"], Value)
-    assert ImageClassificationDataset(rows, PREPROCESSING, num_labels=4)[0]["labels"] == 3
+    assert ImageSet(rows, PREPROCESSING, num_labels=4)[0]["labels"] == 3
     assert (class_names(rows), num_classes(rows)) == (None, 4)
     assert num_classes(load_image_dataset(tmp_path / "set", streaming=True)) is None
     named = load_image_dataset(tmp_path / "set", class_names=["a", "b", "c", "d"])
@@ -225,8 +227,8 @@ def test_text_labels_are_numbered_over_all_splits(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "label_type", "message"),
     [
-        ([0, None, 1], None, "Row 1 has no label"),
-        (["a", None, "b"], None, "Row 1 has no label"),
+        ([0, None, 1], None, "Row 1 of split 'train' of {folder} has no label"),
+        (["a", None, "b"], None, "Row 1 of column 'label' has no label"),
         ([-1, -1], None, "label -1, expected 0 or more (2 such rows). -1 marks unlabelled images"),
         ([0.5, 1.5], None, "holds double, expected classes (integers or text). Regression is not supported"),
         ([[0, 1], [1]], None, "expected one class per image. Multi-label sets are not supported"),
@@ -235,7 +237,7 @@ def test_text_labels_are_numbered_over_all_splits(tmp_path):
 )
 def test_tables_with_unusable_labels(tmp_path, labels, label_type, message):
     write_parquet(tmp_path / "set" / "train.parquet", labels, label_type)
-    message = message.replace("double", "float64")
+    message = message.replace("double", "float64").replace("{folder}", str(tmp_path / "set"))
     assert message in error_line(tmp_path / "set")
 
 

@@ -10,9 +10,7 @@ import numpy as np
 from datasets import ClassLabel, Features, Image
 from PIL import Image as PILImage
 
-from hf_nullspace.models.image_files import check_names, features_of
-from hf_nullspace.training.columns import (
-    DataError,
+from hf_nullspace.data.columns import (
     check_labels,
     find_columns,
     is_text,
@@ -20,6 +18,7 @@ from hf_nullspace.training.columns import (
     standard_columns,
     text_classes,
 )
+from hf_nullspace.data.image_files import DataError, check_names, features_of
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -83,7 +82,7 @@ def _check(rows: datasets.Dataset, where: str) -> None:
     if len(rows) == 0:
         raise DataError(f"There is no image in {where}. Choose another split, or extract archives first.")
     label = rows.features["label"]
-    check_labels(labels_of(rows), label.num_classes if isinstance(label, ClassLabel) else None, where)
+    check_labels(labels_of(rows, where), label.num_classes if isinstance(label, ClassLabel) else None, where)
 
 
 def digits() -> datasets.DatasetDict:

@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Features, Image, List, Value
 
-from hf_nullspace.models.image_files import DataError as DataError
-from hf_nullspace.models.image_files import Rows, chosen_columns, features_of, on_tables, undecoded
+from hf_nullspace.data.image_files import DataError, chosen_columns, features_of, on_tables
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")  # the file endings: webdataset
 MAX_UNNAMED_CLASSES = 100_000
@@ -53,11 +52,11 @@ def _type_name(feature: object) -> str:
 
 
 def standard_columns(
-    rows: Rows,
+    rows: Any,
     image_column: str | None = None,
     label_column: str | None = None,
     class_names: Sequence[str] | None = None,
-) -> Rows:
+) -> Any:
     """The same rows with the columns ``image`` (Image) and ``label`` (ClassLabel where there are names, else integers).
 
     ``class_names`` numbers text labels (required for them), and names plain integer labels.
@@ -65,19 +64,16 @@ def standard_columns(
     features = features_of(rows)
     image_column, label_column = find_columns(features, image_column, label_column)
     label = features[label_column]
+    holds, name_another = f"Column {label_column!r} holds", "supported; name another column with label_column."
     if not isinstance(label, (ClassLabel, Value)):
         raise DataError(
-            f"Column {label_column!r} holds {_type_name(label)}, expected one class per image. Multi-label sets are "
-            "not supported; name another column with label_column."
+            f"{holds} {_type_name(label)}, expected one class per image. Multi-label sets are not {name_another}"
         )
     if isinstance(label, Value) and not (is_text(label) or "int" in label.dtype or label.dtype == "bool"):
-        raise DataError(
-            f"Column {label_column!r} holds {label.dtype}, expected classes (integers or text). Regression is not "
-            "supported; name another column with label_column."
-        )
+        raise DataError(f"{holds} {label.dtype}, expected classes (integers or text). Regression is not {name_another}")
     if is_text(label) and class_names is None:
         raise DataError(
-            f"Column {label_column!r} holds text labels, and a stream cannot be sorted before it is read. "
+            f"{holds} text labels, and a stream cannot be sorted before it is read. "
             "Pass class_names, or load without streaming."
         )
     if isinstance(label, ClassLabel) and class_names is not None and list(class_names) != label.names:
@@ -92,7 +88,7 @@ def standard_columns(
         )
     rows = chosen_columns(rows, {image_column: "image", label_column: "label"})
     if isinstance(label, Value) and class_names is not None:
-        rows = _with_class_label(rows, label_column, list(class_names), is_text(label))
+        rows = _with_class_label(rows, label_column, class_names, is_text(label))
     return rows if isinstance(features[image_column], Image) else rows.cast_column("image", Image())
 
 
@@ -112,55 +108,53 @@ def text_classes(splits: Mapping[str, datasets.Dataset], column: str) -> list[st
     return sorted({name for rows in splits.values() for name in rows.unique(column)} - {None})
 
 
-def _with_class_label(rows: Rows, column: str, names: list[str], text: bool) -> Rows:
-    feature = ClassLabel(names=names)
-    if isinstance(rows, datasets.Dataset):
-        # Not `map` or `cast`: both would write all images to the cache once more.
-        numbers = _numbers(rows["label"], 0, column, names, text)
-        return rows.remove_columns(["label"]).add_column("label", numbers, feature=feature)
-    change = partial(_numbered, column=column, names=names, text=text)
-    return on_tables(undecoded(rows, "image"), change, Features({**rows.features, "label": feature}))
+def _with_class_label(rows: Any, column: str, names: Sequence[str], text: bool) -> Any:
+    feature = ClassLabel(names=list(names))
+    ids = {name: number for number, name in enumerate(names)} if text else None
+    if isinstance(rows, datasets.IterableDataset):
+        features = Features({**rows.features, "label": feature})
+        return on_tables(rows, partial(_numbered, column=column, ids=ids), features)
+    # Not `map` or `cast`: both would write all images to the cache once more.
+    numbers = _numbers(rows["label"], 0, column, ids)
+    return rows.remove_columns(["label"]).add_column("label", numbers, feature=feature)
 
 
-def _numbered(table: pa.Table, places: list[int], column: str, names: list[str], text: bool) -> pa.Table:
-    numbers = _numbers(table["label"].to_pylist(), places[0], column, names, text)
+def _numbered(table: pa.Table, places: list[int], column: str, ids: Mapping[str, int] | None) -> pa.Table:
+    numbers = _numbers(table["label"].to_pylist(), places[0], column, ids)
     return pa.table({"image": table["image"], "label": pa.array(numbers, pa.int64())})
 
 
-def _numbers(labels: Sequence[Any], first: int, column: str, names: list[str], text: bool) -> list[int]:
-    """Labels by name or number as numbers; ``first`` is the row of the first."""
-    label_ids = {name: index for index, name in enumerate(names)}
-    numbers = []
+def _numbers(labels: Sequence[Any], first: int, column: str, ids: Mapping[str, int] | None) -> list[int]:
+    """Labels as numbers, text labels by ``ids``; ``first`` is the row of the first."""
     for row, label in enumerate(labels, first):
         if label is None:
-            raise DataError(f"Row {row} has no label (column {column!r}). Remove such rows, or use a labelled split.")
-        if text and label not in label_ids:
-            raise DataError(f"Row {row} has label {label!r}, which is not one of the class names {_some(names)}.")
-        numbers.append(label_ids[label] if text else int(label))
-    return numbers
+            raise DataError(_label_problem(None, None, f"Row {row} of column {column!r}"))
+        if ids is not None and label not in ids:
+            raise DataError(f"Row {row} has label {label!r}, which is not one of the class names {_some([*ids])}.")
+    return [int(label) if ids is None else ids[label] for label in labels]
 
 
 def _some(names: Sequence[str]) -> str:
     return f"[{', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''}]"
 
 
-def class_names(rows: datasets.Dataset | datasets.IterableDataset, column: str = "label") -> list[str] | None:
-    """The names of a ClassLabel column in the order of their numbers, or None where the data has no names."""
-    feature = (rows.features or {}).get(column)
+def class_names(rows: datasets.Dataset | datasets.IterableDataset) -> list[str] | None:
+    """The names of the classes in the order of their numbers, or None where the data has no names."""
+    feature = (rows.features or {}).get("label")
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
-def num_classes(rows: datasets.Dataset | datasets.IterableDataset, column: str = "label") -> int | None:
+def num_classes(rows: datasets.Dataset | datasets.IterableDataset) -> int | None:
     """How many classes there are: the names, else the largest label + 1; None for a stream without names.
 
     Raises ``DataError`` for a label without a name above 100,000: a head of that many classes is a mistake.
     """
-    names = class_names(rows, column)
+    names = class_names(rows)
     if names is not None:
         return len(names)
     if not isinstance(rows, datasets.Dataset):
         return None
-    labels = labels_of(rows, column)
+    labels = labels_of(rows)
     largest = int(labels.argmax())
     if labels[largest] >= MAX_UNNAMED_CLASSES:
         raise DataError(
@@ -171,15 +165,12 @@ def num_classes(rows: datasets.Dataset | datasets.IterableDataset, column: str =
     return int(labels[largest]) + 1
 
 
-def labels_of(rows: datasets.Dataset, column: str = "label") -> np.ndarray:
+def labels_of(rows: datasets.Dataset, where: str = "the data") -> np.ndarray:
     """All labels, int64, without decoding an image; ``DataError`` where a row has none."""
-    labels = rows.select_columns([column]).with_format("arrow")[:][column]
+    labels = rows.select_columns(["label"]).with_format("arrow")[:]["label"]
     if labels.null_count:
         row = int(np.flatnonzero(labels.is_null().to_numpy())[0])
-        raise DataError(
-            f"Row {row} has no label (column {column!r}, {labels.null_count} such rows). "
-            "Remove these rows, or use a labelled split."
-        )
+        raise DataError(_label_problem(None, None, f"Row {row} of {where}", labels.null_count))
     return labels.to_numpy().astype(np.int64)
 
 
@@ -188,13 +179,21 @@ def check_labels(labels: np.ndarray, num_classes: int | None, where: str = "the 
     wrong = (labels < 0) | (labels >= num_classes) if num_classes is not None else labels < 0
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
-        raise DataError(label_problem(int(labels[row]), num_classes, f"Row {row} of {where}", int(wrong.sum())))
+        raise DataError(_label_problem(int(labels[row]), num_classes, f"Row {row} of {where}", int(wrong.sum())))
 
 
-def label_problem(label: int, num_classes: int | None, row: str, count: int = 1) -> str:
-    """One line about a label out of range."""
-    expected = f"0 to {num_classes - 1}" if num_classes is not None else "0 or more"
+def check_label(label: int | None, num_classes: int | None, row: str) -> int:
+    """The label as a number; ``DataError`` for none and for one out of range."""
+    if label is None or label < 0 or (num_classes is not None and label >= num_classes):
+        raise DataError(_label_problem(label, num_classes, row))
+    return int(label)
+
+
+def _label_problem(label: int | None, num_classes: int | None, row: str, count: int = 1) -> str:
     more = f" ({count} such rows)" if count > 1 else ""
+    if label is None:
+        return f"{row} has no label{more}. Remove such rows, or use a labelled split."
+    expected = f"0 to {num_classes - 1}" if num_classes is not None else "0 or more"
     if label == -1:
         hint = "-1 marks unlabelled images: use a labelled split, for example 'validation'"
     else:

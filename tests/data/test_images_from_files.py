@@ -18,14 +18,16 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_nullspace.models.image_files import CorruptImageError, DataError, decoded_image, encoded_bytes, undecoded
+from hf_nullspace.data.columns import num_classes
+from hf_nullspace.data.image_files import CorruptImageError, DataError, decoded_image, encoded_bytes, undecoded
+from hf_nullspace.data.image_set import ImageSet
+from hf_nullspace.data.image_stream import ImageStream
+from hf_nullspace.data.label_maps import align_labels
+from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
-from hf_nullspace.robustness.image_sets import ImageSet, ImageStream, modification_stamp
 from hf_nullspace.robustness.label_spaces import wnids
 from hf_nullspace.robustness.records import images_fingerprint
 from hf_nullspace.robustness.sets import load_set
-from hf_nullspace.training.columns import num_classes
-from hf_nullspace.training.label_maps import align_labels
 from hf_nullspace.training.loading import (
     Classifier,
     DataArguments,
@@ -35,7 +37,6 @@ from hf_nullspace.training.loading import (
     load_rows,
     training_images,
 )
-from hf_nullspace.training.sources import load_image_dataset
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -129,7 +130,7 @@ def classifier():
 
 def encoded(rows):
     """Sorted (bytes, label) of all rows; from the file where a row has its path."""
-    rows = undecoded(rows, "image")
+    rows = undecoded(rows)
     return sorted((encoded_bytes(row["image"]), row["label"]) for row in rows)
 
 
@@ -178,7 +179,7 @@ def test_a_robustness_set_from_the_hub_keeps_the_bytes(tmp_path, hub_here):
     table(feature=feature, image="jpg", label="cls").to_parquet(folder / "test-00000-of-00001.parquet")
     usual = {"location": "someone/imagenet", "allow_partial": True}
     whole, stream = (load_set("imagenet-1k", classifier().preprocessing, streaming=s, **usual) for s in (False, True))
-    streamed = list(stream)
+    streamed = list(stream.pairs())
     assert len(streamed) == len(whole) == len(FILES)
     for index, (image, label) in enumerate(streamed):
         assert label == whole.label(index)
@@ -267,14 +268,14 @@ def test_a_corrupt_image_is_named_in_training_and_measuring(kind, streaming, tmp
 def test_a_corrupt_image_is_named_in_a_robustness_set(kind):
     content, message = BROKEN[kind]
     rows = broken_table(content)
-    with pytest.raises(CorruptImageError, match=rf"^own, test: row 1.* {message}") as caught:
-        ImageSet("own, test", rows, classifier().preprocessing).raw_image(1)
+    with pytest.raises(CorruptImageError, match=rf"^Row 1 of own, test.* {message}") as caught:
+        ImageSet(rows, classifier().preprocessing, name="own, test").raw_image(1)
     assert "skip" not in str(caught.value)  # evaluate_robustness has no such option
-    beyond = ImageSet("own, test", concatenate_datasets([rows] * 30), classifier().preprocessing)
+    beyond = ImageSet(concatenate_datasets([rows] * 30), classifier().preprocessing, name="own, test")
     assert images_fingerprint(beyond, sample=2)  # the row's fault is not the fingerprint's
-    assert modification_stamp(beyond)
-    with pytest.raises(CorruptImageError, match=rf"^own, test: row 1 of the stream.* {message}"):
-        list(ImageStream("own, test", rows.to_iterable_dataset(), classifier().preprocessing))
+    assert beyond.modification_stamp()
+    with pytest.raises(CorruptImageError, match=rf"^Row 1 of the stream of own, test.* {message}"):
+        list(ImageStream(rows.to_iterable_dataset(), classifier().preprocessing, name="own, test").pairs())
 
 
 def test_nothing_to_measure_on_is_said():

@@ -1,11 +1,10 @@
 """Images as data sets hold them: encoded, as bytes or as the path of a file."""
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import datasets
 import fsspec
@@ -17,9 +16,6 @@ from PIL import Image
 
 from hf_nullspace.models.preprocessing import rgb_image
 
-Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
-
-FINGERPRINT_ROWS = 64
 STREAM_BATCH = 16  # rows of a stream that are one table
 
 
@@ -32,18 +28,16 @@ class CorruptImageError(DataError):
     """An image that cannot be decoded; the message names row, split and file, where they are known."""
 
 
-def undecoded(rows: Any, column: str) -> Any:
-    """The same rows with the images of ``column`` as bytes and path: so we decode, and can say which row is broken.
-
-    A stream must come here before `datasets` maps or renames its columns (see ``on_tables``).
-    """
+def undecoded(rows: Any) -> Any:
+    """The same rows with images as bytes and path: so we decode, and can say which row is broken."""
     if not isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
         return rows
-    if not isinstance((rows.features or {}).get(column), datasets.Image):
-        return rows
-    if isinstance(rows, datasets.IterableDataset):
+    images = [name for name, feature in (rows.features or {}).items() if isinstance(feature, datasets.Image)]
+    if images and isinstance(rows, datasets.IterableDataset):
         return rows.decode(False)  # takes the threads away as well that decode what comes from the Hub
-    return rows.cast_column(column, datasets.Image(decode=False))
+    for name in images:
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
 
 
 def on_tables(
@@ -51,24 +45,20 @@ def on_tables(
 ) -> datasets.IterableDataset:
     """A stream with ``change`` made to Arrow tables of a few rows and their numbers: images stay the bytes they are.
 
-    `rename_columns` and a `map` of rows decode every image, and encode it anew (datasets 5.2). ``change`` must pickle.
+    `rename_columns` and a `map` of rows shuffle in another order afterwards (datasets 5.2). ``change`` must pickle.
     """
-    tables = rows.with_format("arrow").map(change, with_indices=True, batched=True, batch_size=STREAM_BATCH)
+    tables = undecoded(rows).with_format("arrow").map(change, with_indices=True, batched=True, batch_size=STREAM_BATCH)
     return tables.with_format(None).cast(features)
 
 
-def chosen_columns(rows: Rows, names: Mapping[str, str]) -> Rows:
-    """The columns that are keys of ``names``, under their new names; the images of a stream stay the bytes they are."""
-    if isinstance(rows, datasets.Dataset):
-        rows = rows.select_columns(list(names))
-        renamed = {old: new for old, new in names.items() if old != new}
-        return rows.rename_columns(renamed) if renamed else rows
-    known = features_of(rows)
-    for column in names:
-        rows = undecoded(rows, column)
-    return on_tables(
-        rows, partial(_chosen, names=dict(names)), Features({new: known[old] for old, new in names.items()})
-    )
+def chosen_columns(rows: Any, names: Mapping[str, str]) -> Any:
+    """The columns of a `datasets` set or stream that are keys of ``names``, under their new names."""
+    if isinstance(rows, datasets.IterableDataset):
+        known = features_of(rows)
+        return on_tables(rows, partial(_chosen, names=names), Features({new: known[old] for old, new in names.items()}))
+    rows = rows.select_columns(list(names))
+    renamed = {old: new for old, new in names.items() if old != new}
+    return rows.rename_columns(renamed) if renamed else rows
 
 
 def _chosen(table: pa.Table, places: list[int], names: Mapping[str, str]) -> pa.Table:
@@ -78,6 +68,11 @@ def _chosen(table: pa.Table, places: list[int], names: Mapping[str, str]) -> pa.
 def features_of(rows: datasets.Dataset | datasets.IterableDataset) -> Features:
     """The features, also of json and csv streams, which know them only after their first rows."""
     return rows.features if rows.features is not None else rows._resolve_features().features
+
+
+def without_image(value: Any) -> bool:
+    """Whether a row has neither bytes nor a path."""
+    return value is None or (isinstance(value, Mapping) and value.get("bytes") is None and not value.get("path"))
 
 
 def decoded_image(value: Any, where: str, hint: str = "") -> Image.Image:
@@ -93,7 +88,7 @@ def decoded_image(value: Any, where: str, hint: str = "") -> Image.Image:
         value = {"bytes": None, "path": value}
     path = value.get("path") if isinstance(value, Mapping) else None
     named = f"{where} ({path})" if path else where
-    if value is None or (isinstance(value, Mapping) and value.get("bytes") is None and not path):
+    if without_image(value):
         raise CorruptImageError(f"{named} has no image. Remove the row{hint}.")
     try:
         content = encoded_bytes(value) if isinstance(value, Mapping) else None
@@ -118,72 +113,6 @@ def decoded_image(value: Any, where: str, hint: str = "") -> Image.Image:
         raise CorruptImageError(message) from error
 
 
-def _line(error: BaseException) -> str:
-    text = (str(error).strip().splitlines() or ["no message"])[0].partition(" <_io.BytesIO")[0]  # Pillow's words
-    return f"{type(error).__name__}: {text}"
-
-
-def check_names(paths: Iterable[str]) -> None:
-    """``DataError`` for a path that is no UTF-8: Arrow, and so `datasets`, cannot hold it."""
-    for path in paths:
-        try:
-            path.encode()
-        except UnicodeEncodeError as error:
-            shown = path.encode("utf-8", "backslashreplace").decode()
-            raise DataError(f"{shown}: the name of this file or folder is no UTF-8. Rename it.") from error
-
-
-def told_when_broken(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The rows of a stream; what breaks it is a ``DataError`` of one line."""
-    position = 0
-    try:
-        for row in rows:
-            yield row
-            position += 1
-    except DataError:
-        raise
-    except Exception as error:  # the network, the file system and the parsers of several libraries
-        raise DataError(
-            f"The stream broke after {position} rows: {_line(error)}. "
-            "Check the connection and resume from the last checkpoint."
-        ) from error
-
-
-def content_key(value: Any) -> str:
-    """What the image is, wherever it lies: a digest of the file, or its name and folder when it is only a path."""
-    if isinstance(value, Mapping) and value.get("bytes") is not None:
-        return hashlib.sha256(value["bytes"]).hexdigest()
-    if isinstance(value, (str, Mapping)):
-        path = value if isinstance(value, str) else value["path"]
-        return "/".join(PurePosixPath(path.replace("\\", "/")).parts[-2:])
-    return hashlib.sha256(np.asarray(value).tobytes()).hexdigest()
-
-
-def rows_fingerprint(rows: Iterable[tuple[Any, Any]], *described: Any) -> str:
-    """A hash (16 hexadecimal digits) of what ``described`` says and of images with their labels, in their order.
-
-    An image counts with every byte of its file, not with its name; one that cannot be read counts as that.
-    """
-    digest = hashlib.sha256(repr(described).encode())
-    for image, label in rows:
-        digest.update(f"{label} {_content_hash(image)}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _content_hash(image: Any) -> str:
-    if isinstance(image, str):
-        image = {"bytes": None, "path": image}
-    if image is None or (isinstance(image, Mapping) and image.get("bytes") is None and not image.get("path")):
-        return "none"
-    if not isinstance(image, Mapping):  # a PIL image or an array
-        array = np.asarray(image)
-        return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
-    try:
-        return hashlib.sha256(encoded_bytes(image)).hexdigest()
-    except OSError as error:
-        return f"unreadable: {type(error).__name__}"
-
-
 def encoded_bytes(image: Mapping[str, Any]) -> bytes:
     """The bytes of ``{"bytes": ..., "path": ...}``, read from the path, local or remote, where it has none itself.
 
@@ -199,9 +128,40 @@ def encoded_bytes(image: Mapping[str, Any]) -> bytes:
     return content
 
 
+def check_names(paths: Iterable[str]) -> None:
+    """``DataError`` for a path that is no UTF-8: Arrow, and so `datasets`, cannot hold it."""
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            shown = path.encode("utf-8", "backslashreplace").decode()
+            raise DataError(f"{shown}: the name of this file or folder is no UTF-8. Rename it.") from error
+
+
+def readable_stream(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The rows of a stream; what breaks it is a ``DataError`` of one line."""
+    position = 0
+    try:
+        for row in rows:
+            yield row
+            position += 1
+    except DataError:
+        raise
+    except Exception as error:  # the network, the file system and the parsers of several libraries
+        raise DataError(
+            f"The stream broke after {position} rows: {_line(error)}. "
+            "Check the connection and resume from the last checkpoint."
+        ) from error
+
+
 def in_shared_memory(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor where workers see its changes. Raises DataError if there is no room."""
     try:
         return tensor.share_memory_()
     except RuntimeError as error:
         raise DataError(f"no room in shared memory; make /dev/shm larger ({error})") from error
+
+
+def _line(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or ["no message"])[0].partition(" <_io.BytesIO")[0]  # Pillow's words
+    return f"{type(error).__name__}: {text}"

@@ -17,15 +17,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
-from hf_nullspace.models.image_files import CorruptImageError
+from hf_nullspace.data.augmentation import Augmentation
+from hf_nullspace.data.image_files import CorruptImageError, DataError
+from hf_nullspace.data.image_set import ImageSet, collate
+from hf_nullspace.data.image_stream import ImageStream
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.training.augmentation import Augmentation
-from hf_nullspace.training.columns import DataError
-from hf_nullspace.training.data import (
-    ImageClassificationDataset,
-    StreamingImageClassificationDataset,
-    collate,
-)
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 16, "width": 16})
 PREPROCESSING = Preprocessing.from_processor(PROCESSOR)
@@ -68,7 +64,7 @@ def loaded(dataset, **options):
 
 
 def test_items_are_what_the_processor_gives(rows):
-    dataset = ImageClassificationDataset(rows, PREPROCESSING, num_labels=3)
+    dataset = ImageSet(rows, PREPROCESSING, num_labels=3)
     assert len(dataset) == 12
     for index in (0, 5, -1):
         item = dataset[index]
@@ -79,17 +75,14 @@ def test_items_are_what_the_processor_gives(rows):
 
 
 def test_the_evaluation_view_gives_pixels_and_the_original_image(rows):
-    dataset = ImageClassificationDataset(rows, PREPROCESSING, normalize=False, remap=(7, 8, 9))
-    item = dataset[4]
-    assert set(item) == {"pixels", "labels"}
-    assert torch.equal(item["pixels"], PREPROCESSING.pixels_from_image(picture(4)))
-    assert item["labels"] == dataset.label(4) == 8
+    dataset = ImageSet(rows, PREPROCESSING, remap=(7, 8, 9))
+    assert dataset[4]["labels"] == dataset.label(4) == 8
     original = dataset.raw_image(4)
     assert (original.mode, original.size) == ("RGB", (20, 24))
     assert np.array_equal(np.array(original), np.array(picture(4)))
-    assert torch.equal(dataset.pixels_from_image(original), item["pixels"])
+    assert torch.equal(dataset.pixels_from_image(original), PREPROCESSING.pixels_from_image(picture(4)))
     batch = collate([dataset[0], dataset[1]])
-    assert batch["pixels"].shape == (2, 3, 16, 16)
+    assert batch["pixel_values"].shape == (2, 3, 16, 16)
     assert batch["labels"].tolist() == [7, 8]
     assert batch["labels"].dtype == torch.int64
 
@@ -98,10 +91,7 @@ def test_any_sequence_of_rows_will_do(rows, tmp_path):
     picture(3).save(tmp_path / "x.png")
     kinds = [picture(3), np.array(picture(3)), str(tmp_path / "x.png"), {"bytes": (tmp_path / "x.png").read_bytes()}]
     kinds[3]["path"] = None
-    dataset = ImageClassificationDataset(
-        [{"img": kind, "y": 1} for kind in kinds], PREPROCESSING, image_column="img", label_column="y"
-    )
-    for item in dataset:
+    for item in ImageSet([{"image": kind, "label": 1} for kind in kinds], PREPROCESSING):
         assert torch.equal(item["pixel_values"], PREPROCESSING.normalize(PREPROCESSING.pixels_from_image(picture(3))))
 
 
@@ -109,7 +99,7 @@ def test_the_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     picture(0).save(tmp_path / "turned.png", exif=exif)
-    dataset = ImageClassificationDataset([{"image": str(tmp_path / "turned.png"), "label": 0}], PREPROCESSING)
+    dataset = ImageSet([{"image": str(tmp_path / "turned.png"), "label": 0}], PREPROCESSING)
     assert dataset.raw_image(0).size == (24, 20)
     assert np.array_equal(np.array(dataset.raw_image(0)), np.rot90(np.array(picture(0)), -1))
 
@@ -121,7 +111,7 @@ def test_the_exif_orientation_is_applied(tmp_path):
     ("labels", "options", "message"),
     [
         ([0, 1, 2, 1], {"num_labels": 2}, "Row 2 of the data has label 2, expected 0 to 1"),
-        ([0, 1, None, 1], {}, "Row 2 has no label"),
+        ([0, 1, None, 1], {}, "Row 2 of the data has no label"),
         ([-1, -1, -1, -1], {}, r"Row 0 .* label -1, .*\(4 such rows\).*unlabelled"),
         ([0, 1, 2, 1], {"remap": (0, 1)}, "Row 2 of the data has label 2, expected 0 to 1"),
         ([0, 1, 2, 1], {"remap": (0, 1, 5), "num_labels": 5}, "label 5, expected 0 to 4"),
@@ -129,35 +119,37 @@ def test_the_exif_orientation_is_applied(tmp_path):
 )
 def test_bad_labels_are_found_before_training(labels, options, message):
     with pytest.raises(DataError, match=message):
-        ImageClassificationDataset(table(4, labels), PREPROCESSING, **options)
+        ImageSet(table(4, labels), PREPROCESSING, **options)
     listed = [{"image": picture(i), "label": label} for i, label in enumerate(labels)]
-    dataset = ImageClassificationDataset(listed, PREPROCESSING, **options)
-    with pytest.raises(DataError, match=r"Row [02] has (no )?label"):
+    dataset = ImageSet(listed, PREPROCESSING, **options)
+    with pytest.raises(DataError, match=r"Row [02] of the data has (no )?label"):
         list(dataset)
 
 
 def test_no_rows_and_the_wrong_kind_of_rows(rows):
     with pytest.raises(DataError, match="no rows"):
-        ImageClassificationDataset(rows.select([]), PREPROCESSING)
-    with pytest.raises(TypeError, match="Use StreamingImageClassificationDataset"):
-        ImageClassificationDataset(rows.to_iterable_dataset(), PREPROCESSING)
+        ImageSet(rows.select([]), PREPROCESSING)
+    with pytest.raises(TypeError, match="Use ImageStream"):
+        ImageSet(rows.to_iterable_dataset(), PREPROCESSING)
     with pytest.raises(TypeError, match=r"rows is a Dataset; expected a datasets\.IterableDataset"):
-        StreamingImageClassificationDataset(rows, PREPROCESSING)
+        ImageStream(rows, PREPROCESSING)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_corrupt_image_names_row_and_file(files, num_workers):
-    dataset = ImageClassificationDataset(files, PREPROCESSING)
+    dataset = ImageSet(files, PREPROCESSING)
     assert dataset[0]["labels"] == 0
     for index, reason in ((1, "truncated"), (3, "cannot identify image file")):
         loader = DataLoader(torch.utils.data.Subset(dataset, [index]), collate_fn=collate, num_workers=num_workers)
-        with pytest.raises(CorruptImageError, match=rf"Row {index} \(.*{index}\.jpg\) cannot be decoded.*{reason}"):
+        with pytest.raises(
+            CorruptImageError, match=rf"Row {index} of the data \(.*{index}\.jpg\) cannot be decoded.*{reason}"
+        ):
             list(loader)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_skipping_puts_the_next_good_row_in_its_place(files, num_workers, caplog):
-    dataset = ImageClassificationDataset(files, PREPROCESSING, on_corrupt="skip")
+    dataset = ImageSet(files, PREPROCESSING, on_corrupt="skip")
     with caplog.at_level(logging.WARNING):
         pixel_values, labels = loaded(dataset, batch_size=2, num_workers=num_workers)
         loaded(dataset, batch_size=2)
@@ -169,8 +161,8 @@ def test_skipping_puts_the_next_good_row_in_its_place(files, num_workers, caplog
 
 
 def test_skipping_does_not_hide_that_nothing_can_be_read(files):
-    broken = ImageClassificationDataset(files.select([1, 3]), PREPROCESSING, on_corrupt="skip")
-    with pytest.raises(CorruptImageError, match="Rows 0 to 1 have no readable image"):
+    broken = ImageSet(files.select([1, 3]), PREPROCESSING, on_corrupt="skip")
+    with pytest.raises(CorruptImageError, match="Rows 0 to 1 of the data have no readable image"):
         broken[0]
 
 
@@ -193,8 +185,8 @@ def tiny_png(colour):
 
 def print_of(rows, streamed):
     if streamed:
-        return StreamingImageClassificationDataset(rows.to_iterable_dataset(), PREPROCESSING).content_fingerprint()
-    return ImageClassificationDataset(rows, PREPROCESSING).content_fingerprint()
+        return ImageStream(rows.to_iterable_dataset(), PREPROCESSING).content_fingerprint()
+    return ImageSet(rows, PREPROCESSING).content_fingerprint()
 
 
 def another_byte(rows):
@@ -231,13 +223,13 @@ def test_the_fingerprint_knows_contents_labels_and_order(streamed, tmp_path):
 
 def test_the_fingerprint_of_other_rows(rows):
     listed = [{"image": picture(i), "label": i % 3} for i in range(12)]
-    known = ImageClassificationDataset(listed, PREPROCESSING).content_fingerprint()
-    assert ImageClassificationDataset(listed, PREPROCESSING).content_fingerprint() == known
+    known = ImageSet(listed, PREPROCESSING).content_fingerprint()
+    assert ImageSet(listed, PREPROCESSING).content_fingerprint() == known
     listed[3] = {"image": None, "label": 0}
-    assert ImageClassificationDataset(listed, PREPROCESSING).content_fingerprint() != known
-    dataset = ImageClassificationDataset(rows, PREPROCESSING, augmentation=CROPS, seed=3)
+    assert ImageSet(listed, PREPROCESSING).content_fingerprint() != known
+    dataset = ImageSet(rows, PREPROCESSING, augmentation=CROPS, seed=3)
     known = dataset.content_fingerprint()
-    assert ImageClassificationDataset(rows, PREPROCESSING).content_fingerprint() == known  # of the data alone
+    assert ImageSet(rows, PREPROCESSING).content_fingerprint() == known  # of the data alone
 
 
 # Augmentation
@@ -289,14 +281,14 @@ def test_impossible_augmentations(wrong):
 
 def test_an_augmented_item_is_the_crop_at_the_models_size(rows):
     whole = Augmentation(scale=(1, 1), ratio=(20 / 24, 20 / 24), flip=1.0)
-    dataset = ImageClassificationDataset(rows, PREPROCESSING, augmentation=whole)
+    dataset = ImageSet(rows, PREPROCESSING, augmentation=whole)
     mirrored = picture(2).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert torch.equal(dataset[2]["pixel_values"], PROCESSOR(mirrored, return_tensors="pt")["pixel_values"][0])
 
 
 def test_augmentation_depends_on_seed_epoch_and_row_only(rows):
     def make(**options):
-        return ImageClassificationDataset(rows, PREPROCESSING, augmentation=CROPS, **{"seed": 1, **options})
+        return ImageSet(rows, PREPROCESSING, augmentation=CROPS, **{"seed": 1, **options})
 
     dataset = make()
     in_order, _ = loaded(dataset, batch_size=4)
@@ -318,7 +310,7 @@ def test_augmentation_depends_on_seed_epoch_and_row_only(rows):
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_the_epoch_reaches_workers(rows, persistent):
-    dataset = ImageClassificationDataset(rows, PREPROCESSING, augmentation=CROPS)
+    dataset = ImageSet(rows, PREPROCESSING, augmentation=CROPS)
     expected = []
     for epoch in range(3):
         dataset.set_epoch(epoch)
@@ -330,7 +322,7 @@ def test_the_epoch_reaches_workers(rows, persistent):
 
 
 def test_accelerate_sets_the_epoch(rows):
-    dataset = ImageClassificationDataset(rows, PREPROCESSING, augmentation=CROPS)
+    dataset = ImageSet(rows, PREPROCESSING, augmentation=CROPS)
     loader = prepare_data_loader(DataLoader(dataset, 4, collate_fn=collate), put_on_device=False)
     epochs = [torch.cat([batch["pixel_values"] for batch in loader]) for _ in range(2)]
     for epoch in range(2):
@@ -339,15 +331,15 @@ def test_accelerate_sets_the_epoch(rows):
 
 
 def test_a_stream_of_its_own_ignores_the_epoch(rows):
-    dataset = ImageClassificationDataset(rows, PREPROCESSING, augmentation=CROPS, seed=1)
-    noise = dataset.with_stream("noise", 3)
+    dataset = ImageSet(rows, PREPROCESSING, augmentation=CROPS, seed=1)
+    noise = dataset.with_key("noise", 3)
     first, labels = loaded(noise, batch_size=4)
     dataset.set_epoch(5)
     noise.set_epoch(6)
-    assert torch.equal(loaded(dataset.with_stream("noise", 3), batch_size=6)[0], first)
+    assert torch.equal(loaded(dataset.with_key("noise", 3), batch_size=6)[0], first)
     assert torch.equal(loaded(noise, batch_size=6)[0], first)
     assert labels.tolist() == rows["label"][:]
-    for other in (dataset, dataset.with_stream("noise", 4), dataset.with_stream("held out", 3)):
+    for other in (dataset, dataset.with_key("noise", 4), dataset.with_key("held out", 3)):
         assert not torch.equal(loaded(other, batch_size=12)[0], first)
 
 
@@ -355,7 +347,7 @@ def test_a_stream_of_its_own_ignores_the_epoch(rows):
 
 
 def stream(rows, shards=4, **options):
-    return StreamingImageClassificationDataset(rows.to_iterable_dataset(num_shards=shards), PREPROCESSING, **options)
+    return ImageStream(rows.to_iterable_dataset(num_shards=shards), PREPROCESSING, **options)
 
 
 def by_label(pixel_values, labels):
@@ -371,7 +363,7 @@ def numbered():
 def test_a_stream_gives_the_same_items(numbered):
     plain, labels = loaded(stream(numbered), batch_size=4)
     assert labels.tolist() == list(range(16))
-    assert torch.equal(plain, loaded(ImageClassificationDataset(numbered, PREPROCESSING), batch_size=4)[0])
+    assert torch.equal(plain, loaded(ImageSet(numbered, PREPROCESSING), batch_size=4)[0])
 
 
 def test_stream_augmentation_depends_on_seed_epoch_and_image_only(numbered):
@@ -429,27 +421,27 @@ def test_a_resumed_stream_goes_on_where_it_was(numbered):
 
 @pytest.mark.parametrize("shards", [1, 4])
 def test_processes_share_a_stream_without_overlap(numbered, shards):
-    view = stream(numbered, shards=shards, augmentation=CROPS).with_stream("noise", 2, shuffle_buffer=8)
+    view = stream(numbered, shards=shards, augmentation=CROPS).with_key("noise", 2, shuffle_buffer=8)
     assert [item["labels"] for item in view] == [item["labels"] for item in view]
-    parts = [[item["labels"] for item in view.split(rank, 2)] for rank in range(2)]
+    parts = [[item["labels"] for item in view.of_process(rank, 2)] for rank in range(2)]
     assert len(parts[0]) == len(parts[1]) == 8
     assert sorted(parts[0] + parts[1]) == list(range(16))
-    other = stream(numbered, shards=shards, augmentation=CROPS).with_stream("noise", 3, shuffle_buffer=8)
+    other = stream(numbered, shards=shards, augmentation=CROPS).with_key("noise", 3, shuffle_buffer=8)
     assert [item["labels"] for item in other] != [item["labels"] for item in view]
 
 
 def test_broken_streams(numbered, files, caplog):
     paths = files.to_iterable_dataset(num_shards=1)
-    with pytest.raises(CorruptImageError, match=r"Row 1 of this stream \(.*1\.jpg\) cannot be decoded"):
-        list(StreamingImageClassificationDataset(paths, PREPROCESSING))
-    skipping = StreamingImageClassificationDataset(paths, PREPROCESSING, on_corrupt="skip")
+    with pytest.raises(CorruptImageError, match=r"Row 1 of the stream of the data \(.*1\.jpg\) cannot be decoded"):
+        list(ImageStream(paths, PREPROCESSING))
+    skipping = ImageStream(paths, PREPROCESSING, on_corrupt="skip")
     with caplog.at_level(logging.WARNING):
         assert [item["labels"] for item in skipping] == [0, 2, 4]
     assert len(caplog.records) == 2
-    with pytest.raises(DataError, match="Row 5 of this stream has label 5, expected 0 to 4"):
+    with pytest.raises(DataError, match="Row 5 of the stream of the data has label 5, expected 0 to 4"):
         list(stream(numbered, num_labels=5))
     with pytest.raises(DataError, match="stream has no images"):
-        list(StreamingImageClassificationDataset(paths.take(0), PREPROCESSING))
+        list(ImageStream(paths.take(0), PREPROCESSING))
 
     def interrupted():
         yield from ({"image": {"bytes": None, "path": files[i]["image"].filename}, "label": 0} for i in (0, 2))
@@ -457,5 +449,5 @@ def test_broken_streams(numbered, files, caplog):
 
     rows = datasets.IterableDataset.from_generator(interrupted, features=files.features)
     with pytest.raises(DataError, match=r"broke after 2 rows: ConnectionResetError: peer went away\. Check") as caught:
-        list(StreamingImageClassificationDataset(rows, PREPROCESSING))
+        list(ImageStream(rows, PREPROCESSING))
     assert "\n" not in str(caught.value)

@@ -3,7 +3,7 @@
 import pytest
 from transformers import ViTConfig
 
-from hf_nullspace.training.label_maps import align_labels
+from hf_nullspace.data.label_maps import align_labels
 
 MODEL = ["Tabby Cat", "sports_car", "dog", "T-shirt"]
 
