@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_nullspace.core.seeds import derive_seed
-from hf_nullspace.models.patch_embedding import EmbeddingShape, NoiseMode, PatchEmbeddingNoise
+from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise
 from hf_nullspace.noise.algorithm1 import NoiseNotLearnedError, NoiseSettings, learn_noise, start_noise
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
@@ -37,9 +37,9 @@ class RecordingHook(PatchEmbeddingNoise):
         super().__init__(model)
         self.seen = []
 
-    def adding(self, noise, mode=NoiseMode.ALL):
+    def adding(self, noise, parts=1):
         self.seen.append(noise.detach().clone())
-        return super().adding(noise, mode)
+        return super().adding(noise, parts)
 
 
 STOPS = {"epsilon": 0.05, "max_steps": 60, "stop_on": "minibatch"}
