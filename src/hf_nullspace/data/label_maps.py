@@ -21,9 +21,8 @@ IMAGENET_ANCHORS = {
 class LabelAlignment:
     """How the labels of a data set become the outputs of a model.
 
-    ``id2label`` and ``label2id`` belong into the model's config. ``remap[dataset_id]`` is the model's id, or ``remap``
-    is None where they are equal. ``new_head`` says that the classifier must be built anew for ``id2label``. ``message``
-    is one line to show the user.
+    ``remap[dataset_id]`` is the model's id, None where they are equal. ``new_head``: the classifier must be built anew
+    for ``id2label``. ``message`` is one line to show the user.
     """
 
     id2label: dict[int, str]
@@ -57,27 +56,24 @@ def align_labels(class_names: Sequence[str] | None, config: Any, num_classes: in
     names = list(class_names)
     ours, theirs = [_plain(name) for name in names], [_plain(name) for name in model_names]
     if ours == theirs:
-        return _kept(model_names, None, f"The data has the model's {len(names)} classes in the model's order.")
+        return _aligned(model_names, f"The data has the model's {len(names)} classes in the model's order.")
     if placeholders and len(names) == len(model_names):
-        message = (
-            f"The model's {len(names)} classes have no names; they are taken to be the data's, in the data's order."
+        return _aligned(
+            names,
+            f"The model's {len(names)} classes have no names; they are taken to be the data's, in the data's order.",
         )
-        return _kept(names, None, message)
     if _imagenet_by_wnid(names, theirs):
-        return _kept(model_names, None, "The data's 1000 WordNet ids, sorted, are the model's ImageNet-1k classes.")
+        return _aligned(model_names, "The data's 1000 WordNet ids, sorted, are the model's ImageNet-1k classes.")
     repeated = sorted({name for name in ours if theirs.count(name) > 1 or ours.count(name) > 1})
     if not placeholders and not repeated and set(ours) <= set(theirs):
         remap = tuple(theirs.index(name) for name in ours)
-        if len(ours) == len(theirs):
-            message = (
-                f"The data has the model's {len(names)} classes in another order; its labels are renumbered by name."
-            )
-        else:
+        message = f"The data has the model's {len(names)} classes in another order; its labels are renumbered by name."
+        if len(ours) < len(theirs):
             message = (
                 f"The data has {len(names)} of the model's {len(model_names)} classes; "
                 "the head is kept and the labels are renumbered by name."
             )
-        return _kept(model_names, None if remap == tuple(range(len(ours))) else remap, message)
+        return _aligned(model_names, message, remap=None if remap == tuple(range(len(ours))) else remap)
     missing = [name for name, plain in zip(names, ours, strict=True) if plain not in set(theirs)]
     if placeholders:
         reason = f"the model has {len(model_names)} classes without names, the data has {len(names)}"
@@ -85,34 +81,29 @@ def align_labels(class_names: Sequence[str] | None, config: Any, num_classes: in
         reason = f"{len(missing)} of the data's {len(names)} classes are not in the model ({_some(missing)})"
     else:
         reason = f"these names stand for more than one class: {_some(repeated)}"
-    return _new(names, f"New classifier head for {len(names)} classes: {reason}.")
+    return _aligned(names, f"New classifier head for {len(names)} classes: {reason}.", new_head=True)
 
 
 def _without_names(model_names: list[str], num_classes: int | None) -> LabelAlignment:
     if num_classes is None or num_classes == len(model_names):
         count = "labels have no names" if num_classes is None else f"{num_classes} classes have no names"
-        return _kept(
+        return _aligned(
             model_names,
-            None,
             f"The data's {count}; they are taken to be the model's {len(model_names)} classes, in the model's order.",
         )
-    return _new(
+    return _aligned(
         [f"LABEL_{index}" for index in range(num_classes)],
         f"New classifier head for {num_classes} classes: the data's classes have no names, and the model has "
         f"{len(model_names)}.",
+        new_head=True,
     )
 
 
-def _kept(names: list[str], remap: tuple[int, ...] | None, message: str) -> LabelAlignment:
-    return LabelAlignment(*_both_ways(names), remap=remap, new_head=False, message=message)
-
-
-def _new(names: list[str], message: str) -> LabelAlignment:
-    return LabelAlignment(*_both_ways(names), remap=None, new_head=True, message=message)
-
-
-def _both_ways(names: list[str]) -> tuple[dict[int, str], dict[str, int]]:
-    return dict(enumerate(names)), {name: index for index, name in enumerate(names)}
+def _aligned(
+    names: list[str], message: str, *, remap: tuple[int, ...] | None = None, new_head: bool = False
+) -> LabelAlignment:
+    label2id = {name: index for index, name in enumerate(names)}
+    return LabelAlignment(dict(enumerate(names)), label2id, remap, new_head, message)
 
 
 def _plain(name: str) -> str:

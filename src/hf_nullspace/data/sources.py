@@ -101,19 +101,12 @@ def digits() -> datasets.DatasetDict:
         of_digit = order[bunch.target[order] == digit]
         in_test[of_digit[: round(0.2 * len(of_digit))]] = True
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_dict(
-                {
-                    "image": [PILImage.fromarray(image).convert("RGB") for image in grey[chosen]],
-                    "label": bunch.target[chosen].tolist(),
-                },
-                features=features,
-                split=datasets.NamedSplit(split),
-            )
-            for split, chosen in (("train", ~in_test), ("test", in_test))
-        }
-    )
+    splits = datasets.DatasetDict()
+    for split, chosen in (("train", ~in_test), ("test", in_test)):
+        images = [PILImage.fromarray(image).convert("RGB") for image in grey[chosen]]
+        columns = {"image": images, "label": bunch.target[chosen].tolist()}
+        splits[split] = datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
+    return splits
 
 
 def _choose(splits: Mapping[str, datasets.Dataset], split: str | None, where: str, streaming: bool) -> Any:

@@ -1,7 +1,9 @@
 """From an image to what a model sees, in two steps with a name each: ``pixels`` in [0, 1], then ``pixel_values``.
 
 ``Preprocessing`` is read from the model's own image processor and does exactly what that does (bit for bit with the
-PIL backend), but in two parts: attacks, corruptions and nullspace images live before the normalisation.
+PIL backend), but in two parts: attacks, corruptions and nullspace images live before the normalisation. The processor
+itself gives the same pixels, in 0.28 ms instead of 0.04 for 32 px and 6.1 instead of 3.8 for 500 px; its geometry has
+to be read in any case, for the records and for invisible images.
 """
 
 import math
@@ -55,10 +57,9 @@ class Preprocessing:
         """
         processor = getattr(image_processor, "image_processor", image_processor)
         name = type(processor).__name__
-        resize = _size_of(processor.size, name, "size") if getattr(processor, "do_resize", None) else None
-        if getattr(processor, "do_center_crop", None):
-            size = _size_of(processor.crop_size, name, "crop_size")
-            size = (size, size) if isinstance(size, int) else size
+        resize = _size_of(processor.size, name, "size") if processor.do_resize else None
+        if processor.do_center_crop:
+            size = _pair(_size_of(processor.crop_size, name, "crop_size"))
         elif isinstance(resize, tuple):
             size = resize
         else:
@@ -68,10 +69,8 @@ class Preprocessing:
                 'Set size={"height": ..., "width": ...} with do_resize=True, or do_center_crop=True with a crop_size.'
             )
         mean, std = _mean_and_std(processor, name)
-        resample = getattr(processor, "resample", None)
-        preprocessing = cls(
-            mean, std, size, resize, Image.Resampling.BILINEAR if resample is None else _pil_resample(resample)
-        )
+        resample = Image.Resampling.BILINEAR if processor.resample is None else _pil_resample(processor.resample)
+        preprocessing = cls(mean, std, size, resize, resample)
         preprocessing._probe(processor)
         return preprocessing
 
@@ -135,17 +134,13 @@ class Preprocessing:
         height, width = self.size
         # Floor division, also of negative numbers: the processor's rounding; PIL pads what lies outside with black.
         left, top = (image.width - width) // 2, (image.height - height) // 2
-        return (
-            image
-            if (left, top) == (0, 0) == (image.width - width, image.height - height)
-            else image.crop((left, top, left + width, top + height))
-        )
+        return image.crop((left, top, left + width, top + height))
 
     def _probe(self, processor: Any) -> None:
         """Refuse a processor that does something to a picture (smooth, not square, not symmetric) that we do not."""
         height, width = 3 * self.size[0] // 2 + 3, 2 * self.size[1] + 5
-        down, right = np.linspace(0, 1, height)[:, None], np.linspace(0, 1, width)[None]
-        bands = np.stack([0 * down + right**2, down + 0 * right, (1 - down) * right**0.5], axis=-1)
+        down, right = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+        bands = np.stack([right**2, down, (1 - down) * right**0.5], axis=-1)
         image = Image.fromarray((255 * bands).astype(np.uint8))
         image = image if self.channels == 3 else image.convert("L")
         expected = processor(image, return_tensors="pt")["pixel_values"][0].float()
@@ -213,30 +208,25 @@ def _resized(image: Image.Image, size: tuple[int, int], resample: int) -> Image.
 
 
 def _size_of(size: Any, name: str, field: str) -> tuple[int, int] | int:
-    """(height, width), or the shortest edge, of a processor's size: a dict, a ``SizeDict``, or an int of old files."""
-    if isinstance(size, int):
-        return (size, size)
-    known = {key: size[key] for key in _SIZE_KEYS if (key in size if isinstance(size, dict) else getattr(size, key))}
+    """(height, width), or the shortest edge, of a processor's ``SizeDict``."""
+    known = dict(size)
     if set(known) == {"height", "width"}:
         return int(known["height"]), int(known["width"])
     if set(known) == {"shortest_edge"}:
         return int(known["shortest_edge"])
     raise ValueError(
-        f"{name}.{field} is {known or size}; expected height and width, or shortest_edge. "
+        f"{name}.{field} is {known}; expected height and width, or shortest_edge. "
         "Set one of these in preprocessor_config.json."
     )
 
 
-_SIZE_KEYS = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
-
-
 def _mean_and_std(processor: Any, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std for pixels in [0, 1], whatever range the processor itself normalises."""
-    if getattr(processor, "do_normalize", None):
+    if processor.do_normalize:
         mean, std = _floats(processor.image_mean), _floats(processor.image_std)
     else:
         mean, std = (0.0,) * 3, (1.0,) * 3
-    factor = float(processor.rescale_factor) if getattr(processor, "do_rescale", None) else 1.0
+    factor = float(processor.rescale_factor) if processor.do_rescale else 1.0
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"{name}.rescale_factor is {factor}; expected a positive number, usually 1/255.")
     top = 255 * factor  # what white becomes before the normalisation

@@ -109,8 +109,7 @@ def load_set(
         return from_hub(info, location, preprocessing, streaming, label_order, allow_partial)
     rows = listed_rows(folder, name) if info.layout == "val.txt" else folder_rows(folder, info)
     note = partial_note(f"{name} at {folder}", len(rows), info.images, allow_partial)
-    streamed = rows.to_iterable_dataset() if streaming else rows
-    return image_set(info, streamed, preprocessing, None, note, source=rows)
+    return image_set(info, rows.to_iterable_dataset() if streaming else rows, preprocessing, rows, note=note)
 
 
 def partial_note(where: str, found: int, published: int, allow_partial: bool) -> str:
@@ -124,27 +123,13 @@ def partial_note(where: str, found: int, published: int, allow_partial: bool) ->
 
 
 def image_set(
-    info: SetInfo,
-    rows: Any,
-    preprocessing: Preprocessing,
-    labels: list[int] | None,
-    note: str,
-    *,
-    source: datasets.Dataset | str | None = None,
-    origin: str = "",
+    info: SetInfo, rows: Any, preprocessing: Preprocessing, source: datasets.Dataset | str | None, **described: Any
 ) -> Images:
+    described |= {"name": info.name, "subset": info.subset, "ready": info.resized}
     geometry = benchmark_preprocessing(preprocessing, info)
-    words: dict[str, Any] = {
-        "name": info.name,
-        "remap": labels,
-        "subset": info.subset,
-        "note": note,
-        "origin": origin,
-        "ready": info.resized,
-    }
     if isinstance(rows, datasets.Dataset):
-        return ImageSet(rows, geometry, **words)
-    return ImageStream(rows, geometry, **words, expected=info.images, source=source)
+        return ImageSet(rows, geometry, **described)
+    return ImageStream(rows, geometry, **described, expected=info.images, source=source)
 
 
 def folder_rows(folder: Path, info: SetInfo) -> datasets.Dataset:
@@ -241,7 +226,7 @@ def from_hub(
     features = rows.features or {}  # a stream may not know them
     image = next((column for column, f in features.items() if isinstance(f, datasets.Image)), None)
     label = next((c for c in ("label", "labels", "cls", "wnid") if c in features), None)
-    names = getattr(features[label], "names", None) if label else None
+    names = features[label].names if label and isinstance(features[label], datasets.ClassLabel) else None
     if image is None:
         raise LabelError(f"{location} has no image column that `datasets` knows ({features}); download it instead")
     if label is None or (names is None and label_order != "imagenet"):
@@ -257,7 +242,7 @@ def from_hub(
         raise LabelError(f"{location} has label {largest}; ImageNet's class indices are 0 to {len(wnids()) - 1}")
     note = "" if streaming else partial_note(f"{info.name} at {location}", len(rows), info.images, allow_partial)
     origin = f"{location}, split {split}, commit {commit or 'not known (offline)'}"
-    return image_set(info, rows, preprocessing, labels, note, source=commit, origin=origin)
+    return image_set(info, rows, preprocessing, commit, remap=labels, note=note, origin=origin)
 
 
 def commit_of(location: str) -> str | None:

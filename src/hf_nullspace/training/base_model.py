@@ -18,7 +18,7 @@ from hf_nullspace.core.files import (
     write_json,
     write_manifest,
 )
-from hf_nullspace.data.image_set import collate
+from hf_nullspace.data.image_set import ImageSet, collate
 from hf_nullspace.training.loading import Classifier
 
 BASE_RANGES = {"base_epochs": "(0, inf)", "base_learning_rate": "(0, inf)", "base_batch_size": "int [1, inf)"}
@@ -28,7 +28,7 @@ SETTINGS_NAME = "base.json"
 
 def train_base_model(
     classifier: Classifier,
-    train_set: Any,
+    train_set: ImageSet,
     folder: Path,
     run: TrainingArguments,
     *,
@@ -39,17 +39,18 @@ def train_base_model(
 ) -> None:
     """Train ``classifier.model`` with the plain Trainer and keep it in ``folder``, or take what an earlier run left.
 
-    Seed, precision and machine are those of ``run``; ``batch_size`` counts the images of all processes. One whose files
-    are damaged, or that was trained with other settings or images, is trained again.
+    Seed, precision and machine are those of ``run``; ``batch_size`` counts the images of all processes. A model with
+    damaged files, other settings or other images is trained again.
 
     Raises:
         ValueError: if there are fewer images than one batch has.
         NotWrittenError: if it cannot be written.
     """
-    if hasattr(train_set, "__len__") and batch_size > len(train_set):
+    if batch_size > len(train_set):
         raise ValueError(f"base_batch_size={batch_size}, but there are {len(train_set)} training images")
     state = PartialState()
-    settings = _settings(classifier, train_set, run, epochs, learning_rate, batch_size)
+    training = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": run.seed}
+    settings = _settings(classifier, train_set, training)
     if folder.is_dir() and (damaged := _damaged(folder, settings)):
         say(f"{folder} is damaged or of another run, it lacks {', '.join(damaged)}")
         state.wait_for_everyone()  # all have looked
@@ -77,12 +78,9 @@ def train_base_model(
             dataloader_num_workers=run.dataloader_num_workers,
             dataloader_pin_memory=run.dataloader_pin_memory,
         )
+        processor = classifier.image_processor
         trainer = Trainer(
-            classifier.model,
-            args,
-            train_dataset=train_set,
-            data_collator=collate,
-            processing_class=classifier.image_processor,
+            classifier.model, args, train_dataset=train_set, data_collator=collate, processing_class=processor
         )
         trainer.train()
         with one_clear_error(folder):
@@ -98,17 +96,11 @@ def train_base_model(
     model.config._name_or_path = str(folder)
 
 
-def _settings(
-    classifier: Classifier, train_set: Any, run: TrainingArguments, epochs: float, learning_rate: float, batch_size: int
-) -> dict[str, Any]:
-    """What a base model depends on: one of other settings or images is none of this run."""
-    config = classifier.model.config.to_dict()
+def _settings(classifier: Classifier, train_set: ImageSet, training: dict[str, float]) -> dict[str, Any]:
+    """What a base model depends on."""
     without = ("transformers_version", "_name_or_path", "architectures", "dtype", "problem_type")
-    settings = {
-        "model": {name: value for name, value in config.items() if name not in without},
-        "images": train_set.content_fingerprint() if hasattr(train_set, "content_fingerprint") else None,
-        "training": {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": run.seed},
-    }
+    model = {name: value for name, value in classifier.model.config.to_dict().items() if name not in without}
+    settings = {"model": model, "images": train_set.content_fingerprint(), "training": training}
     return json.loads(json.dumps(settings, default=str))
 
 

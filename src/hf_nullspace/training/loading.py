@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import datasets
 import torch
@@ -24,6 +24,8 @@ from hf_nullspace.models.preprocessing import Preprocessing, make_image_processo
 from hf_nullspace.noise.artifact import hub_commit, model_hash
 
 logger = logging.getLogger(__name__)
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 @dataclass
@@ -107,7 +109,7 @@ class Classifier:
     """Hash of the weights that were loaded, without a head that is new; None for a small ViT."""
 
 
-def load_rows(args: DataArguments, split: str, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+def load_rows(args: DataArguments, split: str, streaming: bool = False) -> Rows:
     """One split of the data set that the arguments name, with the columns ``image`` and ``label``."""
     return load_image_dataset(
         args.dataset_name,
@@ -120,9 +122,7 @@ def load_rows(args: DataArguments, split: str, streaming: bool = False) -> datas
     )
 
 
-def load_classifier(
-    args: ModelArguments, rows: datasets.Dataset | datasets.IterableDataset, say: Callable[[str], None]
-) -> Classifier:
+def load_classifier(args: ModelArguments, rows: Rows, say: Callable[[str], None]) -> Classifier:
     """The model that the arguments name, with a head for the labels of ``rows``; ``say`` gets a line on the labels.
 
     Raises:
@@ -166,7 +166,7 @@ def _fingerprint(model: PreTrainedModel, new_head: bool) -> str:
 
 
 def _pretrained(
-    name: str, revision: str | None, rows: datasets.Dataset | datasets.IterableDataset, names: list[str] | None
+    name: str, revision: str | None, rows: Rows, names: list[str] | None
 ) -> tuple[PreTrainedModel, Any, LabelAlignment]:
     config = load_model_config(name, revision)
     labels = align_labels(names, config, None if isinstance(rows, datasets.IterableDataset) else num_classes(rows))
@@ -222,9 +222,7 @@ def _small_vit(args: ModelArguments, names: list[str]) -> ViTConfig:
     )
 
 
-def training_images(
-    args: DataArguments, rows: datasets.Dataset | datasets.IterableDataset, classifier: Classifier, seed: int
-) -> Images:
+def training_images(args: DataArguments, rows: Rows, classifier: Classifier, seed: int) -> Images:
     """The training split as the model takes it, augmented; a stream if ``rows`` is one."""
     options: dict[str, Any] = {
         "augmentation": args.augmentation(),
@@ -242,7 +240,7 @@ def training_images(
 
 
 def evaluation_images(
-    rows: datasets.Dataset | datasets.IterableDataset,
+    rows: Rows,
     classifier: Classifier,
     count: int | None,
     *,
