@@ -402,7 +402,7 @@ def test_a_repeated_stream_never_ends_and_reshuffles(numbered):
     turns = [[next(endless)["labels"] for _ in range(16)] for _ in range(3)]
     resumed = iter(stream(numbered, shuffle_buffer=16, repeat=True))  # as Trainer does it: it draws and drops batches
     assert [next(resumed)["labels"] for _ in range(48)] == [*turns[0], *turns[1], *turns[2]]
-assert all(sorted(turn) == list(range(16)) for turn in turns)
+    assert all(sorted(turn) == list(range(16)) for turn in turns)
     assert turns[0] != turns[1] != turns[2]
     # One shard, two workers: the one without a shard stops instead of looking for ever.
     loader = DataLoader(stream(numbered, shards=1, repeat=True), 8, collate_fn=collate, num_workers=2)
