@@ -159,7 +159,7 @@ def _facts(config: Mapping[str, Any]) -> str:
 
 
 def _none(configs: Sequence[Mapping[str, Any]]) -> str:
-    """What is to be said of noises that are none; nothing, if there is none of them."""
+    """A remark on noises that the model hardly reacts to; empty if there are none."""
     ended = [config["provenance"]["stopped"] for config in configs]
     return "".join(
         f"; {word} ({ended.count(word)} of {len(ended)}): {ENDINGS[word]}" for word in NO_NOISE if word in ended

@@ -76,7 +76,7 @@ def _unset(text: str) -> Any:
 class NullspaceConfig(TrainingArguments):
     """TrainingArguments for :class:`NullspaceTrainer`, with the settings of Algorithm 1 of the paper.
 
-    Fields whose default is ``None`` here get their value from ``preset``; a value that is given wins. The length of a
+    Fields with the default ``None`` here get their value from ``preset``; a value that is given wins. The length of a
     run is ``rounds`` x ``steps_per_round``; ``max_steps`` may be given instead of the rounds, or has to agree.
 
     Raises:
@@ -113,7 +113,7 @@ class NullspaceConfig(TrainingArguments):
     noise_loss: str = _preset("'l2': mean of ||z' - z|| (equation 10); 'squared_l2': of its square.")
     noise_stop_on: str = _preset("Descent: where epsilon has to be reached, 'held_out' or 'minibatch'.")
     noise_on_limit: str = _preset("Descent: after T steps outside of epsilon 'use', 'rescale' or 'error'.")
-    noise_pool_images: int = _preset("Boundary: images whose clean logits are kept for a round; 0: fresh ones.")
+    noise_pool_images: int = _preset("Boundary: images with clean logits that are kept for a round; 0: fresh ones.")
     noises_at_once: int = _preset("Boundary: noises learned at once, each on its share of every batch.")
     noise_bank_size: int = _preset("Noises of a round: the new ones, and the newest of earlier rounds.")
     noise_mix: str = _preset("Which noise of the round an image gets: 'one', 'choice' or 'convex' (random).")

@@ -189,7 +189,7 @@ def check_objective(name: str) -> list[str]:
     """The names that ``name`` joins with "+".
 
     Raises:
-        ValueError: if one is not known, or stands there twice.
+        ValueError: if one is not known, or is repeated.
     """
     names = name.split("+")
     for part in names:
@@ -198,7 +198,7 @@ def check_objective(name: str) -> list[str]:
                 f"objective={name!r}: expected an objective, or several joined by '+'{nearest(part, _OBJECTIVES)}"
             )
     if len(set(names)) < len(names):
-        raise ValueError(f"objective={name!r}: one stands there twice")
+        raise ValueError(f"objective={name!r}: one is repeated")
     return names
 
 

@@ -1,4 +1,4 @@
-"""What can be known before a training: ranges of settings, trackers, enough images, room on the disk."""
+"""Checks before a training: ranges of settings, trackers, enough images, space on the disk."""
 
 import shutil
 from collections.abc import Sequence

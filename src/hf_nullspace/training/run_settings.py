@@ -144,9 +144,9 @@ def _is_empty(path: Path) -> bool:
 
 
 def _delete_run(folder: Path, written: Sequence[str], say: Callable[[str], None]) -> None:
-    doomed = sorted({left for pattern in written for left in folder.glob(pattern)})
-    say(f"Deleting the earlier run in {folder}: {', '.join(left.name for left in doomed)}")
-    for left in doomed:
+    old = sorted({left for pattern in written for left in folder.glob(pattern)})
+    say(f"Deleting the earlier run in {folder}: {', '.join(left.name for left in old)}")
+    for left in old:
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
