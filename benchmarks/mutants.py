@@ -290,8 +290,8 @@ def main():
     args.session.mkdir(parents=True, exist_ok=True)
     print(f"{len(mutants)} mutants in {len(names)} files", flush=True)
     import_libraries()
-    with tempfile.TemporaryDirectory(prefix="mutants-") as room:
-        folders = [copied(Path(room).resolve() / str(number)) for number in range(args.workers)]
+    with tempfile.TemporaryDirectory(prefix="mutants-") as root:
+        folders = [copied(Path(root).resolve() / str(number)) for number in range(args.workers)]
         present = set(without_a_mutant(folders[0], ["--collect-only", *tests])["tests"])
         if not (args.session / "known.json").is_file():
             (args.session / "known.json").write_text(json.dumps(learn(folders[0], tests, args.session / "lines")))

@@ -19,7 +19,7 @@ import torch
 from common import circumstances, keep, model_options, random_vit
 from torch.nn.functional import cross_entropy
 
-from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise
+from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.noise.algorithm1 import l2
 from hf_nullspace.noise.probe import probing
 
@@ -74,7 +74,7 @@ def work(kind: str, args: argparse.Namespace, pipe: Any) -> None:
         clean = asked.clean_logits(images)
 
     def training() -> None:
-        with hook.adding(noise, NoiseMode.LAST_PART):
+        with hook.adding(noise, 2):
             logits = model(pixel_values=torch.cat([images, images])).logits
         cross_entropy(logits, torch.cat([labels, labels])).backward()
         model.zero_grad()

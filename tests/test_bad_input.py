@@ -223,7 +223,7 @@ def test_in_python(call, kind, words, places, tmp_path, monkeypatch):
     assert words in " ".join(str(raised.value).split())
 
 
-def test_the_tables_are_as_long_as_they_are_said_to_be():
+def test_the_tables_are_long_and_no_row_is_there_twice():
     command_line, python = rows("command_line.txt", of=10), rows("python.txt", of=1)
     assert len(command_line) >= 270
     assert len(python) >= 110

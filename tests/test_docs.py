@@ -9,6 +9,7 @@ exist.
 import ast
 import re
 import subprocess
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -216,3 +217,10 @@ def test_the_checker_finds_what_is_wrong_and_lets_pass_what_is_right():
     assert header_problems(header) == [f"no line '{word}' in the header" for word in ("hardware", "time", "expected")]
     assert OF_A_MACHINE.search("cd /" + "home/me/x")
     assert not OF_A_MACHINE.search("see https://example.org/networks and the homework/ folder")
+
+
+def test_the_pictures_of_the_architecture_are_what_the_code_does():
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "architecture.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr.splitlines()[-1]

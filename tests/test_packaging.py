@@ -93,7 +93,7 @@ def test_its_data_files_are_in_git():
     assert [name for name in ignored if "__pycache__" not in name] == []
 
 
-def test_the_metadata_says_what_pyproject_says(installed):
+def test_the_metadata_is_that_of_pyproject(installed):
     (folder,) = installed.glob("*.dist-info")
     metadata = Parser().parsestr((folder / "METADATA").read_text(encoding="utf-8"))
     assert metadata["Name"] == NAME
@@ -110,9 +110,9 @@ def test_the_installed_package_imports_nothing_heavy(installed):
     code = """
 import sys, hf_nullspace
 from importlib.util import find_spec
-rooms = [find_spec(room).origin for room in hf_nullspace._ROOMS.values()]  # imports the folders, not the files
+paths = [find_spec(module).origin for module in hf_nullspace._MODULES.values()]  # imports the folders, not the files
 heavy = [name for name in ("torch", "transformers", "datasets", "numpy") if name in sys.modules]
-print(hf_nullspace.__file__, all(room.startswith(sys.argv[1]) for room in rooms), heavy)
+print(hf_nullspace.__file__, all(path.startswith(sys.argv[1]) for path in paths), heavy)
 """
     command = [sys.executable, "-c", code, str(installed)]
     result = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(installed)})
@@ -123,12 +123,12 @@ print(hf_nullspace.__file__, all(room.startswith(sys.argv[1]) for room in rooms)
 def test_every_public_name_resolves_and_is_seen_by_type_checkers():
     """The imports under TYPE_CHECKING, the table of modules and __all__ are one list, written three times."""
     assert dir(hf_nullspace) == sorted(hf_nullspace.__all__)
-    for name, module in hf_nullspace._ROOMS.items():
+    for name, module in hf_nullspace._MODULES.items():
         assert getattr(hf_nullspace, name).__module__ == module, f"{name} is defined elsewhere"
     tree = ast.parse((ROOT / "src" / "hf_nullspace" / "__init__.py").read_text(encoding="utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names}
-    assert seen == hf_nullspace._ROOMS
+    assert seen == hf_nullspace._MODULES
     assert sorted([*seen, "__version__"]) == sorted(hf_nullspace.__all__)
     with pytest.raises(AttributeError, match="NullspaceTrainr"):
         _ = hf_nullspace.NullspaceTrainr

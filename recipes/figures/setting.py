@@ -182,7 +182,7 @@ class Setting:
         self.batches = [collate([self.eval_set[i] for i in mine[at : at + size]])["pixel_values"] for at in starts]
 
     def _with_its_own_head(self) -> Classifier:
-        """The model as it is, whatever the classes of the images, whose labels are left as they are."""
+        """The model as it is, whatever the classes of the images; their labels are left as they are."""
         name, revision = str(self.model_args.model_name_or_path), self.model_args.model_revision
         model, processor = load_model(name, revision), load_image_processor(name, revision)
         find_patch_embedding(model)
@@ -237,7 +237,7 @@ def commit() -> str | None:
 
 
 def claim(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
-    """``claim_folder`` for a folder whose run is never deleted by these recipes.
+    """``claim_folder`` for a folder with a run that these recipes never delete.
 
     Raises:
         UsageError: if it holds a run with other settings; the message names them.

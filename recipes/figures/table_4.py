@@ -41,7 +41,7 @@ def table_4(
 ) -> list[dict[str, Any]]:
     """The rows, each said as it comes: ``PatchNullspace.summary``, the model's name, the paper's dimension or None.
 
-    A name is a model, for ``load``; a configuration ``D:patch`` of 3 channels, whose weights are drawn from
+    A name is a model, for ``load``; a configuration ``D:patch`` of 3 channels, with weights drawn from
     ``seed``; or "paper", the eight configurations of the paper.
 
     Raises:

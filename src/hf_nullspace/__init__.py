@@ -29,7 +29,7 @@ __all__ = [
     "patch_embedding_noise",
 ]
 
-_ROOMS = {
+_MODULES = {
     "NoiseBank": "hf_nullspace.noise.bank",
     "NullspaceConfig": "hf_nullspace.training.config",
     "NullspaceNoise": "hf_nullspace.noise.artifact",
@@ -42,8 +42,8 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return getattr(import_module(_ROOMS[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'hf_nullspace' has no attribute {name!r}")
 
 

@@ -124,8 +124,9 @@ def test_what_passes_is_tried_again(hub_here, folder, caplog, fault):
 
 @pytest.mark.parametrize(
     ("pattern", "status", "reason"),
-    [(COMMIT, 500, "the server failed"), (COMMIT, 412, "somebody else"), (COMMIT, 429, "refused (429"),
-     ("/repos/create", 503, "the server failed"), (COMMIT, None, "the connection failed")],
+    [(COMMIT, 500, "the server failed"), (COMMIT, 409, "somebody else"), (COMMIT, 412, "somebody else"),
+     (COMMIT, 429, "refused (429"), ("/repos/create", 503, "the server failed"),
+     (COMMIT, None, "the connection failed")],
 )  # fmt: skip
 def test_what_does_not_pass_is_one_line_and_can_be_repeated(hub_here, folder, pattern, status, reason):
     fault = hub_here.fail(pattern, status=status, times=2) if status else hub_here.cut_upload(pattern, times=2)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_nullspace.models.frozen import frozen
-from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise
+from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.training.config import NullspaceConfig
 
 SIZES = {  # width, layers, heads, image
@@ -60,7 +60,7 @@ def test_operations_of_a_noise_step_and_a_training_step() -> None:
             noisy = model(images).logits
         torch.autograd.grad(torch.linalg.vector_norm(noisy - clean, dim=-1).sum(), [noise])
     with FlopCounterMode(display=False) as training_step:
-        with hook.adding(noise.detach(), NoiseMode.LAST_PART):
+        with hook.adding(noise.detach(), 2):
             logits = model(torch.cat([images, images])).logits
         logits.sum().backward()
     once = forward.get_total_flops()

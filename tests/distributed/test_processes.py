@@ -207,26 +207,20 @@ def check_same_end(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def test_one_process_two_processes_and_accumulation_end_with_the_same_parameters(one: Launch, two: Launch) -> None:
-    first, by_eight, accumulated = two.result("every_step_saved"), one.result("one_by_eight"), one.result("accumulated")
-    assert first["processes"] == 2
-    assert by_eight["processes"] == accumulated["processes"] == 1
-    assert by_eight["global_step"] == accumulated["global_step"] == first["global_step"] == 6
-    check_same_end(first, by_eight)
-    check_same_end(accumulated, by_eight)
-    before = {name: parameter.detach() for name, parameter in tiny_model().double().named_parameters()}
-    assert difference(by_eight["parameters"], before) > 1e-3, "else the comparisons of this file would say nothing"
-
-
-def test_the_noise_and_its_batch_do_not_depend_on_processes_or_accumulation(one: Launch, two: Launch) -> None:
     """7 images per noise step and 21 held out: on two processes the shares are 4 and 3, 11 and 10."""
-    by_eight = one.result("one_by_eight")
+    by_eight, others = one.result("one_by_eight"), (one.result("accumulated"), two.result("every_step_saved"))
+    assert [run["processes"] for run in (by_eight, *others)] == [1, 1, 2]
     assert all(count > 0 for count in steps(by_eight))
-    for other in (one.result("accumulated"), two.result("every_step_saved")):
+    for other in others:
+        check_same_end(other, by_eight)
+        assert other["global_step"] == by_eight["global_step"] == 6
         assert steps(other) == steps(by_eight)
         for ours, theirs in zip(curves(other), curves(by_eight), strict=True):
             assert ours["influence"] == pytest.approx(theirs["influence"], rel=1e-6)
             assert ours["trace"]["influence"] == pytest.approx(theirs["trace"]["influence"], rel=1e-5)
         assert other["provenance"]["influence_images"] == by_eight["provenance"]["influence_images"] == 21
+    before = {name: parameter.detach() for name, parameter in tiny_model().double().named_parameters()}
+    assert difference(by_eight["parameters"], before) > 1e-3, "else the comparisons of this file would say nothing"
 
 
 def test_attacks_and_controls_do_not_depend_on_processes_or_accumulation(one: Launch, two: Launch) -> None:
@@ -251,21 +245,18 @@ def test_noises_learned_at_once_and_kept_do_not_depend_on_processes(one: Launch,
 
 
 @pytest.mark.parametrize("name", ["every_step_saved", "minibatch", "stream", "ema", "bf16"])
-def test_both_ranks_end_with_the_same_noise_and_parameters(two: Launch, name: str) -> None:
+def test_both_ranks_end_with_the_same_noise_and_parameters(one: Launch, two: Launch, name: str) -> None:
     first, second = two.results(name)
     check_ranks_agree(first, second)
     assert first["global_step"] == second["global_step"] == 6
     assert len(first["noises"]) == 3
     assert torch.equal(first["noises"][-1], first["noise"])
-
-
-def test_both_ranks_stop_at_the_same_noise_step_by_epsilon(one: Launch, two: Launch) -> None:
-    for name, alone in (("every_step_saved", "one_by_eight"), ("minibatch", "minibatch")):
-        first, second = two.results(name)
+    if name in ("every_step_saved", "minibatch"):
+        alone = one.result("one_by_eight" if name == "every_step_saved" else name)
         assert [entry["stopped"] for entry in first["history"]] == ["epsilon"] * 3
-        assert steps(first) == steps(second) == steps(one.result(alone))
+        assert steps(first) == steps(second) == steps(alone)
         assert max(steps(first)) > 5
-        assert difference(first["parameters"], one.result(alone)["parameters"]) < 1e-6
+        assert difference(first["parameters"], alone["parameters"]) < 1e-6
 
 
 def test_a_noise_step_sends_one_message_of_n_d_plus_3_numbers(two: Launch) -> None:
@@ -350,7 +341,7 @@ def test_a_run_of_two_processes_resumes_exactly_after_sigkill(two: Launch, resum
         assert ours["messages"][(N_D + 3, 8)] == sum(steps(ours)[1:]) + 2
 
 
-def test_an_error_on_one_rank_ends_both_soon_and_says_why(resumed: tuple[list[str], Launch]) -> None:
+def test_an_error_on_one_rank_ends_both_soon_with_its_message(resumed: tuple[list[str], Launch]) -> None:
     """Rank 1 cannot read an image while rank 0 waits for its gradient: the launcher ends both."""
     _, after = resumed
     assert after.code != 0

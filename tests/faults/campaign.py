@@ -6,18 +6,17 @@ gives the equal end. All else has failed: "silent" (exit code 0 and another resu
 """
 
 import json
+import multiprocessing
 import os
-import queue
 import shutil
 import signal
 import subprocess
-import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from recipe_process import prepare, start
 from safetensors.torch import load_file
 
 OTHERS = ("learn_noise", "evaluate_robustness", "compare")
@@ -65,76 +64,6 @@ class Recipe:
 
     def __post_init__(self):
         self.label = self.label or self.name
-
-
-class Server:
-    """Starts recipes in processes of their own, which a fork makes of one that has imported everything."""
-
-    def __init__(self, folder):
-        paths = [str(HERE.parents[1] / "src"), str(HERE.parent)]
-        machine = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
-        environment = os.environ | machine | {"PYTHONPATH": os.pathsep.join(paths)}
-        self.folder, self.number, self.ended, self.lines = folder, 0, {}, queue.Queue()
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "recipe_process.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self):
-        for line in self.process.stdout:
-            self.lines.put(json.loads(line))
-        self.lines.put(None)
-
-    def _next(self, timeout):
-        try:
-            told = self.lines.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        assert told is not None, "the server has ended"
-        if "ended" in told:
-            self.ended[told["ended"]] = told["code"]
-        return told
-
-    def begin(self, recipe, folder, more=(), **fault):
-        """Start a recipe in ``folder``; a handle for :meth:`end`."""
-        self.number += 1
-        log = self.folder / f"log-{self.number}"
-        words = [*recipe.words, "--output_dir", str(folder), *map(str, more)]
-        request = {"recipe": recipe.name, "words": words, "log": str(log), "folder": str(folder)} | fault
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        while True:
-            told = self._next(HANGS)
-            assert told is not None, "the server hangs"
-            if "started" in told:
-                return told["started"], log, time.perf_counter()
-
-    def end(self, handle):
-        """Wait until a process has ended, and for the processes that it has started."""
-        pid, log, began = handle
-        while pid not in self.ended and time.perf_counter() - began < HANGS:
-            self._next(0.2)
-        seconds, code = time.perf_counter() - began, self.ended.pop(pid, None)
-        if code is None:
-            os.killpg(pid, signal.SIGKILL)
-        orphans = left_of(pid)
-        out, err = (
-            Path(path).read_text(errors="replace") if Path(path).exists() else "" for path in (log, f"{log}.err")
-        )
-        for path in (log, Path(f"{log}.err")):
-            path.unlink(missing_ok=True)
-        return Ended(code, out, err, seconds, orphans)
-
-    def run(self, recipe, folder, more=(), **fault):
-        return self.end(self.begin(recipe, folder, more, **fault))
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-        self.reader.join()
-        self.process.stdout.close()
 
 
 def left_of(session, wait=20):
@@ -207,11 +136,39 @@ def differences(folder, recipe, undisturbed=None):
 
 
 class Campaign:
-    """Judges how faults end, and keeps a line of each."""
+    """Starts recipes in forks of this process, judges how faults end, and keeps a line of each."""
 
-    def __init__(self, server, folder):
-        self.server, self.folder, self.number = server, folder, 0
+    def __init__(self, folder):
+        prepare()
+        self.folder, self.number = folder, 0
         self.only = failed_last_time() if os.environ.get("FAULTS_AGAIN") else None
+
+    def begin(self, recipe, folder, more=(), **fault):
+        """Start a recipe in ``folder``; a handle for :meth:`end`."""
+        self.number += 1
+        log = self.folder / f"log-{self.number}"
+        words = [*recipe.words, "--output_dir", str(folder), *map(str, more)]
+        given = {"recipe": recipe.name, "words": words, "log": str(log), "folder": str(folder)} | fault
+        process = multiprocessing.get_context("fork").Process(target=start, kwargs=given)
+        process.start()
+        return process, log, time.perf_counter()
+
+    def end(self, handle):
+        """Wait until a process has ended, and for the processes that it has started."""
+        process, log, began = handle
+        process.join(HANGS)
+        seconds, code = time.perf_counter() - began, process.exitcode
+        if code is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        orphans = left_of(process.pid)
+        out, err = (Path(path).read_text(errors="replace") for path in (log, f"{log}.err"))
+        for path in (log, Path(f"{log}.err")):
+            path.unlink()
+        return Ended(code, out, err, seconds, orphans)
+
+    def run(self, recipe, folder, more=(), **fault):
+        return self.end(self.begin(recipe, folder, more, **fault))
 
     def wanted(self, kind, name, recipe):
         """With ``FAULTS_AGAIN=1`` only what did not end well the last time is tried."""
@@ -263,7 +220,7 @@ class Campaign:
         """
         outcome = problem
         if outcome is None:
-            ended = self.server.run(recipe, folder, more, **(fault or {}))
+            ended = self.run(recipe, folder, more, **(fault or {}))
             seconds += ended.seconds
             outcome = self._judged(ended, recipe, folder, undisturbed)
             if outcome == "equal" and said:
@@ -295,7 +252,7 @@ class Campaign:
         """Do what an error line says: "said" if that helps, or what is wrong; and the seconds that it took."""
         place, spent = Path(folder), 0.0
         for _ in range(2):  # a damaged image is brought back, and then the folder has a run of the damaged one
-            if str(named or folder) not in said:
+            if str(named or folder) not in said and "/dev/shm" not in said:
                 return f"lost: the line does not name {named or folder}: {said}", spent
             if mend is not None:
                 mend()
@@ -306,7 +263,7 @@ class Campaign:
                 place = self.new_folder()
             else:
                 return f"lost: the line does not say what to do: {said}", spent
-            ended = self.server.run(recipe, place, more)
+            ended = self.run(recipe, place, more)
             spent += ended.seconds
             outcome = self._judged(ended, recipe, place, undisturbed)
             if outcome != "said":

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import yaml
-from campaign import ONE_NOISE, Campaign, Recipe, Server
+from campaign import ONE_NOISE, Campaign, Recipe
 
 SMALL = {
     "dataset_name": "digits", "horizontal_flip": False, "crop_scale": 1.0, "max_train_images": 300,
@@ -32,9 +32,7 @@ SUITE = {"conditions": ["clean", {"attack": "FGSM", "eps": "8/255"}, {"corruptio
 
 @pytest.fixture(scope="session")
 def campaign(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield Campaign(server, tmp_path_factory.mktemp("campaign"))
-    server.close()
+    return Campaign(tmp_path_factory.mktemp("campaign"))
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +41,7 @@ def undisturbed(campaign, tmp_path_factory):
 
     def run(recipe):
         folder = tmp_path_factory.mktemp(recipe.name)
-        ended = campaign.server.run(recipe, folder / "run", points=str(folder / "points.json"))
+        ended = campaign.run(recipe, folder / "run", points=str(folder / "points.json"))
         assert ended.code == 0, ended.err
         recipe.undisturbed, recipe.seconds = folder / "run", ended.seconds
         recipe.points = json.loads((folder / "points.json").read_text())
@@ -97,7 +95,7 @@ def killed(campaign, finetune):
     """The folder of a fine-tuning that was killed in its last step: control and two checkpoints are there."""
     folder = campaign.new_folder()
     last = len(finetune.points["forward"]) - finetune.points["forward"][::-1].index("training")
-    ended = campaign.server.run(finetune, folder, point=["forward", last], action="SIGKILL")
+    ended = campaign.run(finetune, folder, point=["forward", last], action="SIGKILL")
     assert ended.code == -9, ended.err
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     return folder

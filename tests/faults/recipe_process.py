@@ -1,7 +1,4 @@
-"""Recipes in processes of their own, each with a fault armed, forked from a server that has imported everything.
-
-The server reads one request per line from standard input, ``{"start": {arguments of start()}}``, answers with the
-process, ``{"started": pid}``, and tells of each that has ended: ``{"ended": pid, "code": exit code or -signal}``.
+"""A recipe in a process of its own, with a fault armed.
 
 A *point* is where a fault strikes: ``["forward", n]``, the n-th forward pass of the model; ``["file", n]``, just before
 the n-th time that a file below the output folder is written, renamed or deleted; ``["clock", seconds]``.
@@ -13,7 +10,6 @@ import json
 import os
 import resource
 import runpy
-import select
 import signal
 import subprocess
 import sys
@@ -21,9 +17,11 @@ import threading
 import time
 from pathlib import Path
 
+import datasets
 import matplotlib.pyplot
 import sklearn.datasets  # noqa: F401 (the digits)
 import torch
+from huggingface_hub import constants
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from hf_nullspace.command_line import run
@@ -116,6 +114,9 @@ def start(recipe, words, log, folder, point=None, action=None, points=None):
                 pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file).stdin
             os.dup2(pipe.fileno(), descriptor)
             pipe.close()
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+    constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_DATASETS_CACHE = Path(log).parent / "datasets"
     sys.argv = [recipe, *words]
     faults = Faults(folder, point, action)
     faults.arm()
@@ -139,30 +140,3 @@ def prepare():
     matplotlib.pyplot.close("all")
     gc.collect()
     gc.freeze()
-
-
-def serve():
-    """Answer requests until standard input ends; a process that was started goes on by itself."""
-    prepare()
-    while True:
-        ended = True
-        while ended:
-            try:
-                ended, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                ended = 0
-            if ended:
-                print(json.dumps({"ended": ended, "code": os.waitstatus_to_exitcode(status)}), flush=True)
-        if select.select([sys.stdin], [], [], 0.02)[0]:
-            line = sys.stdin.readline()
-            if not line:
-                return
-            pid = os.fork()
-            if pid == 0:
-                start(**json.loads(line))
-                return
-            print(json.dumps({"started": pid}), flush=True)
-
-
-if __name__ == "__main__":
-    serve()

@@ -13,32 +13,20 @@ from test_kills import spread
 pytestmark = pytest.mark.slow
 
 
-def failed(campaign, kind, name, recipe, folder, ended, mend=None):
-    """Judge a start that the disk ended, then start again with room."""
-    problem = None
-    if ended.code != 2 or len(ended.errors) != 1 or "Traceback" in ended.err:
-        problem = f"lost: exit code {ended.code} on a full disk: {ended.err[-600:]}"
-    elif str(folder) not in ended.errors[0] and "/dev/shm" not in ended.errors[0]:
-        problem = f"lost: the line does not name {folder}: {ended.errors[0]}"
-    if mend is not None:
-        mend()
-    said = ended.errors[0] if ended.errors else ""
-    return campaign.again(kind, name, recipe, folder, problem=problem, seconds=ended.seconds, said=said)
-
-
 @pytest.mark.parametrize(("recipe", "count"), [("finetune", 20), *((name, 6) for name in OTHERS)], indirect=["recipe"])
 def test_full_from_a_file_on(campaign, recipe, count):
-    """RLIMIT_FSIZE: no file can take another byte."""
-
-    def filled(name, number):
-        folder = campaign.new_folder()
-        ended = campaign.server.run(recipe, folder, point=["file", number + 4], action="full")
-        if ended.code == 0:  # nothing was written after this point
-            return None
-        return failed(campaign, "full disk", name, recipe, folder, ended)
-
+    """RLIMIT_FSIZE: no file can take another byte. Started again there is room."""
     files = recipe.points["file"][4:]  # the first are those of the lock
-    places = [(name.replace("before", "from"), number) for name, number in spread(files, count)]
+    places = [
+        (name.replace("before", "from"), {"point": ["file", number + 4], "action": "full"})
+        for name, number in spread(files, count)
+        if any(not operation.startswith("os.remove") for operation in files[number - 1 :])  # something is written
+    ]
+
+    def filled(name, fault):
+        folder = campaign.new_folder()
+        return campaign.again("full disk", name, recipe, folder, fault=fault, mend=lambda: None)
+
     assert campaign.problems("full disk", recipe, places, filled) == []
 
 
@@ -66,10 +54,8 @@ def remount(disk, options):
 def test_a_real_disk_that_is_too_small(campaign, finetune, small_disk, size):
     """In kB; a run takes about 900."""
     disk = small_disk(f"size={size}k")
-    ended = campaign.server.run(finetune, disk / "run")
     more_room = lambda: remount(disk, "size=20000k")  # noqa: E731
-    name = f"a disk of {size} kB"
-    assert failed(campaign, "full disk", name, finetune, disk / "run", ended, more_room) is None
+    assert campaign.again("full disk", f"a disk of {size} kB", finetune, disk / "run", mend=more_room) is None
 
 
 @pytest.mark.parametrize("state", ["new", "killed", "finished"])
@@ -78,9 +64,8 @@ def test_a_disk_that_cannot_be_written(campaign, finetune, run_of, small_disk, s
     if state != "new":
         shutil.copytree(run_of[state], disk / "run")
     remount(disk, "ro")
-    ended = campaign.server.run(finetune, disk / "run")
-    writable, name = lambda: remount(disk, "rw"), f"a {state} run"
-    assert failed(campaign, "read-only disk", name, finetune, disk / "run", ended, writable) is None
+    writable = lambda: remount(disk, "rw")  # noqa: E731
+    assert campaign.again("read-only disk", f"a {state} run", finetune, disk / "run", mend=writable) is None
 
 
 FOLDERS = ("base", "control", "control/ema", "control/checkpoint-2", "noises", "checkpoint-2", "checkpoint-4",

@@ -22,7 +22,7 @@ def test_a_folder_of_somebody_else(campaign, finetune, what):
     if what == "other settings":
         shutil.copytree(finetune.undisturbed, folder)
         more, theirs = ["--learning_rate", "0.002"], campaign.new_folder()
-        assert campaign.server.run(finetune, theirs, more).code == 0
+        assert campaign.run(finetune, theirs, more).code == 0
         problem = campaign.again("foreign folder", what, finetune, folder, more=more, undisturbed=theirs)
     else:
         folder.mkdir()
@@ -57,7 +57,7 @@ def test_a_part_of_another_run(campaign, finetune, run_of, other_seed, state, wh
 def other_seed(campaign, finetune):
     folder = campaign.new_folder()
     more = ["--seed", "7", "--save_total_limit", "9"]
-    assert campaign.server.run(finetune, folder, more).code == 0
+    assert campaign.run(finetune, folder, more).code == 0
     return folder
 
 
@@ -128,7 +128,7 @@ def test_other_weights_under_the_same_name(campaign, recipe, model):
     try:
         if recipe.name == "evaluate_robustness":
             theirs = campaign.new_folder()
-            assert campaign.server.run(recipe, theirs).code == 0
+            assert campaign.run(recipe, theirs).code == 0
             shutil.copytree(recipe.undisturbed / "records", theirs / "records", dirs_exist_ok=True)  # they stay
         problem = campaign.again("other content under the same name", "other weights", recipe, folder,
                                  mend=lambda: path.write_bytes(kept), undisturbed=theirs)  # fmt: skip
@@ -155,8 +155,8 @@ def test_what_it_begins_with_is_damaged(campaign, own, tmp_path, damage):
 def test_two_starts_at_once(campaign, recipe):
     """Both wait or work; nothing is mixed."""
     folder = campaign.new_folder()
-    first, second = (campaign.server.begin(recipe, folder) for _ in range(2))
-    ends = [campaign.server.end(first), campaign.server.end(second)]
+    first, second = (campaign.begin(recipe, folder) for _ in range(2))
+    ends = [campaign.end(first), campaign.end(second)]
     problem = None
     if sorted(ended.code for ended in ends) not in ([0, 0], [0, 2]):
         problem = f"lost: exit codes {[ended.code for ended in ends]}: {ends[0].err[-300:]} {ends[1].err[-300:]}"
@@ -168,12 +168,12 @@ def test_a_second_start_while_the_first_one_is_at_work(campaign, finetune, phase
     """With the first one halted, the second is refused with the first one's number."""
     folder = campaign.new_folder()
     number = finetune.points["forward"].index(phase) + 2
-    first = campaign.server.begin(finetune, folder, point=["forward", number], action="SIGSTOP")
-    halted(first[0])
-    refused = campaign.server.run(finetune, folder, ["--overwrite", "true"])
-    os.kill(first[0], signal.SIGCONT)
-    ended = campaign.server.end(first)
-    problem, named = None, f"is in use by process {first[0]} on "
+    first = campaign.begin(finetune, folder, point=["forward", number], action="SIGSTOP")
+    halted(first[0].pid)
+    refused = campaign.run(finetune, folder, ["--overwrite", "true"])
+    os.kill(first[0].pid, signal.SIGCONT)
+    ended = campaign.end(first)
+    problem, named = None, f"is in use by process {first[0].pid} on "
     if refused.code != 2 or len(refused.errors) != 1 or named not in refused.errors[0]:
         problem = f"lost: the second start ended with {refused.code}: {refused.err[-500:]}"
     elif ended.code != 0:

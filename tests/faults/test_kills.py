@@ -49,7 +49,7 @@ def strike(campaign, recipe, where, places, signal, point="forward"):
 
     def struck(name, number):
         folder = campaign.new_folder()
-        ended = campaign.server.run(recipe, folder, point=[point, number], action=signal)
+        ended = campaign.run(recipe, folder, point=[point, number], action=signal)
         return campaign.struck(kind, name, recipe, folder, ended, signal)
 
     return campaign.problems(kind, recipe, places, struck)
@@ -100,7 +100,7 @@ def test_killed_by_a_clock(campaign, finetune):
     generator, wrong = random.Random(seed), []
     for number in range(8):
         folder, seconds = campaign.new_folder(), generator.uniform(0.2, 1.0) * finetune.seconds
-        ended = campaign.server.run(finetune, folder, point=["clock", seconds], action="SIGKILL")
+        ended = campaign.run(finetune, folder, point=["clock", seconds], action="SIGKILL")
         if ended.code != 0:
             name = f"clock {number + 1}, after {seconds:.2f} s"
             wrong.append(campaign.struck("SIGKILL by a clock", name, finetune, folder, ended, "SIGKILL"))
@@ -112,7 +112,7 @@ def test_killed_again_and_again(campaign, finetune, signal):
     """Five starts in one folder, each ended at a forward pass or between two files; the sixth is left alone."""
     folder, killed = campaign.new_folder(), 0
     for point in (["forward", 40], ["file", 60], ["forward", 40], ["file", 40], ["forward", 40]):
-        ended = campaign.server.run(finetune, folder, point=point, action=signal)
+        ended = campaign.run(finetune, folder, point=point, action=signal)
         killed += ended.code != 0
     assert killed >= 4
     name = f"{killed} times in one run"

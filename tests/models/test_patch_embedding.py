@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from hf_nullspace.models.patch_embedding import (
-    NoiseMode,
     NotAViTError,
     PatchEmbeddingNoise,
     embedding_shape,
@@ -75,7 +74,7 @@ def test_the_last_part_gets_the_noise_and_the_others_do_not(family, parts):
     with patch_embedding_noise(model, noise):
         noisy = model(pixel_values).logits
     hook = PatchEmbeddingNoise(model)
-    with hook.adding(noise, NoiseMode.LAST_PART, parts):
+    with hook.adding(noise, parts):
         together = model(torch.cat([pixel_values] * parts)).logits
         with pytest.raises(ValueError, match=f"a batch of {4 * parts - 1} is not {parts} views"):
             model(images(4 * parts - 1))
@@ -148,7 +147,7 @@ def test_as_many_noises_as_images_go_to_one_image_each():
         with patch_embedding_noise(model, noise[None]):
             torch.testing.assert_close(model(inputs[index : index + 1]).logits[0], together[index])
     hook = PatchEmbeddingNoise(model)
-    with hook.adding(noises, NoiseMode.LAST_PART, 2):
+    with hook.adding(noises, 2):
         twice = model(torch.cat([inputs, inputs])).logits
     torch.testing.assert_close(twice[len(inputs) :], together)
     with patch_embedding_noise(model, noises[:2]), pytest.raises(ValueError, match="2 noises for 3 images"):

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from hf_nullspace.core.seeds import derive_seed
-from hf_nullspace.models.patch_embedding import EmbeddingShape, NoiseMode, PatchEmbeddingNoise
+from hf_nullspace.models.patch_embedding import EmbeddingShape, PatchEmbeddingNoise
 from hf_nullspace.noise.algorithm1 import NoiseNotLearnedError, NoiseSettings, learn_noise, start_noise
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.calibration import calibrate
+from hf_nullspace.noise.history import NoiseHistory
 from tiny_models import cosine, tiny_model
 from written_out import algorithm_1, influence_of
 
@@ -36,9 +37,9 @@ class RecordingHook(PatchEmbeddingNoise):
         super().__init__(model)
         self.seen = []
 
-    def adding(self, noise, mode=NoiseMode.ALL):
+    def adding(self, noise, parts=1):
         self.seen.append(noise.detach().clone())
-        return super().adding(noise, mode)
+        return super().adding(noise, parts)
 
 
 STOPS = {"epsilon": 0.05, "max_steps": 60, "stop_on": "minibatch"}
@@ -255,8 +256,32 @@ def test_bf16_model_keeps_a_float32_noise():
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_batches_that_run_out_say_where_and_how_many_are_needed(count):
+def test_batches_that_run_out_are_an_error_with_the_step_and_the_number_needed(count):
     settings = NoiseSettings(epsilon=1e-9, max_steps=5, stop_on="minibatch")
     batches = itertools.islice(stream(dtype=torch.float32), count)
     with pytest.raises(ValueError, match=f"ran out at noise step {count}; up to 6 are needed: repeat the data"):
         learn_noise(tiny_model(), batches, settings, seed=0)
+
+
+@pytest.mark.parametrize(("count", "stride"), [(0, 1), (1, 1), (200, 1), (201, 2), (400, 2), (401, 3)])
+def test_a_summary_keeps_at_most_200_points_of_a_curve(count, stride):
+    history = NoiseHistory()
+    for index in range(count):
+        history.record(torch.ones(1, 16, 24), [index, index + 1], [1.0])
+    found = history.summary(torch.ones(1, 16, 24))
+    assert found["trace_stride"] == stride
+    assert found["trace"]["influence"] == [index + 0.5 for index in range(0, count, stride)]
+    assert found["minibatch_influence"] == (count - 0.5 if count else None)
+
+
+def test_a_noise_that_is_inside_on_held_out_images_is_not_scaled():
+    """After T steps outside on the minibatch; the held-out image is the one that sees the noise least."""
+    vit, images = tiny_model().double(), next(stream())
+    known, before = learn_noise(vit, itertools.repeat(images), NoiseSettings(epsilon=None, max_steps=2), seed=5)
+    least = min(images.split(1), key=lambda image: influence_of(vit, image, known.tensor))
+    epsilon = 0.999 * min(before.influence)
+    assert influence_of(vit, least, known.tensor) < 0.9 * epsilon
+    settings = NoiseSettings(epsilon=epsilon, max_steps=2, stop_on="minibatch", on_limit="rescale")
+    noise, history = learn_noise(vit, itertools.repeat(images), settings, seed=5, held_out=[least])
+    assert history.stopped == "rescaled"
+    assert torch.equal(noise.tensor, known.tensor)

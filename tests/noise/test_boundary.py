@@ -149,7 +149,7 @@ def test_a_noise_that_stays_inside_at_every_length_has_every_token_as_long_as_it
     assert 0 < history.held_out_influence < 0.01
 
 
-def test_on_a_head_that_was_just_made_the_default_learner_says_that_it_is_none(caplog):
+def test_on_a_new_head_the_default_learner_warns_that_it_found_no_noise(caplog):
     vit = tiny_model().double()
     torch.nn.init.normal_(vit.classifier.weight, std=0.002)
     with caplog.at_level(logging.WARNING, "hf_nullspace"):

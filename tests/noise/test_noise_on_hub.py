@@ -50,7 +50,7 @@ def test_a_noise_is_pushed_as_one_commit_and_pulled(hub_here):
     assert same(NullspaceNoise.from_pretrained("lab/noise", revision="try"), noise)
 
 
-def test_what_is_not_there_is_said(hub_here):
+def test_a_missing_noise_is_an_error(hub_here):
     for load in (NullspaceNoise.from_pretrained, NoiseBank.from_pretrained):
         with pytest.raises(FileNotFoundError, match=r"no noise.* at 'lab/nothing'.*on the Hub"):
             load("lab/nothing")
@@ -124,7 +124,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(hub_here):
     assert provenance_of(tiny_model(), hashed=False) == NoiseProvenance()
 
 
-def test_an_interrupted_push_is_said_and_can_be_repeated(hub_here):
+def test_an_interrupted_push_is_an_error_and_can_be_repeated(hub_here):
     noise = make_noise()
     hub_here.fail("POST .*/commit/", status=400)
     with pytest.raises(UploadError) as caught:
@@ -153,7 +153,7 @@ def test_the_card_shows_what_the_noise_is(tmp_path):
 
 
 @pytest.mark.parametrize(("word", "said"), [("bound", "as long as allowed, and"), ("start", "began inside")])
-def test_the_card_says_when_a_noise_is_none(tmp_path, word, said):
+def test_the_card_marks_a_noise_that_was_not_learned(tmp_path, word, said):
     make_noise(stopped=word).save_pretrained(tmp_path / "one")
     NoiseBank((make_noise(0), make_noise(1, stopped=word))).save_pretrained(tmp_path / "bank")
     assert f"| 123, stopped by: {word}; {word} (1 of 1): {said}" in (tmp_path / "one" / "README.md").read_text()
@@ -236,7 +236,7 @@ def test_older_layouts_are_read(hub_here, tmp_path):
     assert same(NullspaceNoise.from_pretrained("lab/model"), noises[1])
 
 
-def test_what_was_not_recorded_is_said_not_invented(tmp_path):
+def test_the_card_marks_what_was_not_recorded(tmp_path):
     bare = replace(make_noise(), provenance=NoiseProvenance())
     bare.save_pretrained(tmp_path / "one")
     NoiseBank((bare,)).save_pretrained(tmp_path / "bank")

@@ -214,7 +214,7 @@ def test_a_damaged_record_on_the_disk_is_logged_and_made_again(tiny_vit, images,
     assert f"{path} is damaged" in caplog.text
     assert "made again" in caplog.text
     assert (again["clean"].correct == first["clean"].correct).all()
-    assert records.load(path.stem) is not None
+    assert records.read(path.stem) == record(again["clean"])
 
 
 def test_what_was_made_is_kept_under_a_key_that_does_not_change(tmp_path):

@@ -9,15 +9,20 @@ import torch
 
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.data.image_stream import ImageStream
+from hf_nullspace.robustness import suite
 from hf_nullspace.robustness.attacks.base import Attack
 from hf_nullspace.robustness.attacks.carlini_wagner import CW
 from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
 from hf_nullspace.robustness.corruptions import corrupt
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
-from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate
+from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted
 
 CONDITIONS = [Clean(), Corrupted("gaussian_noise", 5), Attacked(FGSM(2 / 255)), Attacked(PGD(2 / 255, steps=3))]
+
+
+def evaluate(model, images, conditions, *, batch_size=4, **options):
+    return suite.evaluate(model, images, conditions, batch_size=batch_size, **{"progress": False} | options)
 
 
 def by_hand(model, images, condition, seed):
@@ -51,7 +56,7 @@ def stream_of(images, **options):
 
 
 def test_counts_do_not_depend_on_the_batch_size(tiny_vit, half_right):
-    runs = [evaluate(tiny_vit, half_right, CONDITIONS, batch_size=b, seed=3, progress=False) for b in (1, 4, 13, 64)]
+    runs = [evaluate(tiny_vit, half_right, CONDITIONS, batch_size=b, seed=3) for b in (1, 4, 13, 64)]
     for condition, *results in zip(CONDITIONS, *runs, strict=True):
         expected = by_hand(tiny_vit, half_right, condition, seed=3)
         for result in results:
@@ -63,54 +68,51 @@ def test_counts_do_not_depend_on_the_batch_size(tiny_vit, half_right):
     assert pgd.correct.sum() < clean.correct.sum()
 
 
-def test_workers_and_streams_see_the_same_images(tiny_vit, half_right):
-    plain = evaluate(tiny_vit, half_right, CONDITIONS, batch_size=4, seed=3, progress=False, per_sample=True)
-    working = evaluate(tiny_vit, half_right, CONDITIONS[:2], batch_size=4, seed=3, progress=False, workers=1)
+@pytest.mark.parametrize(
+    ("of", "options"),
+    [
+        (lambda images: images, {"workers": 1}),
+        (lambda images: stream_of(images), {"batch_size": 5}),
+        (lambda images: images.in_memory(), {"batch_size": 5}),
+        (lambda images: images.part(5), {"batch_size": 2}),
+        (lambda images: images.part(5).in_memory(), {"batch_size": 2}),
+    ],
+    ids=["workers", "stream", "memory", "part", "part in memory"],
+)
+def test_every_way_of_reading_sees_the_same_images(tiny_vit, half_right, of, options):
+    images = of(half_right)
+    places = slice(None) if isinstance(images, ImageStream) else images.places
+    told = []
+    for ours, theirs in zip(
+        evaluate(tiny_vit, images, CONDITIONS, seed=3, on_result=told.append, **options),
+        evaluate(tiny_vit, half_right, CONDITIONS, seed=3),
+        strict=True,
+    ):
+        assert ours.correct.tolist() == theirs.correct[places].tolist()
+        assert told.pop(0) is ours
 
-    streamed = evaluate(tiny_vit, stream_of(half_right), CONDITIONS, batch_size=5, seed=3, progress=False)
-    for results in (working, streamed):
-        for ours, theirs in zip(results, plain, strict=False):
-            assert ours.correct.tolist() == theirs.correct.tolist()
-    clean = plain[0]
+
+def test_every_sample_is_kept_if_asked_for(tiny_vit, half_right):
+    (clean,) = evaluate(tiny_vit, half_right, [Clean()], per_sample=True)
+    assert set(clean.samples) == {"label", "prediction", "confidence"}
     assert clean.samples["label"].tolist() == half_right.labels
     assert (clean.correct == (clean.samples["prediction"] == clean.samples["label"])).all()
     assert (clean.samples["confidence"] >= 0.1).all()
+    assert evaluate(tiny_vit, half_right, [Clean()])[0].samples is None
 
 
-def test_a_set_in_memory_gives_the_same_counts(tiny_vit, half_right):
-    kept = half_right.in_memory()
-    assert kept.kept[0].dtype == torch.uint8
-    plain = evaluate(tiny_vit, half_right, CONDITIONS, batch_size=4, seed=3, progress=False)
-    for ours, theirs in zip(
-        evaluate(tiny_vit, kept, CONDITIONS, batch_size=5, seed=3, progress=False), plain, strict=True
-    ):
-        assert ours.correct.tolist() == theirs.correct.tolist()
+def test_only_8_bit_pixels_are_kept_in_memory(half_right):
+    assert half_right.in_memory().kept[0].dtype == torch.uint8
     between = half_right.pixels_from_image
     half_right.pixels_from_image = lambda image: between(image) * 0.999
     with pytest.raises(ValueError, match="between the 8-bit levels"):
         half_right.in_memory()
 
 
-def test_a_part_has_the_whole_sets_corruptions(tiny_vit, half_right):
-    whole = evaluate(tiny_vit, half_right, CONDITIONS, batch_size=4, seed=3, progress=False)
-    part = half_right.part(5)
-    for images in (part, part.in_memory()):
-        for few, many in zip(
-            evaluate(tiny_vit, images, CONDITIONS, batch_size=2, seed=3, progress=False), whole, strict=True
-        ):
-            assert few.correct.tolist() == many.correct[part.places].tolist()
-
-
-def test_results_are_told_as_they_come(tiny_vit, images):
-    told = []
-    results = evaluate(tiny_vit, images, CONDITIONS, batch_size=13, progress=False, on_result=told.append)
-    assert told == results
-
-
 def test_a_subset_of_classes_is_judged_both_ways(tiny_vit, images):
     images.subset = [1, 4, 7]
     images.labels[:] = [images.subset[i % 3] for i in range(13)]
-    (result,) = evaluate(tiny_vit, images, [Clean()], batch_size=5, progress=False)
+    (result,) = evaluate(tiny_vit, images, [Clean()])
     with torch.no_grad():
         logits = [tiny_vit(images.pixels_from_image(image)[None])[0] for image in images.images]
     among = [images.subset[int(row[images.subset].argmax())] for row in logits]
@@ -131,7 +133,7 @@ def test_an_attack_on_a_subset_decides_among_the_judges_classes(tiny_vit, images
     with torch.no_grad():
         truth = few(pixels).argmax(1)
     images.labels[:] = [images.subset[int(place)] for place in truth]
-    (result,) = evaluate(tiny_vit, images, [Attacked(CW(c=100, steps=20))], batch_size=5, progress=False)
+    (result,) = evaluate(tiny_vit, images, [Attacked(CW(c=100, steps=20))])
     with torch.no_grad():
         expected = few(CW(c=100, steps=20)(few, pixels, truth)).argmax(1) == truth
     assert result.correct.tolist() == expected.tolist()
@@ -140,21 +142,19 @@ def test_an_attack_on_a_subset_decides_among_the_judges_classes(tiny_vit, images
     assert "3 classes" in result.protocol["answer among"]
     images.labels[3] = 2
     with pytest.raises(ValueError, match=r"labels \[2\] are not among the set's 3 classes"):
-        evaluate(tiny_vit, images, [Attacked(FGSM())], batch_size=5, progress=False)
+        evaluate(tiny_vit, images, [Attacked(FGSM())])
 
 
 def test_a_stream_of_another_length_says_so(tiny_vit, images):
-    (result,) = evaluate(tiny_vit, stream_of(images, expected=50), [Clean()], batch_size=5, progress=False)
+    (result,) = evaluate(tiny_vit, stream_of(images, expected=50), [Clean()])
     assert result.protocol["note"] == "partial: 13 of 50 images"
-    (result,) = evaluate(tiny_vit, stream_of(images, expected=13), [Clean()], batch_size=5, progress=False)
+    (result,) = evaluate(tiny_vit, stream_of(images, expected=13), [Clean()])
     assert result.protocol == {}
 
 
-def test_the_model_is_left_as_it_was(tiny_vit, images):
-    tiny_vit.train()
-    evaluate(tiny_vit, images, CONDITIONS, batch_size=5, progress=False)
-    assert all(module.training for module in tiny_vit.modules())
-    assert all(p.requires_grad and p.grad is None for p in tiny_vit.parameters())
+def test_the_model_is_left_as_it_was(tiny_vit, images, left_as_it_was):
+    with left_as_it_was():
+        evaluate(tiny_vit, images, CONDITIONS)
 
 
 class Cheat(Attack):
@@ -183,7 +183,7 @@ class Far(FGSM):
 
 @pytest.mark.parametrize("attack", [Cheat(), Unclipped()])
 def test_an_attack_is_clipped_and_judged_by_the_caller(tiny_vit, images, attack):
-    (result,) = evaluate(tiny_vit, images, [Attacked(attack)], batch_size=4, progress=False)
+    (result,) = evaluate(tiny_vit, images, [Attacked(attack)])
     with torch.no_grad():
         white = int(tiny_vit(torch.ones(1, 3, 16, 16)).argmax())
     assert result.correct.tolist() == [label == white for label in images.labels]
@@ -193,7 +193,7 @@ def test_what_is_judged_lies_in_the_ball_of_the_attack(tiny_vit, half_right):
     pixels = torch.stack([half_right.pixels_from_image(image) for image in half_right.images])
     with torch.no_grad():
         near, white = (tiny_vit(x).argmax(1).tolist() for x in ((pixels + 2 / 255).clamp(max=1), 0 * pixels + 1))
-    (result,) = evaluate(tiny_vit, half_right, [Attacked(Far(2 / 255))], batch_size=4, progress=False)
+    (result,) = evaluate(tiny_vit, half_right, [Attacked(Far(2 / 255))])
     assert result.correct.tolist() == [a == label for a, label in zip(near, half_right.labels, strict=True)]
     assert result.correct.tolist() != [a == label for a, label in zip(white, half_right.labels, strict=True)]
 
@@ -207,23 +207,23 @@ def test_a_condition_is_a_value(condition):
 
 def test_wrong_input_is_an_error(tiny_vit, images):
     with pytest.raises(ValueError, match="generated fog 1"):
-        evaluate(tiny_vit, images, [Corrupted("fog", 1), Corrupted("fog", 1)], batch_size=4, progress=False)
+        evaluate(tiny_vit, images, [Corrupted("fog", 1), Corrupted("fog", 1)])
     images.labels[12] = 10
     with pytest.raises(ValueError, match="but the model has 10 classes"):
-        evaluate(tiny_vit, images, [Clean()], batch_size=4, progress=False)
+        evaluate(tiny_vit, images, [Clean()])
     nothing = ImageStream(stream_of(images).rows.take(0), images.preprocessing)
     with pytest.raises(ValueError, match="no images"):
-        evaluate(tiny_vit, nothing, [Clean()], batch_size=4, progress=False)
+        evaluate(tiny_vit, nothing, [Clean()])
 
 
 def test_nan_logits_are_no_wrong_answer(tiny_vit, images):
     tiny_vit.model.classifier.bias.data[0] = float("nan")
     with pytest.raises(ValueError, match="not finite under clean"):
-        evaluate(tiny_vit, images, [Clean()], batch_size=4, progress=False)
+        evaluate(tiny_vit, images, [Clean()])
 
 
 def test_the_protocol_is_written_down(tiny_vit, images):
-    clean, noise, fgsm, _ = evaluate(tiny_vit, images, CONDITIONS, batch_size=13, seed=4, progress=False)
+    clean, noise, fgsm, _ = evaluate(tiny_vit, images, CONDITIONS, seed=4)
     assert clean.protocol == {}
     assert "CIFAR-10-C's table" in noise.protocol["generated"]
     assert (noise.protocol["corruption"], noise.protocol["severity"]) == ("gaussian_noise", 5)
@@ -234,17 +234,17 @@ def test_the_protocol_is_written_down(tiny_vit, images):
 
 
 def test_one_progress_bar(tiny_vit, images, capsys):
-    evaluate(tiny_vit, images, CONDITIONS, batch_size=13, seed=4)
+    suite.evaluate(tiny_vit, images, CONDITIONS, batch_size=13)
     assert "clean" in capsys.readouterr().err
 
 
 def test_a_bar_of_the_callers_spans_several_calls(tiny_vit, images, capsys):
     bar = Progress()
     bar.expect("another set", 130)
-    evaluate(tiny_vit, images, CONDITIONS[:1], batch_size=13, progress=bar)
+    evaluate(tiny_vit, images, CONDITIONS[:1], progress=bar)
     assert (bar.n, bar.total) == (13, 143)
     bar.expect("another set", 0)
-    evaluate(tiny_vit, images, CONDITIONS[2:3], batch_size=13, progress=bar)
+    evaluate(tiny_vit, images, CONDITIONS[2:3], progress=bar)
     assert (bar.n, bar.total) == (13 + 13 * 4, 13 + 13 * 4)
     bar.say("between")
     bar.close()

@@ -114,7 +114,7 @@ def test_resumed_in_and_between_rounds_it_ends_with_the_same_bits(tmp_path, plac
     assert ours["forward_equivalents"] == theirs["forward_equivalents"]
 
 
-def test_a_round_costs_what_the_history_says_and_noises_are_learned_on_inputs_only(tmp_path):
+def test_the_history_has_the_cost_of_a_round_without_a_backward_pass_to_parameters(tmp_path):
     trainer = trained(tmp_path, **(BOUNDARY | {"noise_bank_size": 1}))
     for entry in trainer.history:
         assert entry["noise_steps"] == 3

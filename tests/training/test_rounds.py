@@ -108,7 +108,7 @@ def test_held_out_images_are_asked_for_where_they_are_needed(settings, needed):
         round_of(settings, held_out=()).learn()
 
 
-def test_a_random_direction_is_scaled_and_its_provenance_says_how():
+def test_a_random_direction_is_scaled_and_its_provenance_records_it():
     round_ = round_of(known=lambda: NoiseProvenance(base_model="some/model"))
     history = NoiseHistory(steps=3, seconds=100.0)
     made = round_.scaled([direction(1), direction(2)], "by hand", history)

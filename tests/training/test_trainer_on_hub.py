@@ -191,7 +191,7 @@ def test_a_failed_push_of_a_checkpoint_costs_nothing(hub_here, tmp_path, caplog)
     assert [path.name for path in (tmp_path / "run").glob("_push*")] == []
 
 
-def test_a_failed_push_at_the_end_says_how_to_repeat_it(hub_here, tmp_path):
+def test_a_failed_push_at_the_end_tells_how_to_repeat_it(hub_here, tmp_path):
     trainer = make_trainer(tmp_path / "run", hub_strategy="end")
     trainer.train()
     hub_here.fail(COMMIT, status=400)
@@ -205,7 +205,7 @@ def test_a_failed_push_at_the_end_says_how_to_repeat_it(hub_here, tmp_path):
     assert set(files(hub_here)) == MODEL | NOISE | ROUNDS
 
 
-def test_what_would_make_every_push_fail_is_said_before_training(hub_here, tmp_path, monkeypatch):
+def test_what_would_make_every_push_fail_is_an_error_before_training(hub_here, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UploadError, match="HF_HUB_OFFLINE=1"):
         make_trainer(tmp_path / "run")

@@ -103,38 +103,23 @@ class RunFolder:
         self.history: list[dict[str, Any]] = self.read(HISTORY_NAME) or []  # an entry per round
         self.noise: dict[str, Any] = self.read(NOISE_NAME) or {}  # provenance and norm of the last noise
         self.cost: dict[str, Any] = self.read(COST_NAME) or {}  # passes and seconds, if they were counted
+        training, model, data = (self.settings.get(group, {}) for group in ("training", "model", "data"))
+        learned_on = self.noise.get("provenance", {})
+        # What was trained: "nullspace", "plain", ...; None where nothing says so.
+        self.objective: str | None = training.get("objective") or ("nullspace" if self.history else None)
+        # What was fine-tuned; None for a model that the run trained itself, or that nothing names.
+        base, learner_base = model.get("model_name_or_path"), learned_on.get("base_model")
+        self.base_model: Source | None = source(base) if base else None
+        if "model" not in self.settings and learner_base:  # a model of the Hub has its commit there
+            self.base_model = Source(learner_base, learner_base if learned_on.get("revision") else None)
+        # The commit that it was loaded from, or the revision that was asked for.
+        self.base_revision: str | None = learned_on.get("revision") or model.get("model_revision")
+        dataset = data.get("dataset_name")
+        self.data: Source | None = source(dataset) if dataset else None  # what it was fine-tuned on
 
     @cached_property
     def reports(self) -> list[Report]:
         return [self._report(name) for name in REPORTS if (self.path / name).is_file()]
-
-    @property
-    def objective(self) -> str | None:
-        """What was trained: "nullspace", "plain", ...; None where nothing says so."""
-        recorded = self.settings.get("training", {}).get("objective")
-        return recorded or ("nullspace" if self.history else None)
-
-    @property
-    def base_model(self) -> Source | None:
-        """What was fine-tuned; None for a model that the run trained itself, or that nothing names."""
-        if "model" in self.settings:
-            name = self.settings["model"].get("model_name_or_path")
-            return source(name) if name else None
-        learned_on = self.noise.get("provenance", {})  # a model of the Hub has its commit there
-        name = learned_on.get("base_model")
-        return Source(name, name if learned_on.get("revision") else None) if name else None
-
-    @property
-    def base_revision(self) -> str | None:
-        """The commit that the base model was loaded from, or the revision that was asked for."""
-        asked = self.settings.get("model", {}).get("model_revision")
-        return self.noise.get("provenance", {}).get("revision") or asked
-
-    @property
-    def data(self) -> Source | None:
-        """What it was fine-tuned on."""
-        name = self.settings.get("data", {}).get("dataset_name")
-        return source(name) if name else None
 
     def read(self, name: str) -> Any:
         """A JSON file without this machine's paths; None if it is not there."""

@@ -24,7 +24,7 @@ _TRAINING = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "seed",
     "data_seed",
 )  # fmt: skip
-_ANYONES = {item.name for item in fields(TrainingArguments)}
+_OF_THE_TRAINER = {item.name for item in fields(TrainingArguments)}
 _PASSES = {
     "forward": "passes of one image: forward",
     "backward_to_input": "passes of one image: backward to the input",
@@ -56,7 +56,7 @@ def result_tables(report: Report) -> tuple[str, str]:
         for name in names:
             value = report.averages.get(name, {}).get(title)
             doubt = any(report.doubts(name, result) for result in report.results[name])
-            shown.append("" if value is None else f"{value:.2f}{_sign(doubt)}")
+            shown.append("" if value is None else f"{value:.2f}{_mark(doubt)}")
         rest.append([cell(title), "", *shown, *blank])
     rest += [[cell(title), "", *["missing"] * len(names), *blank] for title in grouped(report.missing)]
     header = [cell(title) for title in header]
@@ -67,13 +67,13 @@ def condition_row(report: Report, index: int, against: list[str]) -> list[str]:
     """Every checkpoint's accuracy with its Wilson interval, then the paired differences with theirs."""
     row = {name: results[index] for name, results in report.results.items()}
     subject = row[report.subject]
-    scores = [f"{result.score}{_sign(report.doubts(name, result))}" for name, result in row.items()]
+    scores = [f"{result.score}{_mark(report.doubts(name, result))}" for name, result in row.items()]
     doubt = any(report.doubts(name, row[name]) for name in (*against, report.subject))
-    changes = [signed(report.change(other, index)) + _sign(doubt) for other in against]
+    changes = [signed(report.change(other, index)) + _mark(doubt) for other in against]
     return [cell(subject.condition), str(subject.n), *scores, *changes]
 
 
-def _sign(doubt: Any) -> str:
+def _mark(doubt: Any) -> str:
     return f" {UNRELIABLE}" if doubt else ""
 
 
@@ -110,7 +110,7 @@ def comparison(report: Report, other: str) -> str:
         every = "the interval contains zero" if count == 1 else f"all {count} intervals contain zero"
         return f"{against}: **no difference was measured**; {every}."
     sides = {"better": better, "worse": worse}
-    parts = [f"{word} in {len(names)} ({_few(names, 12)})" for word, names in sides.items() if names]
+    parts = [f"{word} in {len(names)} ({_shortened(names, 12)})" for word, names in sides.items() if names]
     rest = f"; in the other {same} no difference was measured (the interval contains zero)" if same else ""
     text = f"{against}, of {count} conditions (points): {', '.join(parts)}{rest}."
     return text + " About one interval of 95% in twenty excludes zero by chance."
@@ -122,7 +122,7 @@ def protocols(report: Report) -> list[str]:
     for result in report.results[report.subject]:
         ways.setdefault(describe(result), []).append(result.condition)
     lines = [f"Images: {escape(images)}."] if (images := report.context.get("images")) else []
-    return lines + [f"{escape(_few(conditions, 3))}: {escape(way)}." for way, conditions in ways.items()]
+    return lines + [f"{escape(_shortened(conditions, 3))}: {escape(way)}." for way, conditions in ways.items()]
 
 
 def describe(result: ConditionResult) -> str:
@@ -132,15 +132,15 @@ def describe(result: ConditionResult) -> str:
     if "attack" in known:
         settings = ", ".join(f"{key} {readable(value)}" for key, value in known.get("settings", {}).items())
         words = [f"attack {known['attack']}" + (f" ({settings})" if settings else "")]
-    words += [f"{key} {_short(value)}" for key, value in known.items() if key not in _NOT_PROTOCOL]
+    words += [f"{key} {_value(value)}" for key, value in known.items() if key not in _NOT_PROTOCOL]
     return "; ".join([*words, f"seed {result.seed}"])
 
 
-def _short(value: Any) -> str:
+def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _few(names: list[str], most: int) -> str:
+def _shortened(names: list[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -207,7 +207,7 @@ def settings_table(run: RunFolder) -> str:
 
 
 def _shown(values: Mapping[str, Any]) -> dict[str, str]:
-    return {key: cell(_short(value)) for key, value in values.items()}
+    return {key: cell(_value(value)) for key, value in values.items()}
 
 
 def settings_yaml(run: RunFolder) -> str:
@@ -221,7 +221,7 @@ def settings_yaml(run: RunFolder) -> str:
         **{key: value for key, value in model.items() if own_model or key.startswith("model_")},
         **groups["data"],
         **{key: value for key, value in groups["recipe"].items() if own_model or not key.startswith("base_")},
-        **{key: value for key, value in groups["training"].items() if key in _TRAINING or key not in _ANYONES},
+        **{key: value for key, value in groups["training"].items() if key in _TRAINING or key not in _OF_THE_TRAINER},
     }
     given = {key: value for key, value in chosen.items() if value is not None and key != "overwrite"}
     return yaml.safe_dump(given, sort_keys=False, width=110)

@@ -107,11 +107,10 @@ def _names(kind: Architecture) -> dict[str, list[str]]:
 
 def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     problems = [f"{key} is missing, expected {shape}" for key, shape in expected.items() if key not in tensors]
-    problems += [f"{key} {tuple(value.shape)} is not known" for key, value in tensors.items() if key not in expected]
     for key, value in tensors.items():
         if key not in expected:
-            continue
-        if tuple(value.shape) != expected[key]:
+            problems.append(f"{key} {tuple(value.shape)} is not known")
+        elif tuple(value.shape) != expected[key]:
             problems.append(f"{key} has the shape {tuple(value.shape)}, expected {expected[key]}")
         elif not value.is_floating_point():
             problems.append(f"{key} holds {value.dtype}, expected floating-point numbers")

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Protocol, Self, cast
 
 import torch
@@ -68,17 +67,15 @@ def model_type(model: nn.Module) -> str | None:
     return inner.config.model_type if isinstance(inner, PreTrainedModel) else None
 
 
+def config_of(model: nn.Module) -> Any:
+    """The configuration of a transformers model, also inside wrappers; None of another module."""
+    return getattr(unwrap(model), "config", None)
+
+
 def patch_projection(patch_embedding: nn.Module) -> nn.Conv2d | None:
     """The convolution that maps patches to features, ``weight`` theta (D, C, r, r); None if patches overlap."""
     first = next((module for module in patch_embedding.modules() if isinstance(module, nn.Conv2d)), None)
     return first if first is not None and first.stride == first.kernel_size else None
-
-
-class NoiseMode(Enum):
-    """Which images of the batch get the noise."""
-
-    ALL = "all"
-    LAST_PART = "last part"
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class EmbeddingShape:
 
 
 class PatchEmbeddingNoise:
-    """A persistent forward hook that adds ``noise`` to the patch embeddings of the images that ``mode`` selects.
+    """A persistent forward hook that adds a noise to the patch embeddings, of all images or of the last ones.
 
     The noise is (1, N, D), one for all of them, or (b, N, D), one for each. It is cast to the dtype and device of the
     embeddings where it is added, so that gradients reach it. Without a noise nothing is touched, bit for bit.
@@ -108,10 +105,10 @@ class PatchEmbeddingNoise:
         self._handle.remove()
 
     @contextmanager
-    def adding(self, noise: Tensor, mode: NoiseMode = NoiseMode.ALL, parts: int = 2) -> Iterator[Self]:
-        """Add ``noise`` inside the block: to every image, or to the last of ``parts`` equal parts of the batch."""
+    def adding(self, noise: Tensor, parts: int = 1) -> Iterator[Self]:
+        """Add ``noise`` inside the block: to the last of ``parts`` equal parts of the batch; to all by default."""
         before = self.noise, self.parts
-        self.noise, self.parts = noise, 1 if mode is NoiseMode.ALL else parts
+        self.noise, self.parts = noise, parts
         try:
             yield self
         finally:

@@ -199,7 +199,11 @@ def outside_after_all_steps(probe: Probe, v: Tensor, settings: NoiseSettings, hi
         )
     if settings.on_limit == "rescale":
         outside = v.detach().clone()
-        scaled = scale_into(lambda factor: probe.held_out_influence(factor * outside), epsilon, largest=1.0)
+
+        def influence_at(factor: float) -> float:
+            return probe.held_out_influence(factor * outside)
+
+        scaled = scale_into(influence_at, epsilon, largest=1.0, tolerance=1e-3)
         with torch.no_grad():
             v.mul_(scaled.factor)
         history.held_out_influence = scaled.influence

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from hf_nullspace import __version__
-from hf_nullspace.models.patch_embedding import unwrap
+from hf_nullspace.models.patch_embedding import config_of, unwrap
+from hf_nullspace.noise.probe import is_sharded
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def hub_commit(model: nn.Module, revision: str | None = None) -> str | None:
 
     transformers 5.23 does not keep it. ``revision`` is what was asked for; by default the main branch.
     """
-    name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None)
+    name = getattr(config_of(model), "_name_or_path", None)
     if not name or Path(name).exists():
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -102,7 +103,7 @@ def hub_commit(model: nn.Module, revision: str | None = None) -> str | None:
 
 def provenance_of(model: nn.Module, *, hashed: bool = True) -> NoiseProvenance:
     """Where ``model`` comes from: its name, its commit on the Hub, and the hash of its weights if ``hashed``."""
-    config: Any = getattr(unwrap(model), "config", None)
+    config = config_of(model)
     return NoiseProvenance(
         base_model=getattr(config, "_name_or_path", None) or None,
         revision=getattr(config, "_commit_hash", None) or hub_commit(model),
@@ -126,14 +127,14 @@ def _hash_once(model: nn.Module) -> str:
 def warn_of_other_weights(provenance: NoiseProvenance, model: nn.Module) -> None:
     """Warn if the noise of ``provenance`` was learned on other weights than those of ``model``."""
     expected = provenance.model_sha256
-    if expected is None or any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    if expected is None or is_sharded(model):
         return
     found = _hash_once(model)
     if found == expected:
         return
     step = provenance.training_step
     when = "" if step is None else f" after {step} steps of a fine-tuning"
-    name = getattr(getattr(unwrap(model), "config", None), "_name_or_path", None) or "this model"
+    name = getattr(config_of(model), "_name_or_path", None) or "this model"
     warnings.warn(
         f"the noise was learned on {provenance.base_model or 'a model'}{when} (weights {expected[:12]}), and {name} "
         f"has other weights ({found[:12]}): its influence there is unknown. Use the weights it was learned on, in the "

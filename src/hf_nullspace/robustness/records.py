@@ -120,14 +120,6 @@ class Records:
             found = self.read(key)
         return found
 
-    def load(self, key: str) -> ConditionResult | None:
-        """The result of a condition; None if there is none."""
-        return self.read(key, result_from_record)
-
-    def save(self, key: str, result: ConditionResult) -> None:
-        """Keep the result of a condition."""
-        self.write(key, record(result))
-
     def others(self, keys: Iterable[str]) -> int:
         """How many records belong to another checkpoint, protocol, data set or seed; they are never mixed in."""
         known = set(keys)
@@ -191,7 +183,8 @@ def evaluate_resumably(
         title: records.key(**usual, title=title, condition=repr(condition), **batch_settings(condition, batch_size))
         for title, condition in conditions.items()
     }
-    found = {} if samples else {title: result for title, key in keys.items() if (result := records.load(key))}
+    known = {} if samples else {title: records.read(key, result_from_record) for title, key in keys.items()}
+    found = {title: result for title, result in known.items() if result is not None}
     if found:
         say(f"{len(found)} of {len(conditions)} conditions were finished before: {', '.join(found)}")
     titles = {str(condition): title for title, condition in conditions.items()}
@@ -203,20 +196,11 @@ def evaluate_resumably(
         if samples is not None and rank_and_world_size()[0] == 0:
             write_samples(result, samples / f"{keys[title]}.parquet", title)
         found[title] = replace(result, condition=title, protocol=protocol, samples=None)
-        records.save(keys[title], found[title])
+        records.write(keys[title], record(found[title]))
 
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "workers": workers, "progress": progress}
     if left := [condition for title, condition in conditions.items() if title not in found]:
-        evaluate(
-            model,
-            images,
-            left,
-            batch_size=batch_size,
-            seed=seed,
-            workers=workers,
-            per_sample=samples is not None,
-            progress=progress,
-            on_result=keep,
-        )
+        evaluate(model, images, left, per_sample=samples is not None, on_result=keep, **options)
     return {title: found[title] for title in conditions}, list(keys.values())
 
 

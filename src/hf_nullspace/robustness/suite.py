@@ -1,9 +1,9 @@
 """The one evaluation loop: conditions over a set of images, counted exactly on any number of processes."""
 
-import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +30,14 @@ from hf_nullspace.robustness.scores import Interval, accuracy
 class Clean:
     """The images as they are."""
 
-    cost = 1.0
+    cost = 1.0  # forward passes of one image
 
     def __str__(self) -> str:
         return "clean"
+
+    def protocol(self) -> dict[str, Any]:
+        """What a reader needs in order to repeat the number, besides the images and the seed."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class Corrupted:
     def __str__(self) -> str:
         return f"generated {self.corruption} {self.severity}"
 
+    def protocol(self) -> dict[str, Any]:
+        generated = f"at the image's own size; up to {SMALL} px CIFAR-10-C's table, else ImageNet-C's"
+        return {"corruption": self.corruption, "severity": self.severity, "generated": generated}
+
 
 @dataclass(frozen=True)
 class Attacked:
@@ -64,8 +72,14 @@ class Attacked:
     def __str__(self) -> str:
         return repr(self.attack)
 
+    def protocol(self) -> dict[str, Any]:
+        name, settings = type(self.attack).__name__, self.attack.settings()
+        return {"space": "pixels in [0, 1]", "attack": name, "settings": settings}
+
 
 Condition = Clean | Corrupted | Attacked
+Batch = tuple[list[int], Tensor, Tensor]  # places in the set, pixels (B, C, H, W), labels (B,)
+Answers = dict[str, NDArray[Any]]  # name -> one value per image
 
 
 @dataclass(frozen=True)
@@ -119,31 +133,29 @@ def evaluate(
         raise ValueError(f"conditions given twice: {', '.join(repeated)}")
     rank, world = rank_and_world_size()
     bar = progress if isinstance(progress, Progress) else Progress(shown=progress and rank == 0)
-    keys = {name: (object(), name) for name in names}  # of this call alone
-    for name, condition in zip(names, conditions, strict=True):
-        bar.expect(keys[name], work(images, condition))
+    share = (images.expected if isinstance(images, ImageStream) else len(images)) / world
+    keys = [object() for _ in conditions]  # of this call alone
+    for key, condition in zip(keys, conditions, strict=True):
+        bar.expect(key, share * condition.cost)
     results = []
-    with contextlib.closing(bar) if bar is not progress else contextlib.nullcontext(), frozen(model):
-        for condition in conditions:
+    with nullcontext() if bar is progress else bar, frozen(model):
+        for key, condition in zip(keys, conditions, strict=True):
             bar.begin(str(condition))
-            start, done = time.perf_counter(), 0
-            parts: list[dict[str, NDArray[Any]]] = []
-            for indices, pixels, labels in batches(images, condition, batch_size, seed, rank, world, workers):
-                judged = judge(model, pixels, labels, indices, condition, seed, images.subset)
-                parts.append(judged if per_sample else {k: v for k, v in judged.items() if k.startswith("correct")})
+            start, judged = time.perf_counter(), []
+            for places, pixels, labels in batches(images, condition, batch_size, seed, workers):
+                judged.append(judge(model, pixels, labels, places, condition, seed, images.subset))
                 bar.advance(len(labels) * condition.cost)
-                done += len(labels)
-            bar.expect(keys[str(condition)], done * condition.cost)
-            arrays = gather(parts, rank, world)
-            correct = arrays.pop("correct")
+            bar.expect(key, sum(len(part["correct"]) for part in judged) * condition.cost)
+            arrays = gather(judged)
+            correct, correct_all = arrays.pop("correct"), arrays.pop("correct_all", None)
             result = ConditionResult(
                 condition=str(condition),
                 correct=correct,
                 seconds=time.perf_counter() - start,
                 seed=seed,
                 protocol=protocol(condition, images, len(correct)),
-                correct_all=arrays.pop("correct_all", None),
-                samples=arrays or None,
+                correct_all=correct_all,
+                samples=arrays if per_sample else None,
             )
             results.append(result)
             if on_result is not None:
@@ -151,46 +163,9 @@ def evaluate(
     return results
 
 
-def work(images: Images, condition: Condition) -> float:
-    """Forward passes that this process owes a condition, roughly; of a stream by its published size."""
-    size = images.expected if isinstance(images, ImageStream) else len(images)
-    return float(size / rank_and_world_size()[1] * condition.cost)
-
-
-class Prepared(torch.utils.data.Dataset[tuple[int, Tensor, int]]):
-    """This process's images under a condition's corruption: (index, pixels (C, H, W), label)."""
-
-    def __init__(self, images: ImageSet, condition: Condition, seed: int, mine: Sequence[int]):
-        self.images, self.condition, self.seed, self.mine = images, condition, seed, mine
-
-    def __len__(self) -> int:
-        return len(self.mine)
-
-    def __getitem__(self, place: int) -> tuple[int, Tensor, int]:
-        index = self.mine[place]
-        images, place = self.images, self.images.places[index]
-        return place, prepare(images, images.raw_image(index), self.condition, self.seed, place), images.label(index)
-
-
-def prepare(images: LabelledImages, image: Image.Image, condition: Condition, seed: int, place: int) -> Tensor:
-    """Pixels (C, H, W) of an image under a condition's corruption; ``place`` is its place in the whole set."""
-    if isinstance(condition, Corrupted):
-        image = corrupt(image, condition.corruption, condition.severity, seed=seed, index=place)
-    return images.pixels_from_image(image)
-
-
-Batch = tuple[list[int], Tensor, Tensor]
-
-
-def stack(rows: Sequence[tuple[int, Tensor, int]]) -> Batch:
-    indices, pixels, labels = zip(*rows, strict=True)
-    return list(indices), torch.stack(pixels), torch.tensor(labels)
-
-
-def batches(
-    images: Images, condition: Condition, batch_size: int, seed: int, rank: int, world: int, workers: int
-) -> Iterator[Batch]:
-    """This process's images, batch by batch: indices in the set, pixels (B, C, H, W), labels (B,)."""
+def batches(images: Images, condition: Condition, batch_size: int, seed: int, workers: int) -> Iterator[Batch]:
+    """This process's images, batch by batch: their places in the set, pixels (B, C, H, W), labels (B,)."""
+    rank, world = rank_and_world_size()
     if isinstance(images, ImageStream):
         mine = itertools.islice(enumerate(images.pairs()), rank, None, world)
         rows = ((place, prepare(images, image, condition, seed, place), label) for place, (image, label) in mine)
@@ -208,15 +183,42 @@ def batches(
     yield from torch.utils.data.DataLoader(prepared, batch_size, num_workers=workers, collate_fn=stack, generator=own)
 
 
+class Prepared(torch.utils.data.Dataset[tuple[int, Tensor, int]]):
+    """This process's images under a condition's corruption: (place in the whole set, pixels (C, H, W), label)."""
+
+    def __init__(self, images: ImageSet, condition: Condition, seed: int, mine: Sequence[int]):
+        self.images, self.condition, self.seed, self.mine = images, condition, seed, mine
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+    def __getitem__(self, turn: int) -> tuple[int, Tensor, int]:
+        images, index = self.images, self.mine[turn]
+        place = images.places[index]
+        return place, prepare(images, images.raw_image(index), self.condition, self.seed, place), images.label(index)
+
+
+def prepare(images: LabelledImages, image: Image.Image, condition: Condition, seed: int, place: int) -> Tensor:
+    """Pixels (C, H, W) of an image under a condition's corruption; ``place`` is its place in the whole set."""
+    if isinstance(condition, Corrupted):
+        image = corrupt(image, condition.corruption, condition.severity, seed=seed, index=place)
+    return images.pixels_from_image(image)
+
+
+def stack(rows: Sequence[tuple[int, Tensor, int]]) -> Batch:
+    places, pixels, labels = zip(*rows, strict=True)
+    return list(places), torch.stack(pixels), torch.tensor(labels)
+
+
 def judge(
     model: PixelModel,
     pixels: Tensor,
     labels: Tensor,
-    indices: Sequence[int],
+    places: Sequence[int],
     condition: Condition,
     seed: int,
     subset: Sequence[int] | None = None,
-) -> dict[str, NDArray[Any]]:
+) -> Answers:
     """Which images the model gets right under the condition; an attack's result is clipped here, whatever it says."""
     device = model.device
     pixels, labels = pixels.to(device), labels.to(device)
@@ -225,7 +227,7 @@ def judge(
     if isinstance(condition, Attacked):
         attack = condition.attack
         attacked, truth = (model, labels) if subset is None else among(model, labels, subset)
-        adversarial = attack(attacked, pixels, truth, seeds=[derive_seed(seed, index) for index in indices])
+        adversarial = attack(attacked, pixels, truth, seeds=[derive_seed(seed, place) for place in places])
         judged = attack.project(adversarial, pixels)
     with torch.no_grad():
         logits = model(judged)
@@ -236,14 +238,14 @@ def judge(
             f"labels lie in [{int(labels.min())}, {int(labels.max())}], but the model has {logits.shape[-1]} classes; "
             "map the set's labels to the model's first"
         )
-    answers = {"correct_all": logits.argmax(-1) == labels} if subset is not None else {}
+    answers = {}
     if subset is not None:
+        answers["correct_all"] = logits.argmax(-1) == labels
         outside = torch.ones(logits.shape[-1], dtype=torch.bool, device=device)
         outside[list(subset)] = False
         logits = logits.masked_fill(outside, -torch.inf)
     confidence, prediction = logits.softmax(-1).max(-1)
-    answers |= {"correct": prediction == labels}
-    answers |= {"label": labels, "prediction": prediction, "confidence": confidence}
+    answers |= {"correct": prediction == labels, "label": labels, "prediction": prediction, "confidence": confidence}
     return {name: values.cpu().numpy() for name, values in answers.items()}
 
 
@@ -260,23 +262,21 @@ def among(model: PixelModel, labels: Tensor, subset: Sequence[int]) -> tuple[Pix
     return PixelModel(model.model, model.mean, model.std, columns), found
 
 
-def gather(parts: Sequence[dict[str, NDArray[Any]]], rank: int, world: int) -> dict[str, NDArray[Any]]:
+def gather(parts: Sequence[Answers]) -> Answers:
     """All processes' arrays in the order of the set: rank r holds the images r, r + world, ..."""
+    _, world = rank_and_world_size()
     mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
-    if world == 1:
-        if not mine:
-            raise ValueError("the set has no images")
-        return mine
-    everyone: list[dict[str, NDArray[Any]]] = [mine] * world
-    dist.all_gather_object(everyone, mine)
+    everyone: list[Answers] = [mine] * world
+    if world > 1:
+        dist.all_gather_object(everyone, mine)
     if not everyone[0]:
         raise ValueError("the set has no images")
     arrays = {}
     for name, first in everyone[0].items():
         values = [other.get(name, first[:0]) for other in everyone]
-        arrays[name] = np.empty(sum(len(value) for value in values), dtype=first.dtype)
-        for other, value in enumerate(values):
-            arrays[name][other::world] = value
+        arrays[name] = np.empty(sum(map(len, values)), dtype=first.dtype)
+        for rank, value in enumerate(values):
+            arrays[name][rank::world] = value
     return arrays
 
 
@@ -287,12 +287,6 @@ def protocol(condition: Condition, images: Images, n: int) -> dict[str, Any]:
         described.setdefault("note", f"partial: {n} of {images.expected} images")
     if images.subset is not None:
         described["answer among"] = f"the set's {len(images.subset)} classes (score_all_classes: among all)"
-    if isinstance(condition, Attacked):
-        attack = condition.attack
-        if images.subset is not None:
+        if isinstance(condition, Attacked):
             described["attack among"] = f"the set's {len(images.subset)} classes"
-        described |= {"space": "pixels in [0, 1]", "attack": type(attack).__name__, "settings": attack.settings()}
-    if isinstance(condition, Corrupted):
-        described |= {"corruption": condition.corruption, "severity": condition.severity}
-        described |= {"generated": f"at the image's own size; up to {SMALL} px CIFAR-10-C's table, else ImageNet-C's"}
-    return described
+    return described | condition.protocol()

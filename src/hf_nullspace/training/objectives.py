@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_nullspace.core.seeds import generator_of
 from hf_nullspace.core.settings import nearest
-from hf_nullspace.models.patch_embedding import NoiseMode, PatchEmbeddingNoise, unwrap
+from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, config_of
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.influence import permuted
 from hf_nullspace.training.rounds import Round, RoundNoises
@@ -258,7 +258,7 @@ def forward_views(
     }
     repeated[input_name] = torch.cat([views[name].images for name in names])
     device = repeated[input_name].device
-    with hook.adding(noises[0].to(device), NoiseMode.LAST_PART, copies) if noises else nullcontext():
+    with hook.adding(noises[0].to(device), copies) if noises else nullcontext():
         chunks = model(**repeated).logits.chunk(copies)
     return dict(zip(names, chunks, strict=True))
 
@@ -311,7 +311,7 @@ def check_labels(inputs: Mapping[str, Any], model: nn.Module, *, soft: bool = Fa
         raise ValueError(f"training rows have {sorted(inputs)} but no 'labels'; name the label column")
     if soft:
         return
-    labels, classes = inputs["labels"], getattr(getattr(unwrap(model), "config", None), "num_labels", None)
+    labels, classes = inputs["labels"], getattr(config_of(model), "num_labels", None)
     wrong = (labels < 0) & (labels != -100)
     if classes is not None:
         wrong |= labels >= classes

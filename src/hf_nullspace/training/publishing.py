@@ -79,21 +79,16 @@ def push_run(
     if not files_to_push(Path(run), only=PUBLISHED):
         raise FileNotFoundError(f"nothing to push: {run} holds no file of a run")
     write_card(Path(run), repo_id, license=license)
-    return _push_staged(
-        _staged_run(Path(run), linked=True),
-        repo_id,
-        private=private,
-        revision=revision,
-        commit_message=commit_message,
-        token=token,
-        replace=REPLACED,
-        afterwards=_how_to_repeat(Path(run), repo_id),
-    )
+    named = {"private": private, "revision": revision, "commit_message": commit_message, "token": token}
+    return _push_run(Path(run), repo_id, blocking=True, **named)
 
 
-def _how_to_repeat(run: Path, repo_id: str) -> str:
+def _push_run(run: Path, repo_id: str, *, blocking: bool, **named: Any) -> Any:
+    """Not ``blocking``: a copy of what is published is uploaded, since the run may go on; gives a future."""
     call = f"from hf_nullspace.training.publishing import push_run; push_run({str(run)!r}, {repo_id!r})"
-    return f'The run in {run} is whole; repeat the upload with: python -c "{call}"'
+    named["afterwards"] = f'The run in {run} is whole; repeat the upload with: python -c "{call}"'
+    push = _push_staged if blocking else partial(_BACKGROUND.run_as_future, _push_staged)
+    return push(_staged_run(run, linked=blocking), repo_id, replace=REPLACED, **named)
 
 
 def open_run(trainer: Any, token: str | None = None, private: bool | None = None) -> None:
@@ -149,16 +144,9 @@ def push_after_training(
     trainer.create_model_card(license=license)
     if trainer.push_in_progress is not None:
         trainer.push_in_progress.wait_until_done()
-    run, repo_id = _folder_of(trainer), str(trainer.hub_model_id)
-    staged = _staged_run(run, linked=blocking)  # meanwhile nobody writes, or else everything is copied
-    named: dict[str, Any] = {
-        "revision": revision or trainer.args.hub_revision,
-        "commit_message": commit_message or "End of training",
-        "token": token,
-        "replace": REPLACED,
-        "afterwards": _how_to_repeat(run, repo_id),
-    }
-    return (_push_staged if blocking else partial(_BACKGROUND.run_as_future, _push_staged))(staged, repo_id, **named)
+    message, revision = commit_message or "End of training", revision or trainer.args.hub_revision
+    named = {"revision": revision, "commit_message": message, "token": token}
+    return _push_run(_folder_of(trainer), str(trainer.hub_model_id), blocking=blocking, **named)
 
 
 def push_checkpoint(trainer: Any, checkpoint: Path) -> None:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_nullspace.core.files import make_lasting, one_clear_error
 from hf_nullspace.core.seeds import derive_seed
-from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, unwrap
+from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, config_of, unwrap
 from hf_nullspace.noise.artifact import NullspaceNoise, provenance_of
 from hf_nullspace.training import ema, objectives, publishing
 from hf_nullspace.training.checkpoints import checkpoint_to_resume, complete_checkpoint, load_weights
@@ -100,7 +100,7 @@ class NullspaceTrainer(Trainer):
 
     def _attach(self, model: nn.Module) -> None:
         """Put the hook on the model before anything is compiled; refuse heads that the loss is not made for."""
-        objectives.check_head(getattr(unwrap(model), "config", None))
+        objectives.check_head(config_of(model))
         if self._hook is not None:
             self._hook.remove()
         self._hook = PatchEmbeddingNoise(model, self._patch_embedding)
