@@ -232,7 +232,7 @@ def learn(
 
 
 def found(output: Path, count: int, say: Callable[[str], None]) -> dict[int, dict]:
-    """The entries of history.json with noises that are there as they were written; tells of damaged and lost ones."""
+    """The entries of history.json with an intact noise file; damaged or missing ones are reported."""
     path = output / HISTORY_NAME
     try:
         entries = read_json(path) if path.exists() else []

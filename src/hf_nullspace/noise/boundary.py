@@ -208,7 +208,7 @@ class Noises:
         return influence, endings
 
     def _influence_at(self, probe: Probe, index: int, batches: int | None) -> Callable[[float], float]:
-        """Of noise ``index``: radius -> influence on the first ``batches`` held-out ones, or on all."""
+        """The influence of noise ``index`` as a function of its radius, on the first held-out ``batches`` or all."""
 
         @torch.no_grad()
         def influence_at(radius: float) -> float:
@@ -226,7 +226,7 @@ def _units(directions: Tensor) -> Tensor:
 
 
 class Pool:
-    """Batches with their known clean logits, in an order that is drawn anew each time through."""
+    """Batches with their known clean logits, reshuffled every pass."""
 
     def __init__(self, probe: Probe, stream: Iterator[Tensor], images: int, seed: int) -> None:
         self._stream, self._seed = stream, seed

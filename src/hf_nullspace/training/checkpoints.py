@@ -45,10 +45,10 @@ class NoCheckpointError(ValueError):
 
 
 def missing_from(checkpoint: Path, processes: int, *, sealed: bool = True, run: str | None = None) -> list[str]:
-    """What a checkpoint folder lacks of an exact resume; an empty list when it is whole.
+    """What a checkpoint folder lacks for an exact resume; an empty list if it is complete.
 
     ``manifest.json`` is written last, when all other files are on the disk; a checkpoint from elsewhere, such as the
-    Hub, may have none (``sealed=False``). ``run`` is the identity of the run that it has to be of.
+    Hub, may have none (``sealed=False``). ``run`` is the identity of the run it must belong to.
     """
     missing = []
     if not any((checkpoint / name).exists() for name in _WEIGHTS):

@@ -55,9 +55,9 @@ _BOUNDARY = _DESCENT | {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {"boundary": _BOUNDARY, "descent": _DESCENT, "paper": _PAPER}
-"""What a field gets that nobody set. "paper" is Algorithm 1 with the settings of appendix A.3; "descent" differs where
-that leaves epsilon untrue of the noise: no decay of the noise, and epsilon is tested on held-out images; "boundary"
-learns noises that follow the edge of epsilon, for less than the fine-tuning itself costs: the default."""
+"""Defaults of unset fields. "paper" is Algorithm 1 with the settings of appendix A.3. "descent" differs where these do
+not guarantee epsilon: no decay of the noise, epsilon is tested on held-out images, and after T steps the noise is
+scaled into it. "boundary", the default, follows the edge of epsilon, for less than the fine-tuning itself costs."""
 
 
 Settings = TypeVar("Settings", NoiseSettings, BoundarySettings)
