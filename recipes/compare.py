@@ -34,7 +34,7 @@ from hf_nullspace.training.loading import (
     load_rows,
     training_images,
 )
-from hf_nullspace.training.preflight import check_images, lack_of_room
+from hf_nullspace.training.preflight import check_images, disk_space_warning
 from study.arguments import CompareArguments
 from study.design import Run, Study, make_study, mapping_of
 from study.images import ImageStore
@@ -105,7 +105,7 @@ def work_on(
     images = images_of(args.seeds[0])
     for config in configs:
         check_images(config, len(images))
-    if warning := lack_of_room(classifier.model, configs[0], trainings=len(configs)):
+    if warning := disk_space_warning(classifier.model, configs[0], trainings=len(configs)):
         say(warning)
     if model_args.model_name_or_path is None:
         train_base_model(

@@ -40,7 +40,7 @@ from hf_nullspace.training.loading import (
     load_rows,
     training_images,
 )
-from hf_nullspace.training.preflight import check_images, lack_of_room
+from hf_nullspace.training.preflight import check_images, disk_space_warning
 from hf_nullspace.training.run_settings import check_folder, claim_folder
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
@@ -133,7 +133,7 @@ def run_all(
         raise UsageError(f"{missing[0]}; or leave that condition out")
     if not data_args.streaming:
         check_images(config, len(train_set))
-    if warning := lack_of_room(classifier.model, config, trainings=2 if recipe.control else 1):
+    if warning := disk_space_warning(classifier.model, config, trainings=2 if recipe.control else 1):
         say(warning)
     contents = {"training images": train_set.content_fingerprint(), "test images": eval_set.content_fingerprint()}
     if classifier.weights is not None:

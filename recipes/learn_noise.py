@@ -78,7 +78,7 @@ class NoiseArguments:
         default=None,
         metadata={"help": "T: the most gradient steps of one noise. Default: 3000; boundary: 60, all taken."},
     )
-    pool_images: int = field(default=1024, metadata={"help": "Boundary: images whose clean logits are kept."})
+    pool_images: int = field(default=1024, metadata={"help": "Boundary: images with clean logits that are kept."})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decay of the noise (the paper: 0.01)."})
     loss: str = field(default="l2", metadata={"help": "'l2' (equation 10) or 'squared_l2' (Algorithm 1, line 12)."})
     stop_on: str = field(default="held_out", metadata={"help": "Test epsilon on 'held_out' images or one 'minibatch'."})
@@ -232,7 +232,7 @@ def learn(
 
 
 def found(output: Path, count: int, say: Callable[[str], None]) -> dict[int, dict]:
-    """The entries of history.json whose noises are there as they were written; what is damaged or lost is said."""
+    """The entries of history.json with an intact noise file; damaged or missing ones are reported."""
     path = output / HISTORY_NAME
     try:
         entries = read_json(path) if path.exists() else []

@@ -6,83 +6,61 @@ from transformers import ViTConfig
 from hf_nullspace.data.label_maps import align_labels
 
 MODEL = ["Tabby Cat", "sports_car", "dog", "T-shirt"]
+CRANES = ["crane", "maillot", "crane", "dog"]  # as in ImageNet: the bird and the machine
+NAMELESS = ["LABEL_0", "LABEL_1"]
+WNIDS = [f"n{i:08d}" for i in range(1000)]
+KNOWN = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 207: "golden retriever", 407: "ambulance"}
+KNOWN |= {817: "sports car, sport car", 999: "toilet tissue, toilet paper"}
+IMAGENET = [KNOWN.get(i, f"class {i}") for i in range(1000)]
 
 
-def config(names):
-    return ViTConfig(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+@pytest.mark.parametrize(
+    ("names", "model", "remap", "id2label", "message"),
+    [
+        # The same classes: the model's spelling stays
+        (["tabby cat", "Sports Car", "DOG", "t_shirt"], MODEL, None, MODEL, "the model's 4 classes in the model's ord"),
+        (["dog", "tshirt", "tabby_cat", "sports car"], MODEL, (2, 3, 0, 1), MODEL, "another order"),
+        (CRANES, CRANES, None, CRANES, "in the model's order"),
+        # Some of them
+        (["dog", "tabby cat"], MODEL, (2, 0), MODEL, "2 of the model's 4 classes"),
+        (["tabby cat", "sports car"], MODEL, None, MODEL, "2 of the model's 4 classes"),
+        (["dog", "maillot"], CRANES, (3, 1), CRANES, "2 of the model's 4 classes"),
+        # Names on one side
+        (None, MODEL, None, MODEL, "labels have no names; they are taken to be the model's 4"),
+        (4, MODEL, None, MODEL, "4 classes have no names; they are taken to be the model's"),
+        (["cat", "dog"], NAMELESS, None, ["cat", "dog"], "have no names; they are taken to be the data's"),
+        (WNIDS, IMAGENET, None, IMAGENET, "1000 WordNet ids"),
+    ],
+)
+def test_the_head_is_kept(names, model, remap, id2label, message):
+    alignment = aligned(names, model)
+    assert (alignment.remap, alignment.new_head, alignment.num_labels) == (remap, False, len(model))
+    assert alignment.id2label == dict(enumerate(id2label))
+    assert alignment.label2id == {name: index for index, name in enumerate(id2label)}
+    assert message in alignment.message
 
 
-def test_the_same_names_in_the_same_order():
-    alignment = align_labels(["tabby cat", "Sports Car", "DOG", "t_shirt"], config(MODEL))
-    assert (alignment.remap, alignment.new_head) == (None, False)
-    assert alignment.id2label == dict(enumerate(MODEL))  # the model's spelling stays
-    assert alignment.label2id == {"Tabby Cat": 0, "sports_car": 1, "dog": 2, "T-shirt": 3}
-    assert "the model's 4 classes in the model's order" in alignment.message
+@pytest.mark.parametrize(
+    ("names", "model", "message"),
+    [
+        (["0", "1", "2", "3"], MODEL, "4 of the data's 4 classes are not in the model ('0', '1', '2', ...)."),
+        (["dog", "bus", "T-shirt"], MODEL, "1 of the data's 3 classes are not in the model ('bus')"),
+        (3, MODEL, "3 classes: the data's classes have no names, and the model has 4."),
+        (["cat", "dog", "ant"], NAMELESS, "the model has 2 classes without names, the data has 3"),
+        (["dog", "crane", "crane", "maillot"], CRANES, "stand for more than one class: 'crane'"),
+        (WNIDS, IMAGENET[::-1], "not in the model"),  # a head in another order is not trusted
+        (WNIDS[:-1], IMAGENET, "not in the model"),
+    ],
+)
+def test_other_classes_get_a_new_head_and_say_so(names, model, message):
+    alignment = aligned(names, model)
+    expected = [f"LABEL_{index}" for index in range(names)] if isinstance(names, int) else names
+    assert (alignment.remap, alignment.new_head, alignment.id2label) == (None, True, dict(enumerate(expected)))
+    assert alignment.message.startswith(f"New classifier head for {len(expected)} classes: ")
+    assert message in alignment.message
 
 
-def test_another_order_is_renumbered_by_name():
-    alignment = align_labels(["dog", "tshirt", "tabby_cat", "sports car"], config(MODEL))
-    assert (alignment.remap, alignment.new_head) == ((2, 3, 0, 1), False)
-    assert "another order" in alignment.message
-
-
-@pytest.mark.parametrize(("names", "remap"), [(["dog", "tabby cat"], (2, 0)), (["tabby cat", "sports car"], None)])
-def test_a_part_of_the_models_classes_keeps_the_head(names, remap):
-    alignment = align_labels(names, config(MODEL))
-    assert (alignment.remap, alignment.new_head, alignment.num_labels) == (remap, False, 4)
-    assert "2 of the model's 4 classes" in alignment.message
-
-
-def test_data_without_names():
-    assumed = align_labels(None, config(MODEL), num_classes=4)
-    assert (assumed.remap, assumed.new_head, assumed.id2label[0]) == (None, False, "Tabby Cat")
-    assert "4 classes have no names; they are taken to be the model's" in assumed.message
-    unknown = align_labels(None, config(MODEL))
-    assert not unknown.new_head
-    other = align_labels(None, config(MODEL), num_classes=3)
-    assert (other.new_head, other.id2label) == (True, {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"})
-    assert "New classifier head for 3 classes" in other.message
-
-
-def test_a_model_with_placeholder_names():
-    nameless = ViTConfig(num_labels=2)
-    assert nameless.id2label == {0: "LABEL_0", 1: "LABEL_1"}
-    kept = align_labels(["cat", "dog"], nameless)
-    assert (kept.new_head, kept.remap, kept.id2label) == (False, None, {0: "cat", 1: "dog"})
-    assert "have no names; they are taken to be the data's" in kept.message
-    assert align_labels(["cat", "dog", "ant"], nameless).new_head
-
-
-def test_other_classes_get_a_new_head_and_say_so():
-    alignment = align_labels(["0", "1", "2", "3"], config(MODEL))
-    assert (alignment.new_head, alignment.remap) == (True, None)
-    assert alignment.id2label == {0: "0", 1: "1", 2: "2", 3: "3"}
-    assert alignment.message == (
-        "New classifier head for 4 classes: 4 of the data's 4 classes are not in the model ('0', '1', '2', ...)."
-    )
-    assert (
-        "1 of the data's 3 classes are not in the model ('bus')"
-        in align_labels(["dog", "bus", "T-shirt"], config(MODEL)).message
-    )
-
-
-def test_names_that_stand_for_two_classes():
-    cranes = config(["crane", "maillot", "crane", "dog"])  # as in ImageNet: the bird and the machine
-    assert not align_labels(["crane", "maillot", "crane", "dog"], cranes).new_head
-    confused = align_labels(["dog", "crane", "crane", "maillot"], cranes)
-    assert confused.new_head
-    assert "stand for more than one class: 'crane'" in confused.message
-    part = align_labels(["dog", "maillot"], cranes)  # these two are clear
-    assert (part.new_head, part.remap) == (False, (3, 1))
-
-
-def test_imagenet_folders_by_wordnet_id():
-    names = [f"class {i}" for i in range(1000)]
-    for index, name in {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 207: "golden retriever"}.items():
-        names[index] = name
-    names[407], names[817], names[999] = "ambulance", "sports car, sport car", "toilet tissue, toilet paper"
-    wnids = [f"n{i:08d}" for i in range(1000)]
-    kept = align_labels(wnids, config(names))
-    assert (kept.new_head, kept.remap, kept.id2label[0]) == (False, None, "tench, Tinca tinca")
-    assert align_labels(wnids, config(names[::-1])).new_head  # a head in another order is not trusted
-    assert align_labels(wnids[:-1], config(names)).new_head
+def aligned(names, model):
+    """``names`` of the data, or their number where they have none."""
+    config = ViTConfig(id2label=dict(enumerate(model)), label2id={name: index for index, name in enumerate(model)})
+    return align_labels(None, config, num_classes=names) if isinstance(names, int) else align_labels(names, config)

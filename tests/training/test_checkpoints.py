@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_nullspace.core.files import MANIFEST_NAME, NotWrittenError, write_manifest
 from hf_nullspace.training.checkpoints import (
     NoCheckpointError,
-    check_complete,
+    checkpoint_to_resume,
     last_complete_checkpoint,
     load_weights,
     missing_from,
@@ -69,12 +69,12 @@ def test_a_damaged_file_makes_the_run_go_on_from_the_one_before(copy, caplog, na
     if change != "gone":
         assert name in caplog.text
     if (name, change) == (MANIFEST_NAME, "gone"):  # a checkpoint that is named may come from elsewhere
-        assert check_complete(copy / "checkpoint-4") == copy / "checkpoint-4"
+        assert checkpoint_to_resume(copy / "checkpoint-4", copy, 1) == copy / "checkpoint-4"
         return
     words = r"cannot resume from .*checkpoint-4: it lacks .*resume_from_checkpoint=True"
     with pytest.raises(NoCheckpointError, match=words):
-        check_complete(copy / "checkpoint-4")
-    assert check_complete(copy / "checkpoint-3") == copy / "checkpoint-3"
+        checkpoint_to_resume(copy / "checkpoint-4", copy, 1)
+    assert checkpoint_to_resume(copy / "checkpoint-3", copy, 1) == copy / "checkpoint-3"
 
 
 def test_noises_that_a_run_lost_are_back_from_its_checkpoint(run, copy, caplog):
@@ -135,7 +135,7 @@ def test_numbers_are_compared_as_numbers(copy):
 
 def test_of_another_number_of_processes(copy):
     with pytest.raises(NoCheckpointError, match=r"it lacks rng_state_0.pth, rng_state_1.pth"):
-        check_complete(copy / "checkpoint-4", processes=2)
+        checkpoint_to_resume(copy / "checkpoint-4", copy, 2)
 
 
 def test_no_checkpoint_at_all(tmp_path):

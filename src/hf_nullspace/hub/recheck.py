@@ -14,7 +14,7 @@ from hf_nullspace.data.columns import class_names
 from hf_nullspace.data.image_set import ImageSet
 from hf_nullspace.data.label_maps import align_labels
 from hf_nullspace.data.sources import load_image_dataset
-from hf_nullspace.models.loading import load_image_processor, load_model, load_model_config
+from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, bank_file_name
 from hf_nullspace.robustness.pixel_model import PixelModel
@@ -107,8 +107,9 @@ def recheck(run: Path, count: int = IMAGES, dataset_name: str | None = None) -> 
         preprocessing = Preprocessing.from_processor(load_image_processor(str(run)))
     except (OSError, ValueError) as error:
         raise ReleaseError(f"{run} cannot be loaded: {error}; save the model and its image processor again") from error
+    n = min(result.n for result in report.results[report.subject])
     try:
-        images = recorded_images(context, run, model, preprocessing, dataset_name, report, count)
+        images = recorded_images(context, n, model, preprocessing, dataset_name, count)
     except (OSError, ValueError) as error:
         raise ReleaseError(f"the recorded images cannot be read: {error}; say where they are with --dataset_name, or "
                            "leave the measurement out with --recheck_images 0") from error  # fmt: skip
@@ -143,16 +144,9 @@ def recorded(run: Path) -> tuple[Report, list[tuple[ConditionResult, Condition]]
 
 
 def recorded_images(
-    context: Mapping[str, Any],
-    run: Path,
-    model: Any,
-    preprocessing: Preprocessing,
-    dataset_name: str | None,
-    report: Report,
-    count: int,
+    context: Mapping[str, Any], n: int, model: Any, preprocessing: Preprocessing, dataset_name: str | None, count: int
 ) -> ImageSet:
-    """The first ``count`` of the images that a report is over, in its order."""
-    n = min(result.n for result in report.results[report.subject])
+    """The first ``count`` of the ``n`` images that a report is over, in its order."""
     count = min(count, n)
     if data := context.get("settings", {}).get("data"):  # recipes/finetune.py: the first n of the split
         known = {field.name for field in fields(DataArguments)}
@@ -166,6 +160,6 @@ def recorded_images(
     if dataset is None:
         raise ReleaseError("the report names no data set")
     rows = load_image_dataset(dataset, split)
-    labels = align_labels(class_names(rows), load_model_config(str(run)))
+    labels = align_labels(class_names(rows), model.config)
     whole = ImageSet(rows, preprocessing, remap=labels.remap, name=f"{dataset}, {split}")
     return (whole.part(n) if n < len(whole) else whole).first(count)  # evaluate_robustness.py: n evenly spaced

@@ -28,7 +28,7 @@ from hf_nullspace.noise.provenance import provenance_of as provenance_of
 
 WEIGHTS_NAME = "nullspace_noise.safetensors"
 CONFIG_NAME = "nullspace_noise.json"
-"""Beside a model, whose own ``config.json`` is there."""
+"""Beside a model, which has its own ``config.json``."""
 _FORMAT = "hf-nullspace noise v1"
 
 
@@ -85,7 +85,7 @@ class NullspaceNoise:
     def check_weights(self, model: nn.Module) -> None:
         """Warn if the weights of ``model`` are not those that the noise was learned on, by their SHA-256.
 
-        Nothing is said where the weights were not recorded, or are spread over processes (FSDP2). A model is hashed
+        There is no warning where the weights were not recorded, or are spread over processes (FSDP2). A model is hashed
         once, and again when its weights have changed.
         """
         warn_of_other_weights(self.provenance, model)

@@ -1,6 +1,5 @@
 """Which checkpoint a killed run can go on from, and how its weights are loaded without losing any."""
 
-import json
 import logging
 import re
 import shutil
@@ -46,29 +45,28 @@ class NoCheckpointError(ValueError):
 
 
 def missing_from(checkpoint: Path, processes: int, *, sealed: bool = True, run: str | None = None) -> list[str]:
-    """What a checkpoint folder lacks of an exact resume; an empty list when it is whole.
+    """What a checkpoint folder lacks for an exact resume; an empty list if it is complete.
 
     ``manifest.json`` is written last, when all other files are on the disk; a checkpoint from elsewhere, such as the
-    Hub, may have none (``sealed=False``). ``run`` is the identity of the run that it has to be of.
+    Hub, may have none (``sealed=False``). ``run`` is the identity of the run it must belong to.
     """
     missing = []
     if not any((checkpoint / name).exists() for name in _WEIGHTS):
         missing.append("the weights")
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        if f"{PREFIX_CHECKPOINT_DIR}-{state['global_step']}" != checkpoint.name:
-            missing.append(f"a trainer_state.json of its own (it is of step {state['global_step']})")
-    except (OSError, ValueError, KeyError, TypeError):
+    state = _read(checkpoint / "trainer_state.json")
+    if not isinstance(state, dict) or "global_step" not in state:
         missing.append("a readable trainer_state.json")
+    elif f"{PREFIX_CHECKPOINT_DIR}-{state['global_step']}" != checkpoint.name:
+        missing.append(f"a trainer_state.json of its own (it is of step {state['global_step']})")
     if not any((checkpoint / name).exists() for name in _OPTIMIZERS):
         missing.append("the optimizer")
     if not (checkpoint / "scheduler.pt").exists():
         missing.append("the scheduler")
-    if _has_history(checkpoint) and not (checkpoint / WEIGHTS_NAME).exists():
+    if _read(checkpoint / HISTORY_NAME, damaged=True) and not (checkpoint / WEIGHTS_NAME).exists():
         missing.append("the noise")
     names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     missing += [name for name in names if not (checkpoint / name).exists()]
-    if run is not None and not missing and _run_of(checkpoint) != run:
+    if run is not None and not missing and _read(checkpoint / RUN_NAME) != {"run": run}:
         missing.append(f"a {RUN_NAME} of this run")
     if missing:
         return missing
@@ -80,19 +78,14 @@ def missing_from(checkpoint: Path, processes: int, *, sealed: bool = True, run: 
         return [f"a readable {MANIFEST_NAME}"]
 
 
-def _run_of(checkpoint: Path) -> str | None:
+def _read(path: Path, damaged: Any = None) -> Any:
+    """What a JSON file holds; None if it is not there, and ``damaged`` if it is."""
     try:
-        return read_json(checkpoint / RUN_NAME)["run"]
-    except (OSError, DamagedFileError, KeyError, TypeError):
+        return read_json(path)
+    except OSError:
         return None
-
-
-def _has_history(checkpoint: Path) -> bool:
-    path = checkpoint / HISTORY_NAME
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else False
-    except ValueError:
-        return True
+    except DamagedFileError:
+        return damaged
 
 
 def complete_checkpoint(
@@ -112,7 +105,7 @@ def complete_checkpoint(
 
 
 def restore_noises(checkpoint: Path, run: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Bring back what a run has lost of the noises of the rounds in ``history``; what cannot be is said."""
+    """Copy back noises that a run has lost, of the rounds in ``history``; warns where there is no copy."""
     for entry in history:
         name = bank_file_name(entry["round"])
         kept, place = checkpoint / NOISES / name, run / NOISES / name
@@ -133,7 +126,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def last_complete_checkpoint(folder: Path | str, processes: int = 1, run: str | None = None) -> Path | None:
-    """The checkpoint of the highest step that is whole, and of ``run`` if that is given; what is skipped is said."""
+    """The last whole checkpoint, of ``run`` if that is given; warns of those that it skips."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = []
     if Path(folder).is_dir():
@@ -146,38 +139,30 @@ def last_complete_checkpoint(folder: Path | str, processes: int = 1, run: str | 
     return None
 
 
-def check_complete(checkpoint: Path | str, processes: int = 1) -> Path:
-    """``checkpoint`` as a path. It may lack the manifest: it is taken on the word of who names it.
+def checkpoint_to_resume(resume: Path | str | bool | None, folder: Path | str, processes: int) -> Path | None:
+    """What ``resume_from_checkpoint`` means: ``True`` is the last whole checkpoint in ``folder``.
+
+    A checkpoint that is named may lack the manifest.
 
     Raises:
-        NoCheckpointError: if it is not whole, saying what is missing.
+        NoCheckpointError: if there is none, or the one that is named is not whole, saying what is missing.
     """
-    path = Path(checkpoint)
+    if not resume:
+        return None
+    if resume is True:
+        last = last_complete_checkpoint(folder, processes)
+        if last is None:
+            raise NoCheckpointError(f"no checkpoint that is whole in {folder}; start without resuming")
+        return last
+    path = Path(resume)
     if not path.is_dir():
         raise NoCheckpointError(f"cannot resume from {path}: there is no such folder")
-    missing = missing_from(path, processes, sealed=False)
-    if missing:
+    if missing := missing_from(path, processes, sealed=False):
         raise NoCheckpointError(
             f"cannot resume from {path}: it lacks {', '.join(missing)}. resume_from_checkpoint=True takes the last "
             "checkpoint that is whole"
         )
     return path
-
-
-def checkpoint_to_resume(resume: Path | str | bool | None, folder: Path | str, processes: int) -> Path | None:
-    """What ``resume_from_checkpoint`` means: ``True`` is the last whole checkpoint in ``folder``.
-
-    Raises:
-        NoCheckpointError: if there is none, or the one that is named is not whole.
-    """
-    if not resume:
-        return None
-    if resume is not True:
-        return check_complete(resume, processes)
-    last = last_complete_checkpoint(folder, processes)
-    if last is None:
-        raise NoCheckpointError(f"no checkpoint that is whole in {folder}; start without resuming")
-    return last
 
 
 def load_weights(model: PreTrainedModel, folder: Path | str, *, local: bool = True) -> None:

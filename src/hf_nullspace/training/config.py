@@ -55,9 +55,9 @@ _BOUNDARY = _DESCENT | {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {"boundary": _BOUNDARY, "descent": _DESCENT, "paper": _PAPER}
-"""What a field gets that nobody set. "paper" is Algorithm 1 with the settings of appendix A.3; "descent" differs where
-that leaves epsilon untrue of the noise: no decay of the noise, and epsilon is tested on held-out images; "boundary"
-learns noises that follow the edge of epsilon, for less than the fine-tuning itself costs: the default."""
+"""Defaults of unset fields. "paper" is Algorithm 1 with the settings of appendix A.3. "descent" differs where these do
+not guarantee epsilon: no decay of the noise, epsilon is tested on held-out images, and after T steps the noise is
+scaled into it. "boundary", the default, follows the edge of epsilon, for less than the fine-tuning itself costs."""
 
 
 Settings = TypeVar("Settings", NoiseSettings, BoundarySettings)
@@ -76,7 +76,7 @@ def _unset(text: str) -> Any:
 class NullspaceConfig(TrainingArguments):
     """TrainingArguments for :class:`NullspaceTrainer`, with the settings of Algorithm 1 of the paper.
 
-    Fields whose default is ``None`` here get their value from ``preset``; a value that is given wins. The length of a
+    Fields with the default ``None`` here get their value from ``preset``; a value that is given wins. The length of a
     run is ``rounds`` x ``steps_per_round``; ``max_steps`` may be given instead of the rounds, or has to agree.
 
     Raises:
@@ -113,7 +113,7 @@ class NullspaceConfig(TrainingArguments):
     noise_loss: str = _preset("'l2': mean of ||z' - z|| (equation 10); 'squared_l2': of its square.")
     noise_stop_on: str = _preset("Descent: where epsilon has to be reached, 'held_out' or 'minibatch'.")
     noise_on_limit: str = _preset("Descent: after T steps outside of epsilon 'use', 'rescale' or 'error'.")
-    noise_pool_images: int = _preset("Boundary: images whose clean logits are kept for a round; 0: fresh ones.")
+    noise_pool_images: int = _preset("Boundary: images with clean logits that are kept for a round; 0: fresh ones.")
     noises_at_once: int = _preset("Boundary: noises learned at once, each on its share of every batch.")
     noise_bank_size: int = _preset("Noises of a round: the new ones, and the newest of earlier rounds.")
     noise_mix: str = _preset("Which noise of the round an image gets: 'one', 'choice' or 'convex' (random).")

@@ -79,21 +79,16 @@ def push_run(
     if not files_to_push(Path(run), only=PUBLISHED):
         raise FileNotFoundError(f"nothing to push: {run} holds no file of a run")
     write_card(Path(run), repo_id, license=license)
-    return _push_staged(
-        _staged_run(Path(run), linked=True),
-        repo_id,
-        private=private,
-        revision=revision,
-        commit_message=commit_message,
-        token=token,
-        replace=REPLACED,
-        afterwards=_how_to_repeat(Path(run), repo_id),
-    )
+    named = {"private": private, "revision": revision, "commit_message": commit_message, "token": token}
+    return _push_run(Path(run), repo_id, blocking=True, **named)
 
 
-def _how_to_repeat(run: Path, repo_id: str) -> str:
+def _push_run(run: Path, repo_id: str, *, blocking: bool, **named: Any) -> Any:
+    """Not ``blocking``: a copy of what is published is uploaded, since the run may go on; gives a future."""
     call = f"from hf_nullspace.training.publishing import push_run; push_run({str(run)!r}, {repo_id!r})"
-    return f'The run in {run} is whole; repeat the upload with: python -c "{call}"'
+    named["afterwards"] = f'The run in {run} is whole; repeat the upload with: python -c "{call}"'
+    push = _push_staged if blocking else partial(_BACKGROUND.run_as_future, _push_staged)
+    return push(_staged_run(run, linked=blocking), repo_id, replace=REPLACED, **named)
 
 
 def open_run(trainer: Any, token: str | None = None, private: bool | None = None) -> None:
@@ -149,20 +144,13 @@ def push_after_training(
     trainer.create_model_card(license=license)
     if trainer.push_in_progress is not None:
         trainer.push_in_progress.wait_until_done()
-    run, repo_id = _folder_of(trainer), str(trainer.hub_model_id)
-    staged = _staged_run(run, linked=blocking)  # meanwhile nobody writes, or else everything is copied
-    named: dict[str, Any] = {
-        "revision": revision or trainer.args.hub_revision,
-        "commit_message": commit_message or "End of training",
-        "token": token,
-        "replace": REPLACED,
-        "afterwards": _how_to_repeat(run, repo_id),
-    }
-    return (_push_staged if blocking else partial(_BACKGROUND.run_as_future, _push_staged))(staged, repo_id, **named)
+    message, revision = commit_message or "End of training", revision or trainer.args.hub_revision
+    named = {"revision": revision, "commit_message": message, "token": token}
+    return _push_run(_folder_of(trainer), str(trainer.hub_model_id), blocking=blocking, **named)
 
 
 def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
-    """Upload the checkpoint's model as it is now, in the background; training goes on, and survives a failure."""
+    """Upload the checkpoint's model as it is now, in the background; training continues, even if that fails."""
     args, state, run = trainer.args, trainer.state, _folder_of(trainer)
     running = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
     if args.hub_strategy == HubStrategy.END or (running and not args.hub_always_push):
@@ -183,7 +171,7 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
         _push_staged,
         staged,
         str(trainer.hub_model_id),
-        survives=True,
+        ignore_errors=True,
         revision=args.hub_revision,
         commit_message=f"Training in progress, {now}",
         token=args.hub_token,
@@ -203,9 +191,9 @@ def _folder_of(trainer: Any) -> Path:
 def published_files(folder: Path, *more: str) -> list[str]:
     """The files of a run, or of a checkpoint with ``more`` patterns, that are pushed; a warning names what is not."""
     only = (*PUBLISHED, *more)
-    if strangers := left_behind(folder, _STAYS, only):
-        names = ", ".join(name if name.isprintable() else repr(name) for name in strangers[:_NAMED])
-        names += f" and {len(strangers) - _NAMED} more" if len(strangers) > _NAMED else ""
+    if unexpected := left_behind(folder, _STAYS, only):
+        names = ", ".join(name if name.isprintable() else repr(name) for name in unexpected[:_NAMED])
+        names += f" and {len(unexpected) - _NAMED} more" if len(unexpected) > _NAMED else ""
         logger.warning("left in %s: %s; no run writes that, or it is a link out of the folder", folder, names)
     return files_to_push(folder, only=only)
 
@@ -238,7 +226,7 @@ def _staged_checkpoint(checkpoint: Path, run: Path, place: str | None, repo_id: 
 
 @contextmanager
 def _new_folder(run: Path) -> Iterator[Path]:
-    """A folder in the run's, for links; gone if what is done with it fails."""
+    """A temporary folder inside the run's, for links; deleted on failure."""
     staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=run))
     try:
         yield staged
@@ -247,11 +235,11 @@ def _new_folder(run: Path) -> Iterator[Path]:
         raise
 
 
-def _push_staged(staged: Path, repo_id: str, *, survives: bool = False, **named: Any) -> Any:
+def _push_staged(staged: Path, repo_id: str, *, ignore_errors: bool = False, **named: Any) -> Any:
     try:
         return push_folder(staged, repo_id, **named)
     except Exception as error:
-        if not survives:
+        if not ignore_errors:
             raise
         logger.warning("%s", error)
         return None
