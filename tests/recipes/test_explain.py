@@ -99,7 +99,7 @@ MODEL, IMAGE = ("--model_name_or_path", "{place}"), ("--image", "{place}/a.png")
         ([*MODEL, *IMAGE, "--target_class", "7"], "classes 0 to 4"),
         ([*MODEL, "--imge", "{place}/a.png"], "did you mean --image"),
         (["--model_name_or_path", "{resnet}", *IMAGE], "is not known to classify by a CLS token"),
-        (["--model_name_or_path", "{dinov2}", *IMAGE], "its model type is dinov2; expected ViTForImageClassification"),
+        (["--model_name_or_path", "{dinov2}", *IMAGE], "its model type is dinov2; expected a ViT, DeiT"),
     ],
 )
 def test_bad_input_is_one_line(words, message, place, tmp_path, capsys):

@@ -169,7 +169,8 @@ def test_any_vit_with_attentions(family, pixels):
 
 
 @pytest.mark.parametrize(
-    ("model", "message"), [(lambda: tiny_model("swin"), "needs global attention"), (tiny_resnet, "has no patches")]
+    ("model", "message"),
+    [(lambda: tiny_model("swin"), "needs global attention"), (tiny_resnet, "has no config.patch_size")],
 )
 def test_models_without_global_attention_are_refused(model, message, pixels):
     with pytest.raises(ValueError, match=message):
