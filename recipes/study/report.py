@@ -122,10 +122,7 @@ def _interval(entry: Sequence[float] | None) -> str:
 
 
 def plot_cost(content: Mapping[str, Any], path: Path) -> Path:
-    """Difference of the average to the control, with its interval, against the cost of a run.
-
-    Logarithmic beyond one point where a linear axis would flatten the small differences (:func:`difference_scale`).
-    """
+    """Difference of the average to the control, with its interval, against the cost of a run."""
     control = content["study"]["control"]
     figure, ((axes,),) = canvas(8.5, 4.2)
     sizes = []

@@ -1,5 +1,4 @@
-"""The tasks of a study: to train a run, to measure one condition of it. A finished task is kept and not done again,
-unless its settings changed."""
+"""The tasks of a study, train a run or measure one condition of it: a finished one is kept and not done again."""
 
 import logging
 import shutil
@@ -28,7 +27,6 @@ from study.images import ImageStore
 FINISHED = "finished"
 _TRAINED = ("model.safetensors", "config.json", "preprocessor_config.json", "nullspace_noise.*", "noises/*")
 logger = logging.getLogger(__name__)
-
 
 Task = Run | Measurement
 """A run is trained (the checkpoint before, which has no training, is only hashed), or measured."""

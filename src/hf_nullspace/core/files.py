@@ -1,8 +1,4 @@
-"""Files that are whole or not there, folders that know what belongs in them, and one run per folder.
-
-A file is written to a temporary name beside the target, forced to the disk, and renamed. A folder that a library wrote
-gets a manifest of sizes and hashes, so that a file that power loss or a full disk has cut off is noticed.
-"""
+"""Files that are whole or not there, manifests of sizes and hashes for folders, and one run per folder."""
 
 import errno
 import hashlib

@@ -1,8 +1,4 @@
-"""A process whose launcher has died ends by itself.
-
-``accelerate launch`` and ``torchrun`` hand no signal on that they do not survive: what they started would go on, and
-write beside the run that is started again.
-"""
+"""A process ends with its launcher: ``accelerate launch`` and ``torchrun`` hand no signal on that kills them."""
 
 import os
 import signal

@@ -1,7 +1,6 @@
 """A folder becomes one commit of a repository on the Hub: all of it or nothing, and a failure says how to repeat it.
 
-The client tries each file again by itself, but neither the commit nor the creation of a repository; and its
-``upload_folder`` splits a folder of many files, or one that was refused, into several commits.
+The client repeats neither a commit nor the creation of a repository, its ``upload_folder`` may make several commits.
 """
 
 import logging
@@ -100,22 +99,14 @@ def push_folder(
 
 
 def open_repository(repo_id: str, *, private: bool | None = None, token: str | None = None, afterwards: str) -> str:
-    """Create a model repository if it is not there; its whole name.
-
-    Raises:
-        UploadError: as :func:`push_folder` does; ``afterwards`` is how it ends.
-    """
+    """Create a model repository if it is not there; its whole name. Raises as :func:`push_folder` does."""
     return _ask(
         lambda api: api.create_repo(repo_id, private=private, exist_ok=True), repo_id, token, afterwards
     ).repo_id
 
 
 def whole_name(repo_id: str, token: str | None = None) -> str:
-    """``ORG/NAME``; of a ``NAME`` alone the Hub is asked for the owner of the token.
-
-    Raises:
-        UploadError: if it cannot be asked.
-    """
+    """``ORG/NAME``; of a ``NAME`` alone the Hub is asked for the owner of the token, else ``UploadError``."""
     if "/" in repo_id:
         return repo_id
     otherwise = f"Or write ORG/NAME instead of {repo_id!r}"

@@ -1,8 +1,7 @@
 """Does the explanation stay when an image is changed invisibly (A.8, figures 6 and 7)? Maps of the image as a file.
 
-A correlation by itself says little: maps of unrelated images may agree, since a model prefers some places, and LRP may
-disagree for two images that differ in a few levels. So every correlation is beside three others: those of the wish (the
-target), of random changes that the model sees as much of as of the result, and of random changes as large in pixels.
+Maps of unrelated images may agree, and LRP may disagree for nearly equal ones. So a correlation is beside those of the
+wish, of random changes that the model sees as much of as of the result, and of random changes as large in pixels.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,8 @@
 """Where a ViT looks, from its attention: raw attention, rollout, Grad-CAM, generic relevance.
 
 A map has one number per patch, (B, h, w), at least 0 and on a scale of its own: compare maps by :func:`correlation`.
-The functions of ``MAPS`` are the definitions, on attention maps A (B, heads, tokens, tokens) of every layer and their
-gradients; :func:`saliency_maps` reads those from a model. Tokens that are no patches (CLS, DeiT's distillation token,
-registers) come first and are dropped from the map.
+The functions of ``MAPS`` take the attention maps A (B, heads, tokens, tokens) of every layer and their gradients.
+Tokens that are no patches (CLS, DeiT's distillation token, registers) come first and are dropped.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,8 @@
 """Images that a model cannot tell apart: watermarks (A.7) and targeted images (A.8), judged as the files they become.
 
-The wish is the image with a mark on it, or another image. Equation 13 projects the change onto the nullspace of the
-patch embedding, but clipping to [0, 1] leaves the nullspace: so the invisible image nearest to the wish is sought
-inside the box, in pixels (``linear.box``). Rounding to 8 bits leaves the nullspace again, as little as
-``linear.rounding`` can. So the verdict is on the written file, through the model's own image processor.
+The wish is the image with a mark on it, or another image. Clipping equation 13's projection to [0, 1] leaves the
+nullspace, so the invisible image nearest to the wish is sought inside the box (``linear.box``), then rounded to 8 bits
+(``linear.rounding``). The verdict is on the written file, through the model's own image processor.
 """
 
 from collections.abc import Sequence
@@ -134,8 +133,8 @@ class Judge:
             made, unresized = (" x ".join(map(str, size)) for size in (got.shape[-2:], self.preprocessing.size))
             raise ValueError(
                 f"{type(self.image_processor).__name__} does not leave an image of {image.height} x {image.width} as "
-                f"it is: it makes {made} of it, resized; nullspace patterns do not survive that. Judge images of "
-                f"{height} x {width}, of which it makes {unresized} without resizing, or change its size and crop_size."
+                f"it is: it makes {made} of it, resized. Judge images of {height} x {width}, of which it makes "
+                f"{unresized} without resizing, or change its size and crop_size."
             )
         return self._answer(pixel_values)
 

@@ -1,11 +1,8 @@
 """Are these the owner's weights? Null patterns of a patch embedding as a fingerprint (section 6, "model patenting").
 
 The owner draws patterns from the nullspace of the own model and shows images with and without them to a suspect, which
-need not open its weights. A model with these weights answers the same. Others react, but less than to the same values
-in another order, since all trained patch embeddings prefer smooth patches: five ViTs trained on CIFAR-10 score 0.27 to
-0.61 on each other's fingerprint (20 pairs), below 0.001 on their own. So the rate at which other models pass is
-measured on models that are known to be others. It is no proof against a thief who knows the method: noise in the null
-directions of the weights hides a copy at no cost (docs/ownership.md).
+need not open its weights. A model with these weights answers the same; how often others do is measured on models that
+are known to be others. It is no proof against a thief who knows the method (docs/ownership.md).
 """
 
 import math

@@ -1,9 +1,8 @@
 """Rounding to 8 bits in the direction that the model sees least.
 
-An image in the nullspace leaves it when its pixels are rounded, each by up to 1 / 510. But every pixel may as well go
-to the other neighbour of its value: of the 2^P ways to round a patch, one is sought that changes the embedding little,
-by ||theta (rounded - source)||, starting from the nearest levels and flipping one pixel at a time, the best
-first, until no flip helps. It stays within 1 / 255 of the image.
+Of the 2^P ways to round a patch up or down, one is sought that changes the embedding little, by
+||theta (rounded - source)||: from the nearest levels, one pixel is flipped at a time, the best first, until no flip
+helps. It stays within 1 / 255 of the image.
 """
 
 import torch

@@ -1,8 +1,7 @@
 """The patch embedding of any ViT-like model, and the one persistent hook that adds noise to its output.
 
 The noise v (1, N, D) is added to the output u (B, N, D) of the patch projection, before CLS token and position
-embedding (equation 5 of the paper). A forward hook needs no second forward implementation. It is registered once,
-before the first compiled call, because a compiled model ignores a hook that is added later.
+embedding (equation 5). The hook is registered before the first compiled call: a compiled model ignores a later one.
 """
 
 import math
