@@ -2,12 +2,10 @@
 
     accelerate launch recipes/compare.py --config recipes/configs/study-digits.yaml
     accelerate launch recipes/compare.py --config recipes/configs/study-cifar10.yaml --max_minutes 30
-    accelerate launch recipes/compare.py --config recipes/configs/study-cifar10.yaml --dry_run
 
 Every arm is an objective with its settings. First the learning rate of each is chosen on the selection images with one
-seed; then the smallest difference that can be seen is written down (selection.json); then every arm is trained with
-every seed and measured on the report images, once. A study that was stopped or killed goes on where it was. Two
-processes may share one, each with --only ARM .... Writes results.json (with every image's outcome), .md and pictures.
+seed; then every arm is trained with every seed and measured on the report images, once. A study that was stopped goes
+on where it was. Writes results.json (with every image's outcome), .md and pictures.
 """
 
 import copy

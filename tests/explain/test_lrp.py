@@ -128,5 +128,5 @@ def test_other_models_are_named():
     with pytest.raises(NoClsTokenError, match="model type swin"):
         lrp_map(tiny_model("swin"), images())
     two_heads = DeiTForImageClassificationWithTeacher(DeiTConfig(**SIZES, **IMAGE, **LABELS))
-    with pytest.raises(NoAttentionWeightsError, match=r"WithTeacher: .*classifier.*DeiTForImageClassification or"):
+    with pytest.raises(NoAttentionWeightsError, match=r"WithTeacher: .*classifier.*ViT, DeiT or ViTMSN"):
         lrp_map(two_heads, images())

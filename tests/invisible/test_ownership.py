@@ -109,7 +109,7 @@ def test_what_cannot_be_judged_is_an_error(mark, pixels):
         verify_owner(mark, own, [], pixels)
     with pytest.raises(ValueError, match=r"images \(3, 12, 12\) and a fingerprint for \(3, 16, 16\)"):
         verify_owner(mark, own, [own], pixels[..., :12, :12])
-    with pytest.raises(ValueError, match="invariant to everything, which proves nothing"):
+    with pytest.raises(ValueError, match="invariant to everything"):
         verify_owner(mark, lambda images: torch.zeros(len(images), 4), [own], pixels)
     with pytest.raises(ValueError, match=r"threshold=nan: expected a number of at least 0"):
         verify_owner(mark, own, [own], pixels, threshold=math.nan)

@@ -175,7 +175,7 @@ def test_bad_input_is_an_error():
         (torch.zeros(2, 11), torch.zeros(2, 11)),
         (torch.zeros(1, 12, 2), torch.zeros(1, 12, 2)),
     ):
-        with pytest.raises(ValueError, match=r"expected two times \(patches, 12\)"):
+        with pytest.raises(ValueError, match=r"expected \(patches, 12\)"):
             nearest_in_box(rows, source, target)
 
 

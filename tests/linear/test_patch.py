@@ -255,7 +255,7 @@ def test_what_has_no_nullspace_is_an_error():
     with pytest.raises(NotAViTError, match="ResNetForImageClassification has no patch embedding"):
         PatchNullspace.from_model(tiny_resnet())
     resnet = tiny_resnet()
-    with pytest.raises(NotAViTError, match="patches that overlap"):
+    with pytest.raises(NotAViTError, match="its patches overlap"):
         PatchNullspace.from_model(resnet, patch_embedding=resnet.resnet.embedder)
     with pytest.raises(ValueError, match=r"got \(4, 5\)"):
         PatchNullspace.from_weight(torch.ones(4, 5))

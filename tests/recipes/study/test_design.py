@@ -55,7 +55,7 @@ def test_a_dear_condition_may_have_fewer_seeds():
     for run, titles in plans.items():
         assert len(titles) == (7 if run.seed in (None, 8) else 6)
         assert any(title.startswith("CW") for title in titles) == (run.seed in (None, 8))
-    with pytest.raises(UsageError, match=r"seeds \[5\], which the control 'plain' is not trained with"):
+    with pytest.raises(UsageError, match=r"seeds \[5\], which the control 'plain' does not have"):
         study(conditions=[*GIVEN["conditions"], "{attack: CW, seeds: [5]}"])
     with pytest.raises(UsageError, match="clean: in the average, so it is measured on every seed"):
         study(conditions=["{clean: null, seeds: [7]}", *GIVEN["conditions"][1:]])
@@ -90,7 +90,7 @@ def test_places_are_evenly_spaced_and_within_the_slice():
         ({"selection": None}, "choosing one needs a selection slice"),
         ({"report": "300"}, "expected places among the test images"),
         ({"control": "vanilla"}, "control='vanilla'"),
-        ({"control": "sweep, 0.1"}, "expected an arm with a learning rate of its own"),
+        ({"control": "sweep, 0.1"}, "expected an arm that chooses its learning rate"),
         ({"average": ["clean", "PGD"]}, "'PGD' is 0 of the conditions"),
         ({"average": ["generated"]}, "'generated' is 4 of the conditions"),
         ({"conditions": ["clean", "clean"]}, "each once"),
