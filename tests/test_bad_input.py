@@ -1,7 +1,7 @@
 """What is typed wrong ends in one line that helps: tables of cases, on the command line and in Python.
 
-``bad_input/command_line.txt`` and ``bad_input/python.txt`` have one row per case. The default run takes every tenth of
-the command lines and all of Python; ``slow`` takes the rest.
+``bad_input/command_line.txt`` and ``bad_input/python.txt`` have one row per case. The default run takes all of Python,
+every tenth of the command lines and those that start with "+"; ``slow`` takes the rest.
 """
 
 import os
@@ -66,6 +66,8 @@ YAML = {
     "suite_tag.yaml": "conditions: !!python/object/apply:os.getcwd []\n",
     "suite_list.yaml": "- clean\n",
     "suite_latin1.yaml": "# caf\xe9\nconditions: [clean]\n".encode("latin-1"),
+    "suite_no_list.yaml": "condition: []\n",
+    "suite_limits.yaml": "conditions: []\nlimits: 3\n",
     "suite_empty.yaml": "conditions: []\n",
     "suite_twice.yaml": "conditions: [clean, clean]\n",
     "suite_keys_twice.yaml": "limit: 3\nconditions: [clean]\nlimit: 4\n",
@@ -83,10 +85,12 @@ YAML = {
 
 
 def rows(table, of):
-    """(columns) of every row; the first of each ``of`` is for the default run, unless it starts a process."""
+    """(columns) of every row; "+" and the first of each ``of`` is for the default run, unless it starts a process."""
     lines = (TABLES / table).read_text(encoding="utf-8").splitlines()
-    cases = [[part.strip() for part in line.split("|")] for line in lines if line and not line.startswith("#")]
-    quick = [index % of == 0 and not case[0].startswith("real ") for index, case in enumerate(cases)]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    cases = [[part.strip() for part in line.removeprefix("+").split("|")] for line in lines]
+    tenth = [index % of == 0 and not case[0].startswith("real ") for index, case in enumerate(cases)]
+    quick = [one or line.startswith("+") for one, line in zip(tenth, lines, strict=True)]
     marks = [() if one else pytest.mark.slow for one in quick]
     return [pytest.param(*case, marks=mark, id=" ".join(case[:2])) for case, mark in zip(cases, marks, strict=True)]
 

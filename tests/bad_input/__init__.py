@@ -68,9 +68,16 @@ def namespace(places, folder):
         return other
 
     def metric(**given):
-        module = library.load(hf_nullspace.metric_folder())
+        module = library.load(
+            hf_nullspace.metric_folder(), cache_dir=str(folder)
+        )  # else it waits for the lock of others
         answers = {"predictions": [0, 1], "references": [0, 0], "condition": ["clean", "clean"]}
         return module.compute(**answers | given)
+
+    def measured(condition, reference):
+        right = [int(name == "clean") for name in condition]
+        answers = {"predictions": right, "references": [1] * len(right), "condition": condition}
+        return metric(**answers, reference_errors=reference)
 
     def study(arms='{"plain": {"objective": "plain"}}', **given):
         small = {"control": "plain", "seeds": [0], "learning_rates": [0.1], "conditions": ["clean"]}
@@ -106,6 +113,8 @@ def namespace(places, folder):
         "config": config,
         "trainer": trainer,
         "metric": metric,
+        "measured": measured,
+        "fog": [f"fog/{severity}" for severity in range(1, 6)],
         "study": study,
         "images_of": images_of,
         "attacked": attacked,

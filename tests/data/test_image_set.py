@@ -120,9 +120,9 @@ def test_bad_labels_are_found_before_training(labels, options, message):
     with pytest.raises(DataError, match=message):
         ImageSet(table(4, labels), PREPROCESSING, **options)
     listed = [{"image": picture(i), "label": label} for i, label in enumerate(labels)]
-    dataset = ImageSet(listed, PREPROCESSING, **options)
-    with pytest.raises(DataError, match=r"Row [02] of the data has (no )?label"):
-        list(dataset)
+    for dataset in (ImageSet(listed, PREPROCESSING, **options), stream(table(4, labels), 1, **options)):
+        with pytest.raises(DataError, match=r"Row [02] of (the stream of )?the data has (no )?label"):
+            list(dataset)
 
 
 def test_no_rows_and_the_wrong_kind_of_rows(rows):

@@ -172,15 +172,26 @@ def test_a_stream_from_the_hub_keeps_the_bytes(write, tmp_path, hub_here):
     check(*(load_rows(args, "train", streaming=s) for s in (False, True)))
 
 
-def test_a_robustness_set_from_the_hub_keeps_the_bytes(tmp_path, hub_here):
-    feature = ClassLabel(names=list(wnids()[:3]))
-    folder = tmp_path / "hub" / "datasets" / "someone" / "imagenet"
+def test_a_robustness_set_from_the_hub_keeps_the_bytes_and_maps_the_labels(tmp_path, hub_here):
+    backwards = list(wnids("imagenet-a"))[::-1]
+    folder = tmp_path / "hub" / "datasets" / "someone" / "adversarial"
     folder.mkdir(parents=True)
+    feature = ClassLabel(names=backwards)
     table(feature=feature, image="jpg", label="cls").to_parquet(folder / "test-00000-of-00001.parquet")
-    usual = {"location": "someone/imagenet", "allow_partial": True}
-    whole, stream = (load_set("imagenet-1k", classifier().preprocessing, streaming=s, **usual) for s in (False, True))
+
+    def load(allow_partial=True, **options):
+        known = {"location": "someone/adversarial", "allow_partial": allow_partial}
+        return load_set("imagenet-a", classifier().preprocessing, **known, **options)
+
+    whole, stream = load(), load(streaming=True)
     streamed = list(stream.pairs())
     assert len(streamed) == len(whole) == len(FILES)
+    assert [wnids()[label] for _, label in streamed] == [backwards[label] for label in LABELS.values()]
+    for images in (whole, stream):
+        assert re.fullmatch("someone/adversarial, split test, commit [0-9a-f]{40}", images.protocol()["from"])
+    assert whole.protocol()["note"] == "partial: 7 of 7500 images"
+    with pytest.raises(ValueError, match="is partial: 7 of 7500 images; complete it"):
+        load(allow_partial=False)
     for index, (image, label) in enumerate(streamed):
         assert label == whole.label(index)
         assert image.tobytes() == whole.raw_image(index).tobytes()

@@ -113,19 +113,7 @@ def test_table_4_of_the_paper(tmp_path, capsys):
     assert "random weights have full rank" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "either --model_name_or_path M, or --table4"),
-        (["--model_name_or_path", "{saved}", "--table4", "192:16"], "either --model_name_or_path M, or --table4"),
-        (["--model_name_or_path", "{saved}", "--stored_dtype", "int8"], "expected float32, float16 or bfloat16"),
-        (["--model_name_or_path", "{saved}", "--images", "0"], "images=0: expected at least 1"),
-        (["--model_name_or_path", "{saved}", "--normm", "3"], "did you mean --norm"),
-        (["--model_name_or_path", "{resnet}"], "ResNetForImageClassification has no patch embedding"),
-    ],
-)
-def test_bad_input_is_one_line(words, message, saved, tmp_path, capsys):
-    if "{resnet}" in words:
-        saved_model(tiny_resnet(), tmp_path)
-    words = [word.format(saved=saved, resnet=tmp_path) for word in words]
+def test_a_model_without_patches_is_refused(tmp_path, capsys):
+    words = ["--model_name_or_path", saved_model(tiny_resnet(), tmp_path)]
+    message = "ResNetForImageClassification has no patch embedding"
     check_refused(capsys, message, "analyze", *words, output=tmp_path / "out")

@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_nullspace.robustness import checks as each
 from hf_nullspace.robustness.attacks.gradient import PGD
-from hf_nullspace.robustness.checks import Check, run_checks, unreliable
+from hf_nullspace.robustness.checks import run_checks, unreliable
 from hf_nullspace.robustness.pixel_model import PixelModel
 
 NAMES = [
@@ -195,13 +195,6 @@ def test_better_than_chance_is_twice_chance_or_nine_in_ten(right, classes, passe
 @pytest.mark.parametrize(("gap", "passed"), [(0.0, True), (0.9e-4, True), (1.1e-4, False)])
 def test_two_forwards_may_differ_by_rounding(gap, passed):
     assert each.deterministic(torch.zeros(2, 3), torch.tensor([[0.0, gap, 0.0], [0.0, 0.0, 0.0]]))[0] == passed
-
-
-def test_which_checks_concern_a_number():
-    rows = [("a", False, "all"), ("b", False, "attacks"), ("c", True, "all"), ("d", True, "attacks")]
-    found = [Check(name, passed, "", concerns) for name, passed, concerns in rows]
-    assert unreliable(found, attack=True) == ["a", "b"]
-    assert unreliable(found, attack=False) == ["a"]
 
 
 def test_an_attack_that_noise_beats_fails(tiny_vit, batch, monkeypatch):

@@ -8,7 +8,6 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
-import torch
 
 from hf_nullspace.robustness import published, scores
 
@@ -63,10 +62,10 @@ FOG = [f"fog/{severity}" for severity in range(1, 6)]
 ALL_CELLS = [f"{corruption}/{severity}" for corruption in published.ALEXNET_ERRORS for severity in range(1, 6)]
 
 
-def rows(conditions, predictions=None):
+def rows(conditions):
     """One image for each condition, right under "clean" alone."""
     right = [int(name == "clean") for name in conditions]
-    return {"predictions": predictions or right, "references": [1] * len(right), "condition": conditions}
+    return {"predictions": right, "references": [1] * len(right), "condition": conditions}
 
 
 @pytest.mark.parametrize(
@@ -91,58 +90,9 @@ def test_alexnets_errors_have_a_name(module):
     assert by_name == module.compute(**cells, reference_errors=published.ALEXNET_ERRORS)
 
 
-@pytest.mark.parametrize(
-    ("conditions", "reference", "message"),
-    [
-        (FOG[:4], {"fog": 50.0}, "fog was measured at severity 1, 2, 3, 4; one number is a mean over 1 to 5"),
-        ([*FOG[:4], "fog/6"], {"fog": 50.0}, "fog was measured at severity 1, 2, 3, 4, 6; one number is"),
-        (FOG[:4], {"fog": [50.0] * 5}, "fog was measured at severity 1, 2, 3, 4; its reference has 5 values"),
-        (["fog/1", "imagenet-c/fog/1"], {"fog": [50.0]}, "fog/1 and imagenet-c/fog/1 are the same cell"),
-        (["fog/1"], {"fog": [float("nan")]}, r"the reference of fog is \[nan\]; expected errors in %"),
-        (["fog/1"], {"fog": [101]}, "expected errors in %"),
-        (["fog/1"], {"fog": "50%"}, "the reference of fog is '50%'; expected errors in %"),
-        (["fog/1"], {"fog": [0.0]}, "the reference makes no error"),
-        (["clean", "fog/1"], {"fog": [20.0], "clean": 30.0}, "the reference makes no error"),
-        (["clean", "fog/1"], {"fog": [20.0], "clean": float("nan")}, "the reference of clean is nan; expected"),
-        (["fog/1"], 3.0, "unknown reference 3.0; expected 'alexnet' or a dict"),
-        (["fog/1"], "resnet", "unknown reference 'resnet'"),
-        (["fog/1", "snow/1"], {"fog": [50.0]}, "without a reference"),
-        (["fog/1"], "alexnet", "without a measurement"),
-        ([f"cifar10-c/{cell}" for cell in ALL_CELLS], "alexnet", "a reference for ImageNet-C only, got cifar10-c/"),
-    ],
-)
-def test_a_reference_that_does_not_fit_is_refused(module, conditions, reference, message):
-    with pytest.raises(ValueError, match=message) as refused:
-        module.compute(**rows(conditions), reference_errors=reference)
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    "values", [[0.7, 1.0], np.array([0.7, 1], dtype=np.float32), [float("nan"), 1.0], torch.tensor([0.7, 1])]
-)
-def test_a_class_that_is_no_whole_number_is_not_cut(module, values):
-    with pytest.raises(ValueError, match=r"predictions hold (0\.7|nan).*; expected classes as whole numbers"):
-        module.compute(predictions=values, references=[0, 1], condition=["clean", "clean"])
-    with pytest.raises(ValueError, match="references hold"):
-        module.compute(predictions=[0, 1], references=values, condition=["clean", "clean"])
+def test_a_class_that_is_no_whole_number_is_not_cut(module):
     with pytest.raises(ValueError, match="predictions hold"):
-        module.add(prediction=values[0], reference=1, condition="clean")
-    whole = module.compute(predictions=[0.0, 1.0], references=torch.tensor([0, 1]), condition=["clean", "clean"])
-    assert whole["accuracy"] == 1
-
-
-@pytest.mark.parametrize(
-    ("prediction", "probabilities", "message"),
-    [
-        (-1, [[0.5, 0.5]] * 2, "a predicted class of -1, but probabilities of 2 classes"),
-        (2, [[0.5, 0.5]] * 2, "a predicted class of 2, but probabilities of 2 classes"),
-        (1, [[1.0]], r"expected \(2, classes\)"),
-    ],
-)
-def test_every_class_has_a_probability(module, prediction, probabilities, message):
-    answers = {"predictions": [0, prediction], "references": [0, 1], "condition": ["clean"] * 2}
-    with pytest.raises(ValueError, match=message):
-        module.compute(**answers, probabilities=probabilities)
+        module.add(prediction=0.7, reference=1, condition="clean")
 
 
 def test_its_own_cases(module):
@@ -158,11 +108,3 @@ def test_the_doctest_runs(module):
     examples = doctest.DocTestParser().get_doctest(text, names, "robustness", None, 0)
     assert len(examples.examples) == 4
     assert doctest.DocTestRunner(verbose=False).run(examples).failed == 0
-
-
-def test_the_folder_is_a_whole_module():
-    names = {path.name for path in FOLDER.iterdir()}
-    assert names >= {"robustness.py", "README.md", "app.py", "requirements.txt", "tests.py"}
-    front = (FOLDER / "README.md").read_text().split("---")[1]
-    assert "sdk: gradio" in front
-    assert "- evaluate" in front

@@ -11,7 +11,7 @@ from hf_nullspace.models.attention import attention_implementation
 from hf_nullspace.robustness.attacks.base import seeded_like
 from hf_nullspace.robustness.attacks.patch_fool import PatchFool, without_conflict
 from hf_nullspace.robustness.pixel_model import PixelModel
-from tiny_models import IMAGE, SIZES, tiny_model, tiny_resnet
+from tiny_models import IMAGE, SIZES, tiny_model
 
 SEEDS = [1, 2, 3, 4, 5, 6]
 
@@ -168,26 +168,8 @@ def test_any_vit_with_attentions(family, pixels):
     assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"sdpa"}
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [(lambda: tiny_model("swin"), "needs global attention"), (tiny_resnet, "has no config.patch_size")],
-)
-def test_models_without_global_attention_are_refused(model, message, pixels):
-    with pytest.raises(ValueError, match=message):
-        attacked(model(), pixels, steps=1)
-
-
 def test_a_configuration_that_knows_no_attention_is_left_alone(tiny_vit, pixels, predicted):
     tiny_vit.model.other = torch.nn.Identity()
     tiny_vit.model.other.config = types.SimpleNamespace(width=3)
     PatchFool(steps=1)(tiny_vit, pixels, predicted, seeds=SEEDS)
     assert vars(tiny_vit.model.other.config) == {"width": 3}
-
-
-def test_what_does_not_fit_the_model_is_named(linear, tiny_vit, pixels):
-    with pytest.raises(ValueError, match=r"attention_layer=2, but the model has 2 layers"):
-        attacked(tiny_vit.model.float(), pixels, attention_layer=2)
-    with pytest.raises(ValueError, match="the image has 16 patches"):
-        attacked(tiny_vit.model.float(), pixels, num_patch=17)
-    with pytest.raises(TypeError, match="needs a PixelModel"):
-        PatchFool()(linear, pixels, torch.zeros(6, dtype=torch.long), seeds=SEEDS)

@@ -7,15 +7,12 @@ from scipy import stats
 from hf_nullspace.robustness import published
 from hf_nullspace.robustness.scores import (
     Interval,
-    accuracy,
     expected_calibration_error,
     mean_corruption_error,
-    mean_of,
     nine_column_average,
     paired_difference,
     paired_mean_difference,
     wilson,
-    worst_condition,
 )
 
 
@@ -30,16 +27,6 @@ def test_wilson_is_scipys(correct, n, confidence):
 
 def test_an_interval_is_written_in_percent():
     assert str(Interval(0.5, 0.25, 0.75125)) == "50.00 [25.00, 75.12]"
-    for correct, n in ((-1, 10), (11, 10), (0, 0)):
-        with pytest.raises(ValueError, match="is not a score"):
-            wilson(correct, n)
-
-
-def test_accuracy_wants_one_bool_per_image():
-    assert accuracy([True, True, False, True]).value == 0.75
-    for bad in ([], [1, 0], [[True]]):
-        with pytest.raises(ValueError, match="one bool per image"):
-            accuracy(bad)
 
 
 def test_paired_difference_is_the_bootstrap_over_images():
@@ -52,8 +39,6 @@ def test_paired_difference_is_the_bootstrap_over_images():
     assert (got.low, got.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
     same = paired_difference(before, before)
     assert (same.value, same.low, same.high) == (0, 0, 0)
-    with pytest.raises(ValueError, match="the same images"):
-        paired_difference(before, after[:-1])
 
 
 def test_means_over_conditions_resample_images_jointly():
@@ -88,26 +73,6 @@ def test_corruption_errors_by_hand():
     assert mean_corruption_error(reference, reference) == pytest.approx(100)
 
 
-@pytest.mark.parametrize(
-    ("errors", "reference", "message"),
-    [
-        ({"fog": [0.1]}, {"fog": [0.1], "snow": [0.1]}, r"\['snow'\] without a measurement"),
-        ({"fog": [0.1], "snow": [0.2]}, {"fog": [0.1]}, r"\['snow'\] without a reference"),
-        ({"fog": [0.1]}, {"fog": [0.1, 0.2]}, "1 severities"),
-        ({"fog": [0.1]}, {"fog": [0.0]}, "the reference makes no error"),
-    ],
-)
-def test_no_mce_over_a_part(errors, reference, message):
-    with pytest.raises(ValueError, match=message):
-        mean_corruption_error(errors, reference)
-
-
-def test_no_number_over_a_part():
-    assert mean_of({"a": 1.0, "b": 3.0, "c": 9.0}, ["a", "b"]) == 2
-    with pytest.raises(ValueError, match="R, C not measured"):
-        mean_of({"a": 1.0}, ["a", "R", "C"])
-
-
 def test_the_papers_averages_come_out_of_its_columns():
     assert len(published.TABLE_1) == 6
     for name, row in published.TABLE_1.items():
@@ -136,9 +101,6 @@ def test_calibration_by_hand_and_for_a_calibrated_model():
     confidence = rng.uniform(0.1, 1, 200_000)
     assert expected_calibration_error(confidence, rng.random(200_000) < confidence) < 0.01
     assert expected_calibration_error([0.0, 1.0], [False, True]) == 0
-    for wrong in ([1.2, 0.5], [-0.1, 0.5], [0.5]):
-        with pytest.raises(ValueError, match=r"expected one confidence in \[0, 1\] for each of 2 images"):
-            expected_calibration_error(wrong, [True, False])
 
 
 def test_a_bin_is_open_below_and_closed_above():
@@ -153,9 +115,3 @@ def test_a_bin_is_open_below_and_closed_above():
         inside = (confidence > (upper - 4) / 60) & (confidence <= upper / 60)
         total += abs(confidence[inside].sum() - correct[inside].sum())
     assert expected_calibration_error(confidence, correct) == pytest.approx(total / 500, abs=1e-12)
-
-
-def test_the_worst_condition_has_the_lowest_accuracy():
-    assert worst_condition({"clean": 0.9, "fog": 0.2, "snow": 0.4}) == ("fog", 0.2)
-    with pytest.raises(ValueError, match="no conditions"):
-        worst_condition({})

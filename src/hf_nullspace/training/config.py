@@ -3,12 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
+from hf_nullspace.command_line import option
 from hf_nullspace.core.settings import check_choices, check_numbers, check_output_dir, fraction
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
@@ -65,11 +66,7 @@ Settings = TypeVar("Settings", NoiseSettings, BoundarySettings)
 
 def _preset(text: str) -> Any:
     """A field that gets its value from the preset: typed as it is after ``__post_init__``, when it is never None."""
-    return _unset(f"{text} Default: from the preset.")
-
-
-def _unset(text: str) -> Any:
-    return field(default=None, metadata={"help": text})
+    return option(None, f"{text} Default: from the preset.")
 
 
 @dataclass(repr=False)  # TrainingArguments' own does not show the token
@@ -86,20 +83,15 @@ class NullspaceConfig(TrainingArguments):
 
     _group_title: ClassVar[str] = "Nullspace fine-tuning (Algorithm 1)"
 
-    preset: str = field(
-        default="boundary",
-        metadata={
-            "help": "Where unset fields come from: 'boundary', 'descent' (Algorithm 1, epsilon on held-out images) "
-            "or 'paper'."
-        },
+    preset: str = option(
+        "boundary",
+        "Where unset fields come from: 'boundary', 'descent' (Algorithm 1, epsilon on held-out images) or 'paper'.",
     )
-    objective: str = field(
-        default="nullspace",
-        metadata={
-            "help": "What a batch becomes: 'nullspace' (a second view with learned noise), the controls 'plain' (the "
-            "same view twice), 'random' and 'permuted' (noise of the same influence), 'madry', 'trades' (adversarial "
-            "training), or several joined by '+'."
-        },
+    objective: str = option(
+        "nullspace",
+        "What a batch becomes: 'nullspace' (a second view with learned noise), the controls 'plain' (the "
+        "same view twice), 'random' and 'permuted' (noise of the same influence), 'madry', 'trades' (adversarial "
+        "training), or several joined by '+'.",
     )
     rounds: int = _preset("K: how often a new noise is learned.")
     steps_per_round: int = _preset("S: optimizer steps between two noises.")
@@ -119,28 +111,19 @@ class NullspaceConfig(TrainingArguments):
     noise_mix: str = _preset("Which noise of the round an image gets: 'one', 'choice' or 'convex' (random).")
     noise_warm_start: bool = _preset("Whether learning starts from the last round's noises.")
     noise_batch_size: int = _preset("Images per noise step over all processes.")
-    held_out_images: int = field(
-        default=512,
-        metadata={"help": "Training images per round that the noise is not learned on, but its influence measured."},
+    held_out_images: int = option(
+        512, "Training images per round that the noise is not learned on, but its influence measured."
     )
-    noise_distribution: str = field(
-        default="uniform", metadata={"help": "Objective 'random': 'uniform' or 'normal' noise."}
+    noise_distribution: str = option("uniform", "Objective 'random': 'uniform' or 'normal' noise.")
+    attack_eps: str = option("8/255", "Objectives 'madry', 'trades': L-inf radius, for pixels in [0, 1].")
+    attack_step: str | None = option(None, "Objectives 'madry', 'trades': step of the attack; a quarter of attack_eps.")
+    attack_steps: int = option(10, "Objectives 'madry', 'trades': steps of the attack.")
+    trades_beta: float = option(6.0, "Objective 'trades': weight of the divergence (beta).")
+    ema_decay: float | None = option(
+        None, "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."
     )
-    attack_eps: str = field(
-        default="8/255", metadata={"help": "Objectives 'madry', 'trades': L-inf radius, for pixels in [0, 1]."}
-    )
-    attack_step: str | None = field(
-        default=None, metadata={"help": "Objectives 'madry', 'trades': step of the attack; a quarter of attack_eps."}
-    )
-    attack_steps: int = field(default=10, metadata={"help": "Objectives 'madry', 'trades': steps of the attack."})
-    trades_beta: float = field(default=6.0, metadata={"help": "Objective 'trades': weight of the divergence (beta)."})
-    ema_decay: float | None = field(
-        default=None,
-        metadata={"help": "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."},
-    )
-    ema_from: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of weights that this average starts from. Unset: the model's own."},
+    ema_from: str | None = option(
+        None, "Folder or Hub id of weights that this average starts from. Unset: the model's own."
     )
 
     learning_rate: float = _preset("Learning rate of the model.")
@@ -152,7 +135,7 @@ class NullspaceConfig(TrainingArguments):
     per_device_train_batch_size: int = _preset(
         "Images per device and micro-batch; global_batch_size / processes / accumulation."
     )
-    num_train_epochs: float = _unset("Not used: the length of a run is rounds x steps_per_round.")
+    num_train_epochs: float = option(None, "Not used: the length of a run is rounds x steps_per_round.")
 
     def __post_init__(self) -> None:
         check_choices(self, {"preset": PRESETS, "noise_distribution": DISTRIBUTIONS})
