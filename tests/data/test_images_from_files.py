@@ -31,9 +31,7 @@ from hf_nullspace.robustness.sets import load_set
 from hf_nullspace.training.loading import (
     Classifier,
     DataArguments,
-    ModelArguments,
     evaluation_images,
-    load_classifier,
     load_rows,
     training_images,
 )
@@ -346,20 +344,3 @@ def test_a_huge_label_without_names_makes_no_head(largest, fits):
             DataError, match=rf"Row 1 has label {largest}, .* with 3 labels in use; .* less than 100000"
         ):
             num_classes(rows)
-
-
-def test_a_small_vit_is_not_trained_on_a_stream():
-    rows = broken_table(FILES["0.jpg"]).to_iterable_dataset()
-    with pytest.raises(DataError, match="a stream has no length; name a model, or leave streaming out"):
-        load_classifier(ModelArguments(), rows, print)
-
-
-@pytest.mark.parametrize("pretrained", [False, True])
-def test_one_class_is_no_classification(pretrained, tmp_path):
-    feature = ClassLabel(names=["dog"])
-    rows = broken_table(FILES["0.jpg"]).remove_columns("label").add_column("label", [0] * 3, feature=feature)
-    if pretrained:
-        classifier().model.save_pretrained(tmp_path)
-    args = ModelArguments(model_name_or_path=str(tmp_path) if pretrained else None)
-    with pytest.raises(DataError, match="The data has one class, 'dog'; a classifier needs two or more"):
-        load_classifier(args, rows, print)
