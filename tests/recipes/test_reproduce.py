@@ -12,7 +12,6 @@ from PIL import Image
 from transformers import ViTForImageClassification
 
 from figures.figure_4 import pairs_of
-from forked import kill_when
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.data.image_set import collate
 from hf_nullspace.data.sources import load_image_dataset
@@ -168,20 +167,6 @@ def test_figure_2_is_equation_6_in_a_loop_of_its_own(figure_2, saved):
         tokens = torch.nn.functional.conv2d(pixel_values, projection.weight, projection.bias, stride=4).flatten(2)
     own = (tokens - tokens.mean(1, keepdim=True)).flatten(1).norm(dim=1).mean()
     assert read(figure_2 / "figure2.json")["embedding_norm"] == pytest.approx(float(own), rel=1e-4)
-
-
-def test_a_killed_figure_goes_on_to_the_same_numbers(figure_2, saved, tiny, tmp_path):
-    words = ["figure2", "--config", tiny, "--model_name_or_path", saved, "--output_dir", tmp_path / "run"]
-    points = tmp_path / "run" / "points"
-    kill_when(lambda: list(points.glob("[0-9a-f]*.json")), "reproduce", *words, log=tmp_path / "log.txt")
-    kept = {path.name: path.stat().st_mtime_ns for path in points.glob("[0-9a-f]*.json")}
-    assert 1 <= len(kept) < 4
-    assert not (tmp_path / "run" / "figure2.json").exists()
-    call(*words)
-    assert {name: (points / name).stat().st_mtime_ns for name in kept} == kept
-    ours, whole = read(tmp_path / "run" / "figure2.json"), read(figure_2 / "figure2.json")
-    assert ours["points"] == whole["points"]
-    assert ours["curves"] == whole["curves"]
 
 
 @pytest.mark.slow

@@ -110,13 +110,6 @@ def test_a_new_training_invalidates_its_measurements(whole, tmp_path):
     assert runner.finished(MEASUREMENTS[0]) is None
 
 
-def test_bf16_measures(whole, tmp_path):
-    shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
-    runner = runner_in(tmp_path, dtype="bf16")
-    runner.do(MEASUREMENTS[0])
-    assert (runner.correct(MEASUREMENTS[0]) == whole.correct(MEASUREMENTS[0])).mean() > 0.8
-
-
 def test_the_checkpoint_before_is_measured_without_training(whole):
     before = Run("before")
     measured = Measurement(before, PLAN[0], WHERE)
