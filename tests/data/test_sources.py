@@ -124,21 +124,6 @@ def test_numbered_class_folders_are_sorted_as_numbers(tmp_path):
     assert rows.features["label"].names == ["0", "2", "10"]
 
 
-def test_every_kind_of_png_and_jpeg_becomes_an_item(tmp_path):
-    folder = write_images(tmp_path / "kinds", "a/rgb.png")
-    picture(1).convert("L").save(folder / "a" / "grey.png")
-    picture(2).convert("RGBA").save(folder / "a" / "rgba.png")
-    picture(3).quantize(8).save(folder / "a" / "palette.png")
-    picture(4).convert("CMYK").save(folder / "a" / "cmyk.jpg")
-    Image.fromarray(np.full((5, 5), 40000, np.uint16)).save(folder / "a" / "deep.png")
-    dataset = ImageSet(load_image_dataset(folder), PREPROCESSING)
-    assert len(dataset) == 6
-    assert all(item["pixel_values"].shape == (3, 8, 8) for item in dataset)
-    deep = next(i for i in range(6) if np.array(dataset.raw_image(i)).std() == 0)
-    pixels = dataset.pixels_from_image(dataset.raw_image(deep))
-    assert pixels.mean().item() == pytest.approx(40000 / 65535, abs=0.5 / 255)
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -13,6 +13,7 @@ from hf_nullspace.robustness.attacks.carlini_wagner import CW
 from hf_nullspace.robustness.attacks.gradient import FGSM, PGD
 from hf_nullspace.robustness.corruptions import corrupt
 from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted
 
 CONDITIONS = [Clean(), Corrupted("gaussian_noise", 5), Attacked(FGSM(2 / 255)), Attacked(PGD(2 / 255, steps=3))]
@@ -221,3 +222,18 @@ def test_the_protocol_is_written_down(tiny_vit, images):
     assert fgsm.protocol["settings"] == {"eps": 2 / 255}
     assert fgsm.seed == 4
     assert fgsm.correct.dtype == np.bool_
+
+
+def test_a_bar_of_the_callers_spans_several_calls(tiny_vit, images, capsys):
+    bar = Progress()
+    bar.expect("another set", 130)
+    evaluate(tiny_vit, images, CONDITIONS[:1], progress=bar)
+    assert (bar.n, bar.total) == (13, 143)
+    bar.expect("another set", 0)
+    evaluate(tiny_vit, images, CONDITIONS[2:3], progress=bar)
+    assert (bar.n, bar.total) == (13 + 13 * 4, 13 + 13 * 4)
+    bar.say("between")
+    bar.close()
+    said = capsys.readouterr()
+    assert "between" in said.out
+    assert "?, ?" not in said.err.splitlines()[-1]
