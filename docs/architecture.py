@@ -32,6 +32,18 @@ LEFT_OUT = (
     "models.frozen",
     "robustness.progress",
 )
+SMALL = {
+    "unwrap",
+    "config_of",
+    "centre",
+    "bank_file_name",
+    "completed",
+    "as_bools",
+    "wilson",
+    "readable",
+    "portable",
+    "within",
+}
 ROW, INDENT, FILES, WORDS, WIDTH = 22, 22, 470, 720, 1500
 
 
@@ -66,6 +78,8 @@ def recorded(title: str) -> Iterator[Call]:
         if module.startswith(LEFT_OUT) or "<locals>" in code.co_qualname:
             return None
         owner, _, attribute = code.co_qualname.rpartition(".")
+        if attribute in SMALL:
+            return None
         if attribute.startswith("_") and owner != "NullspaceTrainer" and attribute not in ("__call__", "__getitem__"):
             return None
         if isinstance(vars(getattr(sys.modules[f"hf_nullspace.{module}"], owner, object)).get(attribute), property):

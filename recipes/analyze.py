@@ -2,14 +2,11 @@
 
     python recipes/analyze.py --model_name_or_path M --output_dir outputs/analysis/M
     python recipes/analyze.py --model_name_or_path M --dataset_name D --split test
-    python recipes/analyze.py --table4 paper
     python recipes/analyze.py --table4 192:16 768:32 M --output_dir outputs/table4
 
-For a model M (Hub id or folder): the spectrum of its patch embedding and the dimension of the nullspace over the
-tolerance (section 2.2), the LayerNorm direction (docs/layer_norm_direction.md), and how far every attention layer and
-head is from the conditions of proposition 1, with what the construction does to the heads. Without --dataset_name the
-images are random pixels. For table 4, models or configurations D:patch with random weights ('paper': those of the
-paper). Prints all of it and writes analysis.json, patch_embedding.png, proposition_1.png, or table4.json and .png.
+For one model: the nullspace of its patch embedding (section 2.2), the LayerNorm direction
+(docs/layer_norm_direction.md), and how far every attention layer is from the conditions of proposition 1. Writes
+analysis.json, patch_embedding.png, proposition_1.png, or table4.json and .png.
 """
 
 import math

@@ -2,12 +2,10 @@
 
     accelerate launch recipes/compare.py --config recipes/configs/study-digits.yaml
     accelerate launch recipes/compare.py --config recipes/configs/study-cifar10.yaml --max_minutes 30
-    accelerate launch recipes/compare.py --config recipes/configs/study-cifar10.yaml --dry_run
 
 Every arm is an objective with its settings. First the learning rate of each is chosen on the selection images with one
-seed; then the smallest difference that can be seen is written down (selection.json); then every arm is trained with
-every seed and measured on the report images, once. A study that was stopped or killed goes on where it was. Two
-processes may share one, each with --only ARM .... Writes results.json (with every image's outcome), .md and pictures.
+seed; then every arm is trained with every seed and measured on the report images, once. A study that was stopped goes
+on where it was. Writes results.json (with every image's outcome), .md and pictures.
 """
 
 import copy
@@ -36,7 +34,7 @@ from hf_nullspace.training.loading import (
     load_rows,
     training_images,
 )
-from hf_nullspace.training.preflight import check_images, lack_of_room
+from hf_nullspace.training.preflight import check_images, disk_space_warning
 from study.arguments import CompareArguments
 from study.design import Run, Study, make_study, mapping_of
 from study.images import ImageStore
@@ -107,7 +105,7 @@ def work_on(
     images = images_of(args.seeds[0])
     for config in configs:
         check_images(config, len(images))
-    if warning := lack_of_room(classifier.model, configs[0], trainings=len(configs)):
+    if warning := disk_space_warning(classifier.model, configs[0], trainings=len(configs)):
         say(warning)
     if model_args.model_name_or_path is None:
         train_base_model(

@@ -25,7 +25,7 @@ from hf_nullspace.core.files import only_run_in
 from hf_nullspace.core.settings import check_numbers, check_output_dir, nearest
 from hf_nullspace.data.columns import class_names
 from hf_nullspace.data.image_set import ImageSet
-from hf_nullspace.data.image_stream import Images, ImageStream
+from hf_nullspace.data.image_stream import Images
 from hf_nullspace.data.label_maps import align_labels
 from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.models.loading import load_image_processor, load_model, load_model_config
@@ -35,7 +35,7 @@ from hf_nullspace.robustness.label_spaces import imagenet_columns
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.plans import BASE, OWN, Planned, lacks, load_plan
 from hf_nullspace.robustness.progress import Progress
-from hf_nullspace.robustness.records import Records, evaluate_resumably, images_fingerprint, model_fingerprint
+from hf_nullspace.robustness.records import Records, evaluate_resumably, images_fingerprint, model_fingerprint, some_of
 from hf_nullspace.robustness.report import terminal_table, write_report
 from hf_nullspace.robustness.sets import CIFAR10_C_IMAGES, SETS, MissingData, load_cifar10_c, load_set
 from hf_nullspace.robustness.suite import ConditionResult
@@ -232,12 +232,7 @@ class Evaluation:
         kept = self.records.read(f"checks-{key}", lambda entry: [Check(**each) for each in entry["checks"]])
         if kept is not None:
             return list(kept)
-        if isinstance(images, ImageStream):
-            rows = list(itertools.islice(images.pairs(), 32))
-        else:
-            few = images.part(32)
-            rows = [(few.raw_image(i), few.label(i)) for i in range(len(few))]
-        if not rows:
+        if not (rows := some_of(images, 32)):
             raise ValueError("the set has no images")
         pixels = torch.stack([images.pixels_from_image(image) for image, _ in rows]).to(model.device)
         labels = torch.tensor([label for _, label in rows], device=model.device)

@@ -3,11 +3,8 @@
     python recipes/explain.py --model_name_or_path M --image cat.png
     python recipes/explain.py --model_name_or_path M --image source.png result.png target.png --method lrp rollout
 
-Methods: raw (last layer's attention), rollout, grad_cam, generic (generic relevance), lrp (the paper's figures 6 and
-7); all of them by default. Explained is the class that the model predicts for each image, or --target_class (a name or
-a number) for all. With several images, every map is compared with that of the first: r is their correlation, 1 where
-the explanation stays, as for an image and its invisible change; LRP divides by sums that nearly cancel and may move
-by the rounding to 8 bits alone. Writes explain.png and explain.json (the maps).
+With several images every map is compared with that of the first: r is their correlation, 1 where the explanation stays
+(docs/saliency.md). Writes explain.png and explain.json (the maps).
 """
 
 from dataclasses import asdict, dataclass

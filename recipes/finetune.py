@@ -10,8 +10,7 @@ before and after (results.json, .md, .csv, .png). A run that was killed goes on 
 """
 
 import copy
-from dataclasses import asdict, dataclass, field
-from fractions import Fraction
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,9 +18,9 @@ from accelerate import PartialState
 from transformers import AutoModelForImageClassification, set_seed
 
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
-from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.files import only_run_in
-from hf_nullspace.core.settings import check_numbers
+from hf_nullspace.core.settings import check_numbers, fraction
 from hf_nullspace.core.uploads import check_ready
 from hf_nullspace.data.image_set import collate
 from hf_nullspace.noise.pictures import plot_history
@@ -40,7 +39,7 @@ from hf_nullspace.training.loading import (
     load_rows,
     training_images,
 )
-from hf_nullspace.training.preflight import check_images, lack_of_room
+from hf_nullspace.training.preflight import check_images, disk_space_warning
 from hf_nullspace.training.run_settings import check_folder, claim_folder
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
@@ -52,28 +51,19 @@ class FinetuneArguments:
 
     _group_title: ClassVar[str] = "Recipe"
 
-    control: bool = field(
-        default=True,
-        metadata={
-            "help": "Also fine-tune without noise (same steps, batches, learning rate): what does the noise add?"
-        },
+    control: bool = option(
+        True, "Also fine-tune without noise (same steps, batches, learning rate): what does the noise add?"
     )
-    base_epochs: float = field(default=20, metadata={"help": "Small ViT: epochs of its training."})
-    base_learning_rate: float = field(default=2e-3, metadata={"help": "Small ViT: learning rate of its training."})
-    base_batch_size: int = field(default=64, metadata={"help": "Small ViT: images per step of its training."})
-    max_eval_images: int | None = field(default=2000, metadata={"help": "Measure on the first so many test images."})
-    fgsm: list[str] = field(
-        default_factory=lambda: ["1/255"],
-        metadata={"help": "Strengths of the FGSM attack, in pixels of [0, 1], for example 8/255."},
+    base_epochs: float = option(20, "Small ViT: epochs of its training.")
+    base_learning_rate: float = option(2e-3, "Small ViT: learning rate of its training.")
+    base_batch_size: int = option(64, "Small ViT: images per step of its training.")
+    max_eval_images: int | None = option(2000, "Measure on the first so many test images.")
+    fgsm: list[str] = option(["1/255"], "Strengths of the FGSM attack, in pixels of [0, 1], for example 8/255.")
+    corruptions: list[str] = option(
+        ["gaussian_noise", "contrast", "jpeg_compression"], "Corruptions that are generated to measure on."
     )
-    corruptions: list[str] = field(
-        default_factory=lambda: ["gaussian_noise", "contrast", "jpeg_compression"],
-        metadata={"help": "Corruptions that are generated to measure on."},
-    )
-    severities: list[int] = field(
-        default_factory=lambda: [3, 5], metadata={"help": "Severities of the corruptions, 1 to 5."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Delete an earlier run with other settings."})
+    severities: list[int] = option([3, 5], "Severities of the corruptions, 1 to 5.")
+    overwrite: bool = option(False, "Delete an earlier run with other settings.")
 
     def __post_init__(self) -> None:
         check_numbers(self, BASE_RANGES | {"max_eval_images": "int [1, inf)"})
@@ -82,9 +72,9 @@ class FinetuneArguments:
     def conditions(self) -> list[Condition]:
         """What is measured before and after."""
         try:
-            attacks = [Attacked(FGSM(float(Fraction(strength)))) for strength in self.fgsm]
-        except (ValueError, ZeroDivisionError) as error:
-            raise UsageError(f"fgsm={self.fgsm}: expected numbers like 8/255 or 0.03 ({error})") from error
+            attacks = [Attacked(FGSM(fraction(strength))) for strength in self.fgsm]
+        except ValueError as error:
+            raise UsageError(f"fgsm: {error}") from error
         corrupted = [Corrupted(name, severity) for name in self.corruptions for severity in self.severities]
         conditions = [Clean(), *attacks, *corrupted]
         if len({str(condition) for condition in conditions}) < len(conditions):
@@ -133,7 +123,7 @@ def run_all(
         raise UsageError(f"{missing[0]}; or leave that condition out")
     if not data_args.streaming:
         check_images(config, len(train_set))
-    if warning := lack_of_room(classifier.model, config, trainings=2 if recipe.control else 1):
+    if warning := disk_space_warning(classifier.model, config, trainings=2 if recipe.control else 1):
         say(warning)
     contents = {"training images": train_set.content_fingerprint(), "test images": eval_set.content_fingerprint()}
     if classifier.weights is not None:

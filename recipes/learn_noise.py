@@ -13,15 +13,14 @@ goes on, and so does a push that failed: start it again.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 
-from hf_nullspace.command_line import UsageError, parse, run
+from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.files import DamagedFileError, only_run_in, read_json, write_json
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.core.settings import check_numbers, check_output_dir
@@ -40,6 +39,7 @@ from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.pictures import plot_history
 from hf_nullspace.training.loading import DataArguments, ModelArguments, load_classifier, load_rows, training_images
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
+from hf_nullspace.training.rounds import noise_progress
 from hf_nullspace.training.run_settings import SETTINGS_NAME, check_folder, claim_folder
 
 HISTORY_NAME = "history.json"
@@ -64,37 +64,32 @@ class NoiseArguments:
 
     _group_title: ClassVar[str] = "Noise"
 
-    output_dir: str = field(default="outputs/noise", metadata={"help": "Folder for the noises."})
-    count: int = field(default=1, metadata={"help": "How many noises to learn, each from a start of its own."})
-    learner: str = field(
-        default="descent", metadata={"help": "'descent' (Algorithm 1) or 'boundary' (follows the edge of epsilon)."}
+    output_dir: str = option("outputs/noise", "Folder for the noises.")
+    count: int = option(1, "How many noises to learn, each from a start of its own.")
+    learner: str = option("descent", "'descent' (Algorithm 1) or 'boundary' (follows the edge of epsilon).")
+    epsilon: str = option("0.03", "Threshold on the influence in (0, 2], or 'none' (eq. 6).")
+    noise_limit: float = option(3.0, "A: the noise starts as U(-A, A); boundary: its limit.")
+    learning_rate: float | None = option(None, "Learning rate of the noise. Default: 0.1; boundary: 0.4.")
+    max_steps: int | None = option(
+        None, "T: the most gradient steps of one noise. Default: 3000; boundary: 60, all taken."
     )
-    epsilon: str = field(default="0.03", metadata={"help": "Threshold on the influence in (0, 2], or 'none' (eq. 6)."})
-    noise_limit: float = field(default=3.0, metadata={"help": "A: the noise starts as U(-A, A); boundary: its limit."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the noise. Default: 0.1; boundary: 0.4."}
-    )
-    max_steps: int | None = field(
-        default=None,
-        metadata={"help": "T: the most gradient steps of one noise. Default: 3000; boundary: 60, all taken."},
-    )
-    pool_images: int = field(default=1024, metadata={"help": "Boundary: images whose clean logits are kept."})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decay of the noise (the paper: 0.01)."})
-    loss: str = field(default="l2", metadata={"help": "'l2' (equation 10) or 'squared_l2' (Algorithm 1, line 12)."})
-    stop_on: str = field(default="held_out", metadata={"help": "Test epsilon on 'held_out' images or one 'minibatch'."})
-    on_limit: str = field(default="use", metadata={"help": "After T steps outside epsilon: 'use', 'rescale', 'error'."})
-    norm_weight: float = field(default=0.0, metadata={"help": "lambda of equation 6."})
-    norm: str = field(default="centred", metadata={"help": "The norm in equation 6: 'centred' or 'raw'."})
-    batch_size: int = field(default=128, metadata={"help": "Images per noise step over all processes."})
-    held_out_images: int = field(default=512, metadata={"help": "Images on which the influence is measured."})
-    chunk_size: int | None = field(default=None, metadata={"help": "At most so many images in the model at once."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
-    seed: int = field(default=42, metadata={"help": "Seed; noise k is learned from (seed, k)."})
-    bf16: bool = field(default=False, metadata={"help": "Run the model in bfloat16 autocast; the noise stays float32."})
-    use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete earlier noises of other settings."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Upload the noises to ORG/NAME, with their card."})
-    private: bool = field(default=False, metadata={"help": "Of a new repository of --push_to_hub."})
+    pool_images: int = option(1024, "Boundary: images with clean logits that are kept.")
+    weight_decay: float = option(0.0, "AdamW's decay of the noise (the paper: 0.01).")
+    loss: str = option("l2", "'l2' (equation 10) or 'squared_l2' (Algorithm 1, line 12).")
+    stop_on: str = option("held_out", "Test epsilon on 'held_out' images or one 'minibatch'.")
+    on_limit: str = option("use", "After T steps outside epsilon: 'use', 'rescale', 'error'.")
+    norm_weight: float = option(0.0, "lambda of equation 6.")
+    norm: str = option("centred", "The norm in equation 6: 'centred' or 'raw'.")
+    batch_size: int = option(128, "Images per noise step over all processes.")
+    held_out_images: int = option(512, "Images on which the influence is measured.")
+    chunk_size: int | None = option(None, "At most so many images in the model at once.")
+    num_workers: int = option(0, "Processes that decode images.")
+    seed: int = option(42, "Seed; noise k is learned from (seed, k).")
+    bf16: bool = option(False, "Run the model in bfloat16 autocast; the noise stays float32.")
+    use_cpu: bool = option(False, "Do not use a GPU.")
+    overwrite: bool = option(False, "Delete earlier noises of other settings.")
+    push_to_hub: str | None = option(None, "Upload the noises to ORG/NAME, with their card.")
+    private: bool = option(False, "Of a new repository of --push_to_hub.")
 
     def __post_init__(self) -> None:
         at_least_0, at_least_1 = ("held_out_images", "num_workers"), ("count", "batch_size", "chunk_size")
@@ -176,20 +171,12 @@ def learn(
     histories = found(output, args.count, state.print)
     state.wait_for_everyone()  # all have looked
     for index in [index for index in range(args.count) if index not in histories]:
-        bar = tqdm(
-            total=settings.steps if isinstance(settings, BoundarySettings) else settings.max_steps,
-            desc=f"Noise {index + 1}/{args.count}",
-            disable=not state.is_local_main_process,
-            leave=False,
-        )
-
-        def show(step: int, influence: float, bar: tqdm = bar) -> None:
-            bar.set_postfix(influence=f"{influence:.4f}", refresh=False)
-            bar.update(step - bar.n)
-
+        steps = settings.steps if isinstance(settings, BoundarySettings) else settings.max_steps
+        title, hidden = f"Noise {index + 1}/{args.count}", not state.is_local_main_process
+        bar = noise_progress(title, steps, epsilon=settings.epsilon, hidden=hidden)
         seed = derive_seed(args.seed, index)
         autocast = torch.autocast(state.device.type, torch.bfloat16, enabled=args.bf16)
-        with bar, own_randomness(seed), autocast:
+        with bar as show, own_randomness(seed), autocast:
             held_out, batches = noise_stream(
                 images,
                 collate,
@@ -232,7 +219,7 @@ def learn(
 
 
 def found(output: Path, count: int, say: Callable[[str], None]) -> dict[int, dict]:
-    """The entries of history.json whose noises are there as they were written; what is damaged or lost is said."""
+    """The entries of history.json with an intact noise file; damaged or missing ones are reported."""
     path = output / HISTORY_NAME
     try:
         entries = read_json(path) if path.exists() else []

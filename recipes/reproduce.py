@@ -10,10 +10,8 @@
     table4    dimension of the patch embedding's nullspace (A.4); more of that: recipes/analyze.py
     table5    influence of the noises along figure 3's fine-tuning (A.6)
 
-Tables 1 to 3 compare checkpoints: recipes/finetune.py makes one and its control, recipes/compare.py several arms and
-seeds, recipes/evaluate_robustness.py measures any side by side. Writes FIGURE.json and FIGURE.png to --output_dir.
-Finished points are kept in points/ and found again, unless model, data or settings changed. What the paper says is
-printed beside, marked as quoted.
+Writes FIGURE.json and FIGURE.png to --output_dir. Finished points are kept in points/ and found again, unless model,
+data or settings changed. What the paper says is printed beside, marked as quoted.
 """
 
 import contextlib

@@ -3,14 +3,10 @@
     python recipes/watermark.py --model_name_or_path M --image cat.png --mark logo.png
     python recipes/watermark.py --model_name_or_path M --image cat.png --target dog.png --output_dir outputs/cat-as-dog
 
-M is an image classifier (Hub id or folder) with a nullspace of its patch embedding. The images are first resized to the
-size that M's image processor leaves alone; this size is printed. A mark covers where it is not transparent. Writes
-source.png (the image in that size), result.png, side_by_side.png and watermark.json: what the model says of the two
-files, read back through its own image processor; the error of its embeddings at every stage; how close the result
-came to the wish. Where rounding to 8 bits changes the prediction, the wanted change is scaled down until it stays.
-The explanation stays too (figures 6 and 7): the saliency maps of the two files are correlated, with those of the
-marked or target image, of random noise that the model sees as much of, and of noise as large in pixels for comparison;
---explanation_picture true draws them as explanations.png.
+M is an image classifier with a nullspace of its patch embedding. The images are first resized to the size that M's
+image processor leaves alone. Writes source.png, result.png, side_by_side.png and watermark.json: what the model says of
+the two files, how close the result came to the wish, and whether the explanation stays (figures 6 and 7). Where
+rounding to 8 bits changes the prediction, the wanted change is scaled down until it stays.
 """
 
 from dataclasses import asdict, dataclass

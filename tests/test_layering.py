@@ -1,4 +1,4 @@
-"""The house is read from the bottom up: a file imports only what stands before it (docs: CONTRIBUTING.md)."""
+"""A file imports only what is before it in `ORDER`, and packages form no circle (docs/architecture.md)."""
 
 import ast
 import subprocess
@@ -157,9 +157,9 @@ def imports_of(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_only_what_stands_before_it(module):
-    assert module in ORDER, f"{module} has no place in the house: add it to ORDER in {Path(__file__).name}"
+    assert module in ORDER, f"{module} is not in the order: add it to ORDER in {Path(__file__).name}"
     above = imports_of(MODULES[module]) - set(ORDER[: ORDER.index(module)])
-    assert not above, f"{module} imports from a room above it: {sorted(above)}"
+    assert not above, f"{module} imports what comes after it: {sorted(above)}"
 
 
 @pytest.mark.parametrize("module", LABORATORY)
@@ -194,8 +194,8 @@ def test_packages_import_nothing_by_themselves():
 
 def test_files_stay_readable():
     files = MODULES | LABORATORY
-    long = {name: lines for name, path in files.items() if (lines := len(path.read_text().splitlines())) > 360}
-    assert not long, f"rooms above 350 lines: {long}"
+    long = {name: lines for name, path in files.items() if (lines := len(path.read_text().splitlines())) > 350}
+    assert not long, f"files above 350 lines: {long}"
 
 
 def test_importing_the_package_does_not_import_torch():

@@ -39,7 +39,7 @@ def table_4(
     stored_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """The rows, each said as it comes: ``PatchNullspace.summary``, the model's name, the paper's dimension or None.
+    """The rows, printed one by one: ``PatchNullspace.summary``, the model's name, the paper's dimension or None.
 
     A name is a model, for ``load``; a configuration ``D:patch`` of 3 channels, with weights drawn from
     ``seed``; or "paper", the eight configurations of the paper.
@@ -79,7 +79,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def remark(rows: Sequence[dict[str, Any]]) -> str | None:
-    """What has to be said of rows of random weights that have another dimension than the paper's."""
+    """A remark on rows of random weights that have another dimension than the paper's."""
     if any(row["model"] == RANDOM and row["paper"] not in (None, row["dimension"]) for row in rows):
         return "random weights have full rank; what the paper has more is a property of trained ones: name the model"
     return None

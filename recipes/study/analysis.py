@@ -57,7 +57,6 @@ def differences(
     pairs: Sequence[tuple[str, str]],
     *,
     resamples: int = 2000,
-    seed: int = 0,
 ) -> dict[tuple[str, str], dict[str, list[float]]]:
     """(arm, reference) -> group -> [arm minus reference, low, high], in points with 95% intervals.
 
@@ -68,7 +67,7 @@ def differences(
     where = {title: np.searchsorted(everything, places) for title, places in results.places.items()}
     titles = [title for title in results.conditions if any(title in weights for weights in groups.values())]
     changes = {t: np.stack([results.change(*pair, t) for pair in pairs], axis=1) for t in titles}
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     draws = {title: np.full((resamples, len(pairs)), np.nan) for title in titles}
     equal = np.full(len(everything), 1 / len(everything))
     for first in range(0, resamples, 100):
@@ -87,7 +86,7 @@ def differences(
                 continue
             # A condition of few images has none of them in some draws.
             drawn = sampled[np.isfinite(sampled[:, column]), column]
-            interval = percentile(float(value[column]), drawn, 0.95)
+            interval = percentile(float(value[column]), drawn)
             found[pair][group] = [round(100 * x, 4) for x in (interval.value, interval.low, interval.high)]
     return found
 
@@ -120,9 +119,8 @@ def power(
     """The smallest differences that the report can see, in points, from what the selection slice shows of the noise.
 
     Two fine-tunings of one checkpoint disagree on a share p of the images (the discordance). The difference of their
-    accuracies on n images has a standard error of at most sqrt(p / n), so its 95% interval leaves zero out from about
-    1.96 sqrt(p / n) on. For the average the spread of the per-image mean over its conditions takes the place of p: it
-    knows how much the conditions share. One seed; more seeds see smaller differences.
+    accuracies on n images has a standard error of at most sqrt(p / n). For the average the variance of the per-image
+    mean over its conditions takes the place of p: it knows how much they share. One seed; more see smaller differences.
 
     Args:
         control, others: condition -> one bool per selection image, of the control and of each other arm.

@@ -41,7 +41,7 @@ class CompareArguments:
     only: list[str] = option([], "Do only these arms now ('before' is the checkpoint itself).")
     max_minutes: float | None = option(None, "Begin nothing after so many minutes; a training ends at a checkpoint.")
     dry_run: bool = option(False, "Print what is finished, what is left and an estimate of the time; do nothing.")
-    overwrite: bool = option(False, "Train runs anew whose settings have changed.")
+    overwrite: bool = option(False, "Retrain runs with changed settings.")
     render: str | None = option(
         None, "A results.json: write its tables and pictures into output_dir, and do nothing else."
     )

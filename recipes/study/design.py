@@ -100,7 +100,7 @@ class Study:
     groups: Mapping[str, Mapping[str, float]]
     """What the table shows: name -> condition -> weight; the average, every attack, the mean of the cells."""
     condition_seeds: Mapping[str, tuple[int, ...]]
-    """Condition -> the seeds whose runs it is measured on, for those that are too dear for all."""
+    """Condition -> the seeds whose runs it is measured on, for conditions too expensive to measure on all seeds."""
     report: Slice
     selection: Slice | None
     selection_limit: int | None
@@ -162,9 +162,7 @@ def make_study(args: CompareArguments) -> Study:
     arms = {name: _arm(name, entry or {}, tuple(args.seeds)) for name, entry in content.items()}
     choosing = {name for name, arm in arms.items() if arm.learning_rate_of is None}
     if args.control not in choosing:
-        raise UsageError(
-            f"control={args.control!r}: expected an arm with a learning rate of its own; arms: {list(arms)}"
-        )
+        raise UsageError(f"control={args.control!r}: expected an arm that chooses its learning rate, of {list(arms)}")
     for arm in arms.values():
         if arm.learning_rate_of not in {None, *choosing}:
             raise UsageError(f"arm {arm.name!r}: learning_rate_of={arm.learning_rate_of!r} is no arm that chooses one")
@@ -182,16 +180,12 @@ def make_study(args: CompareArguments) -> Study:
     report = _slice("report", args.report)
     selection = None if args.selection is None else _slice("selection", args.selection)
     if selection is not None and report.first < selection.stop and selection.first < report.stop:
-        raise UsageError(
-            f"report {args.report} and selection {args.selection} share images; a choice may not be made on them"
-        )
+        raise UsageError(f"report {args.report} and selection {args.selection} share images; expected different ones")
     weights = _weights(args.average, titles, cells)
     if limited := weights.keys() & condition_seeds.keys():
         raise UsageError(f"{', '.join(sorted(limited))}: in the average, so it is measured on every seed")
     if wrong := {seed for chosen in condition_seeds.values() for seed in chosen} - set(arms[args.control].seeds):
-        raise UsageError(
-            f"conditions with seeds {sorted(wrong)}, which the control {args.control!r} is not trained with"
-        )
+        raise UsageError(f"conditions with seeds {sorted(wrong)}, which the control {args.control!r} does not have")
     groups = {"average": weights} | {title: {title: 1.0} for title in titles if title not in cells}
     if cells:
         groups["mean of the cells"] = dict.fromkeys(cells, 1 / len(cells))
@@ -256,9 +250,7 @@ def _weights(average: Sequence[str], titles: Sequence[str], cells: Sequence[str]
         exact, beginning = ([t for t in titles if t == entry], [t for t in titles if t.startswith(entry)])
         found = cells if entry == CELLS else exact or beginning
         if not found or (entry != CELLS and len(found) > 1):
-            raise UsageError(
-                f"average: {entry!r} is {len(found)} of the conditions {titles}; expected one, or {CELLS!r}"
-            )
+            raise UsageError(f"average: {entry!r} is {len(found)} of the conditions {titles}; expected 1, or {CELLS!r}")
         for title in found:
             weights[title] = weights.get(title, 0.0) + 1 / len(average) / len(found)
     if not weights:

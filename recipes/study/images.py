@@ -10,7 +10,7 @@ from hf_nullspace.command_line import UsageError
 from hf_nullspace.core.files import DamagedFileError, read_json, size_and_hash, write_json, write_whole
 from hf_nullspace.data.image_set import ArrayRows, ImageSet
 from hf_nullspace.models.preprocessing import Preprocessing
-from hf_nullspace.robustness.corruptions import SMALL, corrupt
+from hf_nullspace.robustness.corruptions import corrupt
 from hf_nullspace.robustness.records import images_fingerprint
 from hf_nullspace.robustness.suite import Condition, Corrupted
 
@@ -26,16 +26,14 @@ class KeptImages(ImageSet):
         """With the corruption that is in the pixels already."""
         described = super().protocol() | {"places": [self.places[0], self.places[-1], len(self.places)]}
         if isinstance(self.condition, Corrupted):
-            described |= {"corruption": self.condition.corruption, "severity": self.condition.severity}
-            described["generated"] = f"at the image's own size; up to {SMALL} px CIFAR-10-C's table, else ImageNet-C's"
+            described |= self.condition.protocol()
         return described
 
 
 class ImageStore:
     """The test images of a study; arrays of 8-bit RGB images lie below ``folder`` and are memory maps.
 
-    ``images`` offers ``raw_image``, ``label``, ``preprocessing`` and a length. A corrupted image depends on ``seed``
-    and on its place in the whole set, so a limit changes no image.
+    A corrupted image depends on ``seed`` and on its place in the whole set, so a limit changes no image.
     """
 
     def __init__(self, folder: Path | str, images: Any, seed: int):
@@ -80,10 +78,8 @@ class ImageStore:
             if row == 0:
                 array = np.empty((len(places), *pixels.shape), dtype=np.uint8)
             if pixels.shape != array.shape[1:]:
-                raise UsageError(
-                    f"image {place} is {pixels.shape[1]}x{pixels.shape[0]}, the first {array.shape[2]}x"
-                    f"{array.shape[1]}: a study keeps its images in one array. Resize the set to one size first"
-                )
+                sizes = f"{pixels.shape[1]}x{pixels.shape[0]}, the first {array.shape[2]}x{array.shape[1]}"
+                raise UsageError(f"image {place} is {sizes}: a study keeps images of one size. Resize the set first")
             array[row] = pixels
         return array
 

@@ -110,5 +110,5 @@ def test_nothing_is_divided_by_zero():
 
 def test_a_model_of_two_heads_is_named():
     two_heads = DeiTForImageClassificationWithTeacher(DeiTConfig(**SIZES, **IMAGE, **LABELS))
-    with pytest.raises(NoAttentionWeightsError, match=r"WithTeacher: .*classifier.*DeiTForImageClassification or"):
+    with pytest.raises(NoAttentionWeightsError, match=r"WithTeacher: .*classifier.*ViT, DeiT or ViTMSN"):
         lrp_map(two_heads, images())

@@ -107,3 +107,4 @@ def test_correlation_is_that_of_numpy():
     expected = [np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(first.numpy(), second.numpy(), strict=True)]
     np.testing.assert_allclose(correlation(first, second), expected, rtol=1e-6)
     assert correlation(first, torch.ones(2, 4, 4)).isnan().all()
+    assert torch.equal(correlation(first, second[:1])[:1], correlation(first, second)[:1])

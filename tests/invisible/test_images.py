@@ -185,7 +185,7 @@ def test_a_file_of_another_size_is_not_judged(tmp_path):
 
 def test_models_without_a_nullspace_or_in_training_are_refused():
     config = ViTConfig(**IMAGE, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    with pytest.raises(NoNullspaceError, match="maps 48 numbers to 64 features without a nullspace"):
+    with pytest.raises(NoNullspaceError, match="64 features of 48 numbers have no nullspace"):
         Judge.from_model(ViTForImageClassification(config).eval(), make_image_processor(16))
     with pytest.raises(ValueError, match=r"in training mode.*model.eval"):
         Judge.from_model(tiny_model().train(), make_image_processor(16))

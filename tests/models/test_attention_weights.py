@@ -85,7 +85,7 @@ def test_other_kinds_of_attention_are_named():
     model = tiny_model("vit")
     for layer in model.vit.layers:
         layer.attention.q_proj = nn.Identity()
-    with pytest.raises(NoAttentionWeightsError, match=r"transformers 5\.\d+\.\d+ has no attention module with linear"):
+    with pytest.raises(NoAttentionWeightsError, match=r"transformers 5\.\d+\.\d+ has no linear maps named"):
         attention_weights(model)
     model = tiny_model("vit")
     del model.vit.layers[0].attention.num_attention_heads

@@ -62,8 +62,6 @@ def test_means_over_conditions_resample_images_jointly():
     one = paired_mean_difference(before, after, resamples=150, seed=4)
     assert one == paired_mean_difference(before, after, resamples=150, seed=4)
     assert one != paired_mean_difference(before, after, resamples=150, seed=5)
-    narrow = paired_mean_difference(before, after, confidence=0.5)
-    assert (narrow.low, narrow.high) == pytest.approx(np.quantile(draws, [0.25, 0.75]), abs=0.006)
 
 
 def test_corruption_errors_by_hand():
@@ -87,7 +85,7 @@ def test_the_papers_averages_come_out_of_its_columns():
 
 
 def test_alexnet_against_itself_is_100():
-    reference = published.alexnet_reference()
+    reference = {c: [error] * 5 for c, error in published.ALEXNET_ERRORS.items()}
     assert mean_corruption_error(reference, reference) == pytest.approx(100)
     clean = (published.ALEXNET_CLEAN_ERROR, published.ALEXNET_CLEAN_ERROR)
     assert mean_corruption_error(reference, reference, clean=clean) == pytest.approx(100)

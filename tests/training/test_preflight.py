@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_nullspace.core.settings import check_numbers
-from hf_nullspace.training.preflight import lack_of_room
+from hf_nullspace.training.preflight import disk_space_warning
 from tiny_training import config
 
 
@@ -26,10 +26,10 @@ def large_model(numbers):
 )
 def test_the_room_is_weights_and_moments_for_every_kept_checkpoint_and_the_next(tmp_path, given, trainings, copies):
     args = config(tmp_path / "new" / "folder", **given)  # 4 steps; the folder is not there yet
-    warning = lack_of_room(large_model(10**15), args, trainings)
+    warning = disk_space_warning(large_model(10**15), args, trainings)
     assert warning is not None
     assert f"about {copies * 4e6:.2g} GB may be written to {args.output_dir}" in warning
-    assert lack_of_room(large_model(10), args, trainings) is None
+    assert disk_space_warning(large_model(10), args, trainings) is None
 
 
 @pytest.mark.parametrize(

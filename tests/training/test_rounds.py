@@ -52,7 +52,7 @@ def test_an_old_noise_is_at_most_doubled():
     model = tiny_model().double()
     at_epsilon = calibrate(model, [direction(0)], EPSILON, HELD_OUT, tolerance=1e-3)[0].noise
     far, near = noise_of(at_epsilon / 10), noise_of(at_epsilon / 1.5)
-    weak, strong = round_of(previous=(far, near)).kept(2)
+    weak, strong = round_of(previous=(far, near)).rescale_previous(2)
     torch.testing.assert_close(weak.tensor, 2 * far.tensor, rtol=1e-12, atol=0)
     assert weak.provenance.influence == pytest.approx(held_out_influence(model, weak.tensor), rel=1e-9)
     assert weak.provenance.influence < 0.5 * EPSILON
@@ -69,7 +69,7 @@ def test_the_bank_is_filled_with_the_newest_of_the_round_before(bank, learned):
     assert len(made.noises) == 1 + learned
     for ours, theirs in zip(made.noises[1:], previous, strict=False):
         assert cosine(ours.tensor, theirs.tensor) == pytest.approx(1, abs=1e-12)
-    alone = round_of(previous=previous, bank_size=bank).learn(alone=True)
+    alone = round_of(previous=previous, bank_size=bank).learn(without_previous=True)
     assert len(alone.noises) == 1
     assert torch.equal(alone.noises[0].tensor, made.noises[0].tensor)
 
@@ -84,7 +84,7 @@ def test_a_warm_start_is_the_newest_noise_with_either_learner(settings, warm):
     """With steps too small to move: descent starts from the newest one, the boundary from as many as it learns."""
     previous = tuple(noise_of(tensor - tensor.mean(-1, keepdim=True)) for tensor in (direction(1), direction(2)))
     made = round_of(settings, previous=previous, warm_start=warm).learn()
-    alone = round_of(settings, previous=previous, warm_start=warm).learn(alone=True)
+    alone = round_of(settings, previous=previous, warm_start=warm).learn(without_previous=True)
     for noises, expected in ((made.noises, warm), (alone.noises, False)):
         assert len(noises) == (1 if settings is DESCENT else 2)
         for ours, theirs in zip(noises, previous, strict=False):
@@ -111,7 +111,7 @@ def test_held_out_images_are_asked_for_where_they_are_needed(settings, needed):
 def test_a_random_direction_is_scaled_and_its_provenance_records_it():
     round_ = round_of(known=lambda: NoiseProvenance(base_model="some/model"))
     history = NoiseHistory(steps=3, seconds=100.0)
-    made = round_.scaled([direction(1), direction(2)], "by hand", history)
+    made = round_.scale_to_epsilon([direction(1), direction(2)], "by hand", history)
     assert (made.history.stopped, made.history.steps) == ("calibrated", 3)
     assert made.history.seconds > 100
     assert made.history.held_out_influence == made.noises[0].provenance.influence
@@ -124,16 +124,16 @@ def test_a_random_direction_is_scaled_and_its_provenance_records_it():
         torch.testing.assert_close(noise.tensor, known.settings["factor"] * direction(index + 1))
         assert known.settings["evaluations"] > 0
     with pytest.raises(ValueError, match="epsilon is not set"):
-        round_of(NoiseSettings(epsilon=None)).scaled([direction(1)], "by hand")
+        round_of(NoiseSettings(epsilon=None)).scale_to_epsilon([direction(1)], "by hand")
     with pytest.raises(ValueError, match="a noise is scaled on held-out images"):
-        round_of(held_out=()).scaled([direction(1)], "by hand")
+        round_of(held_out=()).scale_to_epsilon([direction(1)], "by hand")
 
 
 def test_an_epsilon_out_of_reach_marks_random_noise_and_warns_once(caplog):
     """The influence of a random model's predictions never comes near the largest that there is, 2."""
     settings = BoundarySettings(1.99, steps=1, pool_images=6)
     with caplog.at_level(logging.WARNING, "hf_nullspace"):
-        made = round_of(settings, bank_size=2).scaled([direction(1), direction(2)], "by hand")
+        made = round_of(settings, bank_size=2).scale_to_epsilon([direction(1), direction(2)], "by hand")
     assert made.history.stopped == "unreachable"
     (record,) = caplog.records
     shown = min(noise.provenance.influence for noise in made.noises)
@@ -150,7 +150,7 @@ def test_an_epsilon_out_of_reach_marks_random_noise_and_warns_once(caplog):
 
 def test_what_went_wrong_before_a_permutation_stays_in_the_history():
     history = NoiseHistory(stopped="start")
-    made = round_of().scaled([direction(1)], "learned, then permuted", history)
+    made = round_of().scale_to_epsilon([direction(1)], "learned, then permuted", history)
     assert (made.history.stopped, made.noises[0].provenance.stopped) == ("start", "calibrated")
 
 

@@ -52,7 +52,7 @@ class Augmentation:
 
     def apply(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
         """The crop, mirrored or not, at the image's own resolution."""
-        # Drawn before the crop, whose number of draws varies: whether an image is mirrored never depends on its shape.
+        # Before the crop, which draws more or fewer numbers: whether an image is mirrored does not depend on its shape.
         mirrored = generator.random() < self.flip
         image = image.crop(self.box(image.width, image.height, generator))
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
@@ -61,7 +61,7 @@ class Augmentation:
         """(left, top, right, bottom) of the crop, as torchvision's RandomResizedCrop defines it.
 
         Ten tries of an area (uniform) and a ratio (uniform in its logarithm); when none fits inside the image, the
-        largest centred crop whose ratio is in range.
+        largest centred crop with a ratio in range.
         """
         for _ in range(10):
             area = width * height * generator.uniform(*self.scale)

@@ -37,11 +37,11 @@ class LabelAlignment:
 
 
 def align_labels(class_names: Sequence[str] | None, config: Any, num_classes: int | None = None) -> LabelAlignment:
-    """Compare the classes of the data with the head of the model whose ``config`` this is.
+    """Compare the classes of the data with the head of the model with this ``config``.
 
     ``class_names`` are the names in the order of the data's labels, or None where the data has none; then
     ``num_classes``, where known, is their number. Names are compared without regard to case, spaces, underscores
-    and hyphens; ``LABEL_0`` and the like are no names.
+    and hyphens; ``LABEL_0`` is no name.
 
     * The same names: the head is kept, in another order the labels are renumbered by name.
     * A part of the model's names: the head is kept, and the labels are renumbered to the model's.
@@ -111,7 +111,7 @@ def _plain(name: str) -> str:
 
 
 def _imagenet_by_wnid(names: list[str], model_names: list[str]) -> bool:
-    """1000 sorted WordNet ids, and a model whose names show ImageNet's order (not every checkpoint has it)."""
+    """1000 sorted WordNet ids, and a model with names in ImageNet's order (not every checkpoint has it)."""
     if len(names) != 1000 or len(model_names) != 1000 or names != sorted(names):
         return False
     in_order = all(model_names[index].startswith(name) for index, name in IMAGENET_ANCHORS.items())

@@ -50,8 +50,8 @@ def load_image_dataset(
     json, webdataset tar) files; or what ``save_to_disk`` wrote. The label is a ClassLabel where the classes have
     names. Text labels are numbered in sorted order over all splits; a stream of them needs ``class_names``.
 
-    Raises ``DataError``, whose message is one line for a terminal, when there is no such set, split or column, the
-    Hub cannot be reached, the split is empty, or a label is missing or out of range (in a stream: once the row comes).
+    Raises ``DataError`` (one line for a terminal) when there is no such set, split or column, the Hub cannot be
+    reached, the split is empty, or a label is missing or out of range (in a stream: once the row comes).
     """
     name = os.fspath(name_or_path)
     rows = _open(name, split, streaming, config_name, revision)

@@ -50,7 +50,7 @@ def correlations_with_first(maps: dict[str, Tensor]) -> list[dict[str, float | N
 
     ``maps`` are (B, h, w) by method. None where one of the two maps is constant: then a correlation means nothing.
     """
-    found = {name: correlation(one, one[:1].expand_as(one)).tolist() for name, one in maps.items()}
+    found = {name: correlation(one, one[:1]).tolist() for name, one in maps.items()}
     rows = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
     return [{name: None if math.isnan(value) else value for name, value in row.items()} for row in rows]
 

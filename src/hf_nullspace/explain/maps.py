@@ -120,13 +120,7 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
 
 
 def correlation(maps: Tensor, others: Tensor) -> Tensor:
-    """Pearson correlation (B,), in [-1, 1], of maps (B, h, w) with others of that shape; nan for a constant map.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    if maps.shape != others.shape:
-        raise ValueError(f"maps of shapes {tuple(maps.shape)} and {tuple(others.shape)} cannot be compared")
+    """Pearson correlation (B,), in [-1, 1], of maps (B, h, w) with others (B or 1, h, w); nan for a constant map."""
     first, second = (one.flatten(1).double() - one.flatten(1).double().mean(1, keepdim=True) for one in (maps, others))
     return (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
 

@@ -94,9 +94,8 @@ class Judge:
         preprocessing.check_fits(model.config)
         if nullspace.dimension() == 0:
             raise NoNullspaceError(
-                f"the patch embedding of {type(model).__name__} maps {nullspace.weight.shape[1]} numbers to "
-                f"{nullspace.weight.shape[0]} features without a nullspace: it sees every change of an image. "
-                "Use a model with larger patches or fewer features (recipes/analyze.py shows the dimension)."
+                f"{type(model).__name__}'s {nullspace.weight.shape[0]} features of {nullspace.weight.shape[1]} numbers "
+                "have no nullspace: it sees every change. Use a model with larger patches or fewer features."
             )
         return cls(model, image_processor, preprocessing, nullspace.in_pixels(preprocessing.std))
 
@@ -194,10 +193,8 @@ def make_invisible(
     """
     height, width = judge.written_size
     if not source.size == wish.size == (width, height) or source.mode != wish.mode:
-        raise ValueError(
-            f"source {source.mode} {source.size} and wish {wish.mode} {wish.size}: expected (width, height) = "
-            f"{(width, height)} and one mode; Judge.fit makes an image so"
-        )
+        both = f"source {source.mode} {source.size} and wish {wish.mode} {wish.size}"
+        raise ValueError(f"{both}: expected (width, height) = {(width, height)} and one mode; see Judge.fit")
     if not 0 <= strength <= 1:
         raise ValueError(f"strength={strength}: expected a share of the wanted change, in [0, 1]")
     start = pixels_of(source)

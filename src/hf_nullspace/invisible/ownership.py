@@ -67,10 +67,8 @@ def fingerprint(
     if not 0 < amplitude < 0.5:
         raise ValueError(f"amplitude={amplitude}: expected between 0 and 0.5, so that patterns fit into [0, 1]")
     if nullspace.dimension() == 0:
-        raise NoNullspaceError(
-            f"theta {tuple(nullspace.weight.shape)} has full rank: the model sees every pattern, and so has no "
-            "fingerprint of this kind"
-        )
+        theta = tuple(nullspace.weight.shape)
+        raise NoNullspaceError(f"theta {theta} has full rank: the model sees every pattern, and has no fingerprint")
     normal = torch.randn(count, nullspace.patch_shape[0], *size, generator=generator, dtype=torch.float64)
     patterns = nullspace.project(normal)
     patterns = patterns * (amplitude / patterns.abs().amax((1, 2, 3), keepdim=True))
@@ -97,14 +95,11 @@ def invariance_score(model: PixelClassifier, mark: Fingerprint, pixels: Tensor) 
     for pattern, control in zip(mark.patterns, mark.controls, strict=True):
         seen, reference = (float(noise_influence(clean, model(_eight_bit(base + each)))) for each in (pattern, control))
         if not (math.isfinite(seen) and math.isfinite(reference)):
-            raise ValueError(
-                "the model's logits are NaN or infinite, so it can be neither recognised nor excluded; check its "
-                "weights and the images"
-            )
+            raise ValueError("the model's logits are NaN or infinite; check its weights and the images")
         if reference < 1e-8:
             raise ValueError(
-                f"the model's answer to a control pattern of amplitude {mark.amplitude:g} shifts by {reference:.1e} "
-                "only: it is invariant to everything, which proves nothing. Take a larger amplitude or other images."
+                f"the model's answer to a control of amplitude {mark.amplitude:g} shifts by {reference:.1e} only: it "
+                "is invariant to everything. Take a larger amplitude or other images."
             )
         ratios.append(seen / reference)
     return float(torch.tensor(ratios, dtype=torch.float64).median())
@@ -136,10 +131,8 @@ def verify_owner(
     if not others:
         raise ValueError("no other models: without them the false positive rate is not known; pass some in others=")
     if pixels.shape[1:] != mark.patterns.shape[1:]:
-        raise ValueError(
-            f"images {tuple(pixels.shape[1:])} and a fingerprint for {tuple(mark.patterns.shape[1:])}: expected the "
-            "same channels, height and width"
-        )
+        shapes = f"images {tuple(pixels.shape[1:])} and a fingerprint for {tuple(mark.patterns.shape[1:])}"
+        raise ValueError(f"{shapes}: expected the same channels, height and width")
     scores = tuple(invariance_score(other, mark, pixels) for other in others)
     score = invariance_score(suspect, mark, pixels)
     false_positives = sum(each <= threshold for each in scores)

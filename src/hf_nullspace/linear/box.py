@@ -30,12 +30,7 @@ class BoxSolution:
 
 
 def nearest_in_box(
-    row_basis: Tensor,
-    source: Tensor,
-    target: Tensor,
-    *,
-    iterations: int = 2000,
-    tolerance: float = 1e-5,
+    row_basis: Tensor, source: Tensor, target: Tensor, *, iterations: int = 2000, tolerance: float = 1e-5
 ) -> BoxSolution:
     """Patches nearest to ``target`` (N, P) within [0, 1], with A x = A source; all in one dtype and on one device.
 
@@ -49,15 +44,11 @@ def nearest_in_box(
         ValueError: for shapes that do not fit, or a source outside of [0, 1].
     """
     if source.shape != target.shape or source.dim() != 2 or source.shape[1] != row_basis.shape[1]:
-        raise ValueError(
-            f"source {tuple(source.shape)} and target {tuple(target.shape)}: expected two times (patches, "
-            f"{row_basis.shape[1]}), the row basis being {tuple(row_basis.shape)}"
-        )
+        shapes = f"source {tuple(source.shape)} and target {tuple(target.shape)}"
+        raise ValueError(f"{shapes}: expected (patches, {row_basis.shape[1]}), as the row basis has it")
     if source.numel() and (source.min() < -SLACK or source.max() > 1 + SLACK):
-        raise ValueError(
-            f"source in [{float(source.min()):.4g}, {float(source.max()):.4g}], expected [0, 1]: start from pixels of "
-            "a real image"
-        )
+        low, high = float(source.min()), float(source.max())
+        raise ValueError(f"source in [{low:.4g}, {high:.4g}], expected [0, 1]: start from pixels of a real image")
     rows = row_basis.to(source)
     wanted = source @ rows.T
     scale = torch.linalg.vector_norm(wanted, dim=1).clamp_min(1.0)

@@ -98,10 +98,8 @@ def exact_encoder_nullspace(
     patches, features = _embedding_size(double, images, module)
     check = check_direction(double, images, patch_embedding=module, norm=norm, seed=seed)
     if not check.control_change:
-        raise NotANullspaceError(
-            f"no noise of norm {norm:g} changes a logit of {type(inner).__name__}: its logits do not depend on the "
-            "patch embedding, so there is nothing to verify"
-        )
+        name = type(inner).__name__
+        raise NotANullspaceError(f"no noise of norm {norm:g} changes a logit of {name}: there is nothing to verify")
     if not check.is_rounding:
         raise NotANullspaceError(
             f"{type(inner).__name__}: one constant per token, of norm {norm:g}, changes the logits by "

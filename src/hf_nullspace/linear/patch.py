@@ -62,10 +62,8 @@ class PatchNullspace:
         module = patch_embedding if patch_embedding is not None else find_patch_embedding(model)
         projection = patch_projection(module)
         if projection is None:
-            raise NotAViTError(
-                f"{type(module).__name__} of {type(unwrap(model)).__name__} has no convolution with a stride of its "
-                "kernel size; patches that overlap have no nullspace of their own"
-            )
+            kind = f"{type(module).__name__} of {type(unwrap(model)).__name__}"
+            raise NotAViTError(f"{kind} has no convolution with a stride of its kernel size: its patches overlap")
         weight = projection.weight
         return cls.from_weight(weight, tolerance=tolerance, stored_dtype=stored_dtype or _coarser(weight, model))
 
@@ -130,10 +128,8 @@ class PatchNullspace:
             NoNullspaceError: if the dimension is 0.
         """
         if self.dimension() == 0:
-            raise NoNullspaceError(
-                f"theta {tuple(self.weight.shape)} has rank {len(self.row_basis)} at the tolerance "
-                f"{self.tolerance:.3g}: the patch embedding has no nullspace. Larger patches or fewer features do."
-            )
+            rank = f"rank {len(self.row_basis)} at the tolerance {self.tolerance:.3g}"
+            raise NoNullspaceError(f"theta {tuple(self.weight.shape)} has {rank}: the patch embedding has no nullspace")
         normal = torch.randn(count, self.weight.shape[1], generator=generator, dtype=torch.float64)
         return self.project_patches(std * normal).unflatten(1, self.patch_shape)
 

@@ -253,10 +253,8 @@ def pre_norm_layers(model: nn.Module) -> tuple[list[PreNormLayer], nn.Linear]:
         if not isinstance(inner.classifier, nn.Linear):
             raise AttributeError("its classifier is no linear map")
     except AttributeError as error:
-        raise NoAttentionWeightsError(
-            f"{type(inner).__name__}: {error}; expected ViTForImageClassification, DeiTForImageClassification or "
-            "ViTMSNForImageClassification of transformers 5.18 to 5.x, with a classifier that reads the CLS token"
-        ) from error
+        expected = "a ViT, DeiT or ViTMSN of transformers 5.18 to 5.x, with a classifier that reads the CLS token"
+        raise NoAttentionWeightsError(f"{type(inner).__name__}: {error}; expected {expected}") from error
     return layers, inner.classifier
 
 
@@ -273,10 +271,8 @@ def _layers(model: nn.Module) -> list[tuple[str, Any, list[nn.Linear]]]:
     """The path of every attention module, the module, and its maps to queries, keys and values."""
     inner, kind = unwrap(model), model_type(model)
     if kind not in PLAIN_ATTENTION:
-        raise NoAttentionWeightsError(
-            f"{type(inner).__name__} (model type {kind}): its attention is not known to be softmax(q k^T) v of linear "
-            f"maps of the layer's input; known are {', '.join(sorted(PLAIN_ATTENTION))}"
-        )
+        known = f"expected softmax(q k^T) v of linear maps, as in {', '.join(sorted(PLAIN_ATTENTION))}"
+        raise NoAttentionWeightsError(f"{type(inner).__name__} (model type {kind}) has another attention; {known}")
     found = []
     for name, module in inner.named_modules():
         children = dict(module.named_children())
@@ -285,9 +281,9 @@ def _layers(model: nn.Module) -> list[tuple[str, Any, list[nn.Linear]]]:
             if len(linears) == len(names):
                 found.append((name, module, linears))
     if not found:
+        maps = " or ".join(map("/".join, _PROJECTIONS))
         raise NoAttentionWeightsError(
-            f"{type(inner).__name__} of transformers {transformers.__version__} has no attention module with linear "
-            f"maps named {' or '.join('/'.join(names) for names in _PROJECTIONS)}. This package knows transformers "
-            "5.18 to 5.x; adapters (PEFT) and quantised layers have to be merged first"
+            f"{type(inner).__name__} of transformers {transformers.__version__} has no linear maps named {maps}. "
+            "Known is transformers 5.18 to 5.x; adapters (PEFT) and quantised layers have to be merged first"
         )
     return found

@@ -64,16 +64,12 @@ def load_model(
         )
         if other := [entry for entry in found["mismatched_keys"] if not (new_head and _of_the_head(entry[0]))]:
             key, theirs, ours = min(other, key=lambda entry: str(entry[0]))
-            raise ModelNotLoadedError(
-                f"{key} has the shape {tuple(theirs)}, and its config.json asks for {tuple(ours)}; take both from one "
-                "checkpoint"
-            )
+            shapes = f"{key} has the shape {tuple(theirs)}, and its config.json asks for {tuple(ours)}"
+            raise ModelNotLoadedError(f"{shapes}; take both from one checkpoint")
         missing = sorted(map(str, found["missing_keys"]))
         if not all(map(_of_the_head, missing)):
-            raise ModelNotLoadedError(
-                f"{len(missing)} of its weights are missing, such as {missing[0]}; the file is not of a "
-                f"{type(model).__name__}, or not whole"
-            )
+            wrong = f"{len(missing)} of its weights are missing, such as {missing[0]}"
+            raise ModelNotLoadedError(f"{wrong}; the file is not of a {type(model).__name__}, or not whole")
         if missing and not (new_head or headless):
             raise NoHeadError(
                 f"it has no weights for its head ({missing[0]}); name a checkpoint that was trained to classify, or "
@@ -91,10 +87,8 @@ def load_image_processor(name: str, revision: str | None = None) -> Any:
     with _one_line(name):
         place = _place(name)
         if Path(place).is_dir() and not any((Path(place) / file).is_file() for file in _PROCESSOR_FILES):
-            raise ModelNotLoadedError(
-                "the folder has no preprocessor_config.json, so how to prepare images is not known; save it with "
-                "image_processor.save_pretrained(FOLDER)"
-            )
+            save = "save it with image_processor.save_pretrained(FOLDER)"
+            raise ModelNotLoadedError(f"the folder has no preprocessor_config.json; {save}")
         return AutoImageProcessor.from_pretrained(place, revision=revision, backend="pil", trust_remote_code=False)
 
 

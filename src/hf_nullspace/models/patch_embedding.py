@@ -44,8 +44,7 @@ def find_patch_embedding(model: nn.Module) -> nn.Module:
 
 def _not_a_vit(model: nn.Module) -> NotAViTError:
     return NotAViTError(
-        f"{type(model).__name__} has no patch embedding; the nullspace is defined for ViT-like models "
-        "(ViT, DeiT, BEiT, DINOv2, ViTMSN, Swin, SigLIP, CLIP and similar ones). "
+        f"{type(model).__name__} has no patch embedding; the nullspace is defined for ViT-like models. "
         "Pass patch_embedding=<the module that outputs the patch embeddings>."
     )
 
@@ -126,9 +125,8 @@ def _add(embeddings: Tensor, noise: Tensor, parts: int) -> Tensor:
     expected = 1, *patches_and_features(embeddings)
     if noise.shape[1:] != expected[1:]:
         raise ValueError(
-            f"noise of shape {tuple(noise.shape)} does not fit patch embeddings that need {expected} "
-            "(1, patches, features). It belongs to another model or image size; "
-            "NullspaceNoise.interpolate() adapts it to another image size of the same model."
+            f"noise of shape {tuple(noise.shape)} does not fit patch embeddings that need {expected}: it belongs to "
+            "another model, or to another image size, to which NullspaceNoise.interpolate() adapts it"
         )
     if len(embeddings) % parts:
         raise ValueError(f"a batch of {len(embeddings)} is not {parts} views of as many images; pass all views")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# Model types whose position embedding follows the input: any size divisible by the patch size goes in.
+# Model types with a position embedding that follows the input: any size divisible by the patch size goes in.
 SIZE_FOLLOWS_INPUT = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit", "swin", "swinv2"})
 
 PROBE_TOLERANCE = 4 / 255  # mean difference in [0, 1]; backends round resized pixels differently, by about 1/255

@@ -1,8 +1,7 @@
-"""Algorithm 1, lines 3 to 14: learn a noise v that the model does not see (equations 6, 7, 10 and 11).
+"""Algorithm 1, lines 3 to 14: learn a noise v that hardly changes the model's output (equations 6, 7, 10 and 11).
 
-Read beside the paper; the numbers are the lines of Algorithm 1. On several processes each brings its share of the
-minibatch: :mod:`hf_nullspace.noise.probe` adds up influence and gradient, so that all hold the same v and stop at the
-same step.
+Comments name the lines of Algorithm 1. On several processes each has a part of the minibatch:
+:mod:`hf_nullspace.noise.probe` adds up influence and gradient, so that all hold the same v and stop at the same step.
 """
 
 import time
@@ -30,7 +29,7 @@ class NoiseNotLearnedError(RuntimeError):
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """How a noise is learned. The defaults are the paper's, but for the weight decay and the stopping test."""
+    """How a noise is learned. The defaults are the paper's, except for the weight decay and the stopping test."""
 
     epsilon: float | None = 0.03
     """Threshold on the influence, in (0, 2]; ``None`` takes all ``max_steps`` (the exploratory form)."""
@@ -50,7 +49,7 @@ class NoiseSettings:
     norm_weight: float = 0.0
     """lambda of equation 6: the loss gets -lambda * log||v||."""
     norm: Literal["centred", "raw"] = "centred"
-    """The norm in that term; the raw one grows for free along the LayerNorm direction."""
+    """The norm in that term; the raw one can grow along the LayerNorm direction without changing the output."""
 
     def __post_init__(self) -> None:
         positive, not_negative = "(0, inf)", "[0, inf)"
@@ -61,7 +60,7 @@ class NoiseSettings:
 
     @property
     def needs_held_out(self) -> bool:
-        """Whether held-out images decide about the noise."""
+        """Whether held-out images are needed."""
         return self.epsilon is not None and (self.stop_on == "held_out" or self.on_limit == "rescale")
 
 
@@ -103,9 +102,9 @@ def learn_noise(
     The model, ``held_out``, ``hook`` and ``chunk_size`` are those of :func:`hf_nullspace.noise.probe.probing`.
 
     Args:
-        batches: minibatches ``pixel_values`` (b, C, H, W), at least ``max_steps`` of them; on several processes this
+        batches: minibatches ``pixel_values`` (b, C, H, W), up to ``max_steps`` + 1 of them; on several processes this
             rank's share of each. They are moved to the model's device.
-        seed: of the start v ~ U(-A, A); a noise is determined by seed, batches and model.
+        seed: seed of the start v ~ U(-A, A); a noise is determined by seed, batches and model.
         held_out: batches for the estimate of the influence (this rank's share), which the batches should not contain.
         start: a start (1, N, D) instead of the uniform one.
         provenance: where the model comes from, if the caller knows more than its config says.
@@ -114,7 +113,7 @@ def learn_noise(
     Raises:
         FloatingPointError: if the loss or influence is NaN or infinite, naming the step and the tensor it comes from.
         NoiseNotLearnedError: if T steps do not reach epsilon and ``on_limit="error"``.
-        ValueError: if the batches run out, or held-out images are needed and missing.
+        ValueError: if the batches run out, or held-out images are needed but not given.
     """
     settings = settings or NoiseSettings()
     begin, stream, history = time.perf_counter(), iter(batches), NoiseHistory()
@@ -129,7 +128,7 @@ def learn_noise(
         v = v.to(device=probe.device, dtype=probe.noise_dtype).requires_grad_()
         descend(probe, v, chain([first], stream), settings, history, on_step)
         if history.stopped == "steps" and settings.epsilon is not None:
-            outside_after_all_steps(probe, v, settings, history)
+            handle_epsilon_not_reached(probe, v, settings, history)
         if history.held_out_influence is None and probe.held_out_images:
             history.held_out_influence = probe.held_out_influence(v)
         grid, images = probe.shape.grid, probe.held_out_images or None
@@ -158,11 +157,15 @@ def descend(
     history: NoiseHistory,
     on_step: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Lines 4 to 14: changes v (1, N, D) in place, until its influence is below epsilon or T steps are taken."""
+    """Lines 4 to 14: changes v (1, N, D) in place, until its influence is below epsilon or T steps are taken.
+
+    With T steps and no epsilon the last pass measures on the last minibatch again. ``history.loss`` is without the term
+    of equation 6.
+    """
     epsilon, limit, loss = settings.epsilon, settings.max_steps, LOSSES[settings.loss]
     optimizer = torch.optim.AdamW([v], lr=settings.learning_rate, weight_decay=settings.weight_decay)  # A.3
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=limit)
-    for t in range(limit + 1):  # line 4; the last time only looks
+    for t in range(limit + 1):  # line 4; the last pass only measures
         if t < limit or epsilon is not None:
             x = _next(minibatches, t, settings)  # line 5
         probe.step = t
@@ -186,8 +189,8 @@ def descend(
     history.stopped = "steps"
 
 
-def outside_after_all_steps(probe: Probe, v: Tensor, settings: NoiseSettings, history: NoiseHistory) -> None:
-    """What becomes of v if T steps did not reach epsilon, by ``on_limit``; the paper uses it as it is."""
+def handle_epsilon_not_reached(probe: Probe, v: Tensor, settings: NoiseSettings, history: NoiseHistory) -> None:
+    """Use, rescale or reject v after T steps outside of epsilon, by ``on_limit``; the paper says nothing."""
     epsilon = settings.epsilon
     assert epsilon is not None
     if settings.on_limit == "error":
@@ -198,17 +201,17 @@ def outside_after_all_steps(probe: Probe, v: Tensor, settings: NoiseSettings, hi
             "or choose on_limit='use' or 'rescale'"
         )
     if settings.on_limit == "rescale":
-        outside = v.detach().clone()
+        v_before = v.detach().clone()
 
         def influence_at(factor: float) -> float:
-            return probe.held_out_influence(factor * outside)
+            return probe.held_out_influence(factor * v_before)
 
         scaled = scale_into(influence_at, epsilon, largest=1.0, tolerance=1e-3)
         with torch.no_grad():
             v.mul_(scaled.factor)
         history.held_out_influence = scaled.influence
-        short = scaled.factor < 1 and scaled.influence < LEAST * epsilon  # in few bits the influence jumps
-        history.stopped = "unreachable" if short else "rescaled"
+        far_below = scaled.factor < 1 and scaled.influence < LEAST * epsilon  # in low precision the influence jumps
+        history.stopped = "unreachable" if far_below else "rescaled"
 
 
 def _next(minibatches: Iterator[Tensor], step: int, settings: NoiseSettings) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from hf_nullspace.core.files import DamagedFileError, read_json, write_json, write_whole
 from hf_nullspace.core.uploads import push_folder, whole_name
-from hf_nullspace.models.patch_embedding import EmbeddingShape
 from hf_nullspace.noise.card import write_noise_card
 from hf_nullspace.noise.influence import centred_norm
 from hf_nullspace.noise.provenance import NoiseProvenance, warn_of_other_weights
@@ -28,12 +27,8 @@ from hf_nullspace.noise.provenance import provenance_of as provenance_of
 
 WEIGHTS_NAME = "nullspace_noise.safetensors"
 CONFIG_NAME = "nullspace_noise.json"
-"""Beside a model, whose own ``config.json`` is there."""
+"""Beside a model, which has its own ``config.json``."""
 _FORMAT = "hf-nullspace noise v1"
-
-
-class NoiseMismatchError(ValueError):
-    """The noise belongs to a model of another shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,24 +63,10 @@ class NullspaceNoise:
         """Norm without each token's feature mean, the part that counts (docs/deviations.md)."""
         return float(centred_norm(self.tensor))
 
-    def check_fits(self, shape: EmbeddingShape, name: str = "the model") -> None:
-        """Raise :class:`NoiseMismatchError`, saying what differs, unless the noise fits embeddings of ``shape``."""
-        features = self.tensor.shape[2]
-        differences = []
-        if features != shape.features:
-            differences.append(f"{features} features per patch, {name} has {shape.features}: it is another model's")
-        if self.grid != shape.grid:
-            grids = f"a grid of {self.grid[0]} x {self.grid[1]} patches, {name} has {shape.grid[0]} x {shape.grid[1]}"
-            hint = "" if differences else "; interpolate(grid) adapts it to another image size of the same model"
-            differences.append(grids + hint)
-        if differences:
-            source = f" (learned on {self.provenance.base_model})" if self.provenance.base_model else ""
-            raise NoiseMismatchError(f"the noise{source} has " + "; and ".join(differences))
-
     def check_weights(self, model: nn.Module) -> None:
         """Warn if the weights of ``model`` are not those that the noise was learned on, by their SHA-256.
 
-        Nothing is said where the weights were not recorded, or are spread over processes (FSDP2). A model is hashed
+        There is no warning where the weights were not recorded, or are spread over processes (FSDP2). A model is hashed
         once, and again when its weights have changed.
         """
         warn_of_other_weights(self.provenance, model)

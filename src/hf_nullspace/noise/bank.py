@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, overload
@@ -45,9 +45,6 @@ class NoiseBank(Sequence[NullspaceNoise]):
     def __getitem__(self, index: slice) -> "NoiseBank": ...
     def __getitem__(self, index: int | slice) -> "NullspaceNoise | NoiseBank":
         return NoiseBank(self.noises[index]) if isinstance(index, slice) else self.noises[index]
-
-    def __iter__(self) -> Iterator[NullspaceNoise]:
-        return iter(self.noises)
 
     def configs(self) -> list[dict[str, Any]]:
         """Everything but the tensors, noise by noise."""

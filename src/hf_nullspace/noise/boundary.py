@@ -3,8 +3,8 @@
 Algorithm 1 starts far outside of the region, where the model's output is destroyed, and descends until it is inside.
 Here a noise is a direction and a radius: it starts as a random direction (or an earlier noise) scaled to the influence
 epsilon, the direction descends, and the radius follows, so that the influence stays at epsilon while the norm grows.
-The images are a fixed pool whose clean logits are computed once (the model is frozen), so a step is one forward and one
-backward pass to the noise: 2 forward-equivalents, where the authors' step takes 4 and Algorithm 1's here 3.
+The images are a fixed pool. Their clean logits are computed once (the model is frozen), so a step is one forward and
+one backward pass to the noise: 2 forward-equivalents, where the authors' step takes 4 and Algorithm 1's here 3.
 """
 
 import math
@@ -46,7 +46,7 @@ class BoundarySettings:
     """A: no token's noise gets longer than A * sqrt(D / 3), the length of a token of U(-A, A). LayerNorm saturates, so
     on patches that do not matter a noise could grow without an end."""
     pool_images: int = 1024
-    """Images, over all processes, whose clean logits are kept; 0 asks for the clean logits of fresh ones every step."""
+    """Images in the pool, over all processes; 0: fresh ones every step, with their clean logits."""
     count: int = 1
     """Noises that are learned at once; each has its share of every batch."""
     loss: Literal["l2", "squared_l2"] = "l2"
@@ -208,7 +208,7 @@ class Noises:
         return influence, endings
 
     def _influence_at(self, probe: Probe, index: int, batches: int | None) -> Callable[[float], float]:
-        """Of noise ``index``: radius -> influence on the first ``batches`` held-out ones, or on all."""
+        """The influence of noise ``index`` as a function of its radius, on the first held-out ``batches`` or all."""
 
         @torch.no_grad()
         def influence_at(radius: float) -> float:
@@ -226,7 +226,7 @@ def _units(directions: Tensor) -> Tensor:
 
 
 class Pool:
-    """Batches with their known clean logits, in an order that is drawn anew each time through."""
+    """Batches with their known clean logits, reshuffled every pass."""
 
     def __init__(self, probe: Probe, stream: Iterator[Tensor], images: int, seed: int) -> None:
         self._stream, self._seed = stream, seed

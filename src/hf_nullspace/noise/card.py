@@ -1,6 +1,7 @@
 """The card of a noise or a bank of noises on the Hub: every number is from the noises' own files."""
 
 from collections.abc import Mapping, Sequence
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,20 +16,6 @@ from hf_nullspace.noise.pictures import plot_bank, plot_noise
 
 CARD_NAME, PICTURE, BANK_PICTURE = "README.md", "noise.png", "noises.png"
 TAGS = ["nullspace-noise", "hf-nullspace", "vision", "robustness"]
-_USE_ONE = """\
-noise = NullspaceNoise.from_pretrained({repo_id})
-with patch_embedding_noise(model, noise):
-    logits = model(pixel_values).logits"""
-_USE_BANK = """\
-noises = NoiseBank.from_pretrained({repo_id})  # {count} of them
-with patch_embedding_noise(model, noises[0]):
-    logits = model(pixel_values).logits"""
-_LIMITS = """\
-* The influence is a mean over the images named above; on other images, and for single images, it may be larger.
-* It belongs to the weights it was learned on. Of other weights, also of the same model after
-  fine-tuning, it may change every prediction.
-* It lives on the patch embeddings. Which part of it a change of the image can cause is said with the picture, where the
-  model was at hand to compute it."""
 
 
 def write_noise_card(
@@ -74,55 +61,31 @@ def _write(
 ) -> None:
     config = configs[0]
     of, (_, patches, features) = config["provenance"], config["shape"]
-    where = repo_id or "path/to/this/folder"
     base, on_hub = _base_model(of)
-    data = ModelCardData(library_name="hf-nullspace", base_model=base if on_hub else None, tags=TAGS)
     shown = escape(base or "a vision transformer")
     link = f"[{shown}](https://huggingface.co/{quote(str(base))})"
-    named = link if on_hub else f"{shown} (a local folder)" if base else "a model"
-    at = f", commit {code(of['revision'])}" if of["revision"] else ""
-    what = f"A bank of {len(configs)} additive noises" if bank else "Additive noise"
+    model = link if on_hub else f"{shown} (a local folder)" if base else "a model"
     loading = f"AutoModelForImageClassification.from_pretrained({literal(base if on_hub else 'path/to/the/model')}"
-    loading += f", revision={literal(of['revision'])})" if of["revision"] else ")"
-    kind, use = ("NoiseBank", _USE_BANK) if bank else ("NullspaceNoise", _USE_ONE)
-    text = f"""---
-{data.to_yaml()}
----
-
-# Nullspace noise{"s" if bank else ""} of {shown}
-
-{what} on the patch embeddings of {named}{at}: {patches} patches ({_grid(config)}) of {features} features.
-Influence is how far the prediction moves when it is added: the mean squared distance between the two predicted
-distributions, in [0, 2].
-
-{picture}
-
-{facts}
-
-{_weights(configs)}
-
-## Use
-
-```python
-from transformers import AutoModelForImageClassification
-from hf_nullspace import {kind}, patch_embedding_noise
-
-model = {loading}
-{use.format(repo_id=literal(where), count=len(configs))}
-```
-
-## Settings
-
-{_settings(of)}
-
-## Limits
-
-{_LIMITS}
-
-Method: "Improving Robustness in Vision Transformers with Nullspace Noise Augmented Finetuning", Algorithm 1. Learned
-with {escape(of["library"] or "hf-nullspace")}.
-"""
-    write_text(folder / CARD_NAME, str(ModelCard(text)))
+    with as_file(files("hf_nullspace.noise").joinpath("templates/noise_card.md")) as template:
+        card = ModelCard.from_template(
+            ModelCardData(library_name="hf-nullspace", base_model=base if on_hub else None, tags=TAGS),
+            template_path=str(template),
+            bank=bank,
+            count=len(configs),
+            base=shown,
+            model=model + (f", commit {code(of['revision'])}" if of["revision"] else ""),
+            patches=patches,
+            features=features,
+            grid=" x ".join(map(str, config["grid"])),
+            picture=picture,
+            facts=facts,
+            weights=_weights(configs),
+            loading=loading + (f", revision={literal(of['revision'])})" if of["revision"] else ")"),
+            place=literal(repo_id or "path/to/this/folder"),
+            settings=_settings(of),
+            library=escape(of["library"] or "hf-nullspace"),
+        )
+    write_text(folder / CARD_NAME, str(card).rstrip("\n") + "\n")
 
 
 def _base_model(provenance: Mapping[str, Any]) -> tuple[str | None, bool]:
@@ -159,7 +122,7 @@ def _facts(config: Mapping[str, Any]) -> str:
 
 
 def _none(configs: Sequence[Mapping[str, Any]]) -> str:
-    """What is to be said of noises that are none; nothing, if there is none of them."""
+    """A remark on noises that the model hardly reacts to; empty if there are none."""
     ended = [config["provenance"]["stopped"] for config in configs]
     return "".join(
         f"; {word} ({ended.count(word)} of {len(ended)}): {ENDINGS[word]}" for word in NO_NOISE if word in ended
@@ -180,10 +143,6 @@ def _caption(drawn: Mapping[str, float], image_processor: Any) -> str:
 def _settings(provenance: Mapping[str, Any]) -> str:
     rows = [f"| {code(name).replace('|', PIPE)} | {_number(value)} |" for name, value in provenance["settings"].items()]
     return "\n".join(["| setting | value |", "| --- | --- |", *rows]) if rows else "Not recorded."
-
-
-def _grid(config: Mapping[str, Any]) -> str:
-    return " x ".join(map(str, config["grid"]))
 
 
 def _number(value: Any) -> str:

@@ -55,7 +55,7 @@ class NoiseHistory:
     seconds: float = 0.0
 
     def record(self, noise: Tensor, influence: Sequence[float], loss: Sequence[float]) -> None:
-        """Add what a minibatch said of ``noise`` (1, N, D); influence and loss of each of the M noises."""
+        """Add a minibatch: the norms of ``noise`` (1, N, D), influence and loss of each of the M noises."""
         self.influence.append(sum(influence) / len(influence))
         self.loss.append(sum(loss) / len(loss))
         self.norm.append(float(torch.linalg.vector_norm(noise)))
@@ -91,7 +91,7 @@ def worst(endings: Sequence[str]) -> str:
 
 
 def warn(ending: str, influence: float, epsilon: float | None, steps: int, round: int | None) -> None:
-    """Warn on the main process if a noise with this ending is not what was wished for; ``round`` names it."""
+    """Warn on the main process if the ending is not the wanted one; ``round`` is named in the warning."""
     if epsilon is not None and ending in _ADVICE and rank_and_world_size()[0] == 0:
         text = _ADVICE[ending].format(influence=influence, epsilon=epsilon, steps=steps)
         logger.warning(text if round is None else f"round {round}: {text}")

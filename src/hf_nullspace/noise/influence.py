@@ -13,13 +13,13 @@ def noise_influence(clean_logits: Tensor, noisy_logits: Tensor) -> Tensor:
 
 
 def influences(clean_logits: Tensor, noisy_logits: Tensor) -> Tensor:
-    """The squared shift of each image's predicted distribution, (batch,), whose mean is :func:`noise_influence`."""
+    """The squared shift of each image's predicted distribution, (batch,); :func:`noise_influence` is the mean."""
     shift = noisy_logits.softmax(-1) - clean_logits.softmax(-1)
     return shift.square().sum(-1)
 
 
 def match_rate(clean_logits: Tensor, noisy_logits: Tensor) -> Tensor:
-    """Share of images, in [0, 1], whose predicted class is the same with and without the noise (section 2.3)."""
+    """Share of images, in [0, 1], that have the same predicted class with and without the noise (section 2.3)."""
     return (clean_logits.argmax(-1) == noisy_logits.argmax(-1)).double().mean()
 
 

@@ -27,19 +27,20 @@ def plot_noise(
     """
     columns = 2 if model is not None else 1
     figure, (axes,) = canvas(4.2 * columns, columns=columns)
-    said: dict[str, float] = {}
+    drawn: dict[str, float] = {}
     if model is not None:
         preimage = pixel_preimage(PatchNullspace.from_model(model), tensor, grid)
         if image_processor is not None:
             change = preimage.pixels(Preprocessing.from_processor(image_processor).std)[0]
         else:
             change = preimage.pixel_values()[0]
-        said = {"largest": float(change.abs().max()), "residual": preimage.residual}
-        shown = 0.5 + change / (2 * said["largest"] or 1.0)
+        drawn = {"largest": float(change.abs().max()), "residual": preimage.residual}
+        shown = 0.5 + change / (2 * drawn["largest"] or 1.0)
         grey = {"cmap": "gray", "vmin": 0.0, "vmax": 1.0} if len(shown) == 1 else {}
         axes[0].imshow(shown[:3].permute(1, 2, 0).squeeze(-1).numpy(), interpolation="nearest", **grey)
         axes[0].set_title(
-            f"nearest change of an image, from -{said['largest']:.3g} to {said['largest']:.3g}", fontsize=9
+            f"nearest change of an image, from -{drawn['largest']:.3g} to {drawn['largest']:.3g}",
+            fontsize=9,
         )
     norms = torch.linalg.vector_norm(tensor[0].detach().cpu().double(), dim=-1).reshape(grid)
     shades = axes[-1].imshow(norms.numpy(), interpolation="nearest", vmin=0.0)
@@ -48,7 +49,7 @@ def plot_noise(
     for ax in axes:
         ax.set(xticks=[], yticks=[])
     save_png(figure, path)
-    return said
+    return drawn
 
 
 def plot_bank(configs: Sequence[Mapping[str, Any]], path: Path | str) -> Path:

@@ -16,7 +16,7 @@ from hf_nullspace.linear.patch import PatchNullspace, join_patches, patches_in_p
 
 @dataclass(frozen=True, eq=False)
 class PixelPreimage:
-    """The smallest change of ``pixel_values`` whose change of the embeddings is nearest to a noise; float64."""
+    """The smallest change of ``pixel_values`` that changes the embeddings nearly as a noise does; float64."""
 
     patches: Tensor
     """theta^+ v (N, P), normalised; row by row over the grid."""

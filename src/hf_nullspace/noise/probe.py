@@ -1,6 +1,6 @@
-"""Ask a frozen model for its logits with and without a noise, over all processes, in pieces that fit the memory.
+"""Compute the logits of a frozen model with and without a noise, over all processes, in chunks that fit the memory.
 
-:func:`probing` freezes the model, puts the hook on, and takes both back. Everything about chunks, ranks and padding is
+:func:`probing` freezes the model, adds the hook, and undoes both. Everything about chunks, ranks and padding is
 here, so that the learners read as the paper does.
 """
 
@@ -28,13 +28,13 @@ def probing(
     hook: PatchEmbeddingNoise | None = None,
     chunk_size: int | None = None,
 ) -> Iterator["Probe"]:
-    """A :class:`Probe` of ``model``, which is in eval mode and frozen inside, and as before afterwards.
+    """A :class:`Probe` of ``model``, which is in eval mode and frozen inside, and restored afterwards.
 
     Args:
         model: an image classifier; ``model(pixel_values=...)`` gives ``logits``. A DDP model is unwrapped.
         held_out: batches ``pixel_values`` (b, C, H, W), this process's share; their clean logits are computed now.
-        example: images (b, C, H, W) like those that will be asked about; by default the first held-out batch.
-        hook: the persistent hook of a model that has one (the trainer's); else one is put on for the time.
+        example: images (b, C, H, W) like those that will be asked about; needed without held-out images.
+        hook: the persistent hook of a model that has one (the trainer's); else a temporary hook is added.
         chunk_size: at most so many images go through the model at once; results are the same up to rounding.
 
     Raises:
@@ -53,7 +53,7 @@ def probing(
 
 
 class Probe:
-    """What :func:`probing` gives."""
+    """Logits, influence and gradient of a frozen model; made by :func:`probing`."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Probe:
         assert hook is not None
         self.model, self.hook, self.chunk_size, self._example = model, hook, chunk_size, example
         self.step: int | None = None
-        """The noise step that is taken, for errors."""
+        """Current noise step, for error messages."""
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.noise_dtype = torch.promote_types(torch.float32, self.dtype)
@@ -92,8 +92,8 @@ class Probe:
     ) -> tuple[list[float], list[float], Tensor]:
         """Influence and loss of each of M ``noises`` (M, N, D), and the losses' gradient (M, N, D).
 
-        They are means over the images of all processes. Every noise has its own images: number m has those at the
-        places m, m + M, ... of the batch of all processes.
+        They are means over the images of all processes. Every noise has its own images: noise m uses the images
+        m, m + M, ... of the batch of all processes.
 
         Args:
             batch: ``pixel_values`` (b, C, H, W), this process's share.
@@ -111,7 +111,7 @@ class Probe:
                 reference = self.logits(images) if clean is None else clean[first : first + len(chunk)].to(self.device)
             noisy = self.logits(images, noises if count == 1 else noises[owner])
             if not counted:
-                reference = noisy.detach()  # clean has no logits of a piece that counts for nothing
+                reference = noisy.detach()  # clean has no logits of a padding chunk
             losses = loss(reference, noisy)
             (gradient,) = torch.autograd.grad(losses.sum(), [noises])
             first += len(chunk)
@@ -120,8 +120,8 @@ class Probe:
                 each = torch.stack([shifts, losses.detach().to(shifts.dtype), torch.ones_like(shifts)], dim=1)
                 gradients += gradient
                 sums.index_add_(0, owner, each.to(sums.dtype))
-        message = over_processes(torch.cat([gradients.detach().flatten(1), sums], dim=1))
-        means = message[:, :-1] / message[:, -1:].clamp(min=1)
+        totals = over_processes(torch.cat([gradients.detach().flatten(1), sums], dim=1))
+        means = totals[:, :-1] / totals[:, -1:].clamp(min=1)
         influence, mean_loss = means[:, -2].tolist(), means[:, -1].tolist()
         if not all(map(math.isfinite, influence + mean_loss)):
             values = f"influence {_shown(influence)}, loss {_shown(mean_loss)}"
@@ -130,7 +130,7 @@ class Probe:
 
     @torch.no_grad()
     def held_out_influence(self, noise: Tensor, first: int | None = None) -> float:
-        """Influence of ``noise`` over the held-out images of all processes, or over each one's ``first`` batches."""
+        """Influence of ``noise`` over the held-out images of all processes, or over each one's ``first`` chunks."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for (chunk, count), clean in list(zip(self.held_out, self.clean, strict=True))[:first]:
             total += noise_influence(clean, self.logits(self.prepare(chunk), noise)).double() * count
@@ -157,16 +157,15 @@ class Probe:
         return pixel_values.to(self.device, self.dtype, non_blocking=True)
 
     def chunks(self, batches: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
-        """Pieces of at most ``chunk_size`` images, each with the number of images that it counts for.
+        """Chunks of at most ``chunk_size`` images, each with the number of them that is real (0 for padding).
 
-        Every rank has to call a sharded model equally often, or they wait for each other for ever: a rank with fewer
-        pieces gets some that count for nothing.
+        Every rank has to call a sharded model equally often, or they deadlock: a rank with fewer chunks gets padding.
         """
         split = [piece for batch in batches for piece in batch.split(self.chunk_size or max(len(batch), 1))]
         chunks = [(piece, len(piece)) for piece in split]
         if self.sharded:
-            most = int(over_processes(torch.tensor(len(chunks), device=self.device), "max"))
-            chunks += [(self._example[:1], 0)] * (most - len(chunks))
+            max_chunks = int(over_processes(torch.tensor(len(chunks), device=self.device), "max"))
+            chunks += [(self._example[:1], 0)] * (max_chunks - len(chunks))
         return chunks
 
     def over_processes(self, number: int) -> int:
@@ -179,24 +178,22 @@ class Probe:
         weight = not_finite_weight(self.model)
         images = [piece for each in images for piece in each.split(self.chunk_size or len(each))]
         if noise is not None and not _finite(noise):
-            culprit = "the noise is: lower its learning rate or noise_limit (A)"
+            cause = "the noise is: lower its learning rate or noise_limit (A)"
         elif not _finite(*images):
-            culprit = "the images (pixel_values) are: check the preprocessing"
+            cause = "the images (pixel_values) are: check the preprocessing"
         elif weight is not None:
-            culprit = f"the weight {weight} is: the model has diverged, or its file is damaged"
+            cause = f"the weight {weight} is: the model has diverged, or its file is damaged"
         elif not self.sharded and not _finite(*(self._embeddings(chunk) for chunk in images)):
-            culprit = "the patch embeddings are: compute in a wider precision"
+            cause = "the patch embeddings are: compute in a wider precision"
         elif not self.sharded and not _finite(*(self.logits(self.prepare(chunk)) for chunk in images)):
-            culprit = "the clean logits are: compute in a wider precision, or check the model"
+            cause = "the clean logits are: compute in a wider precision, or check the model"
         elif noise is None:
-            culprit = "those of another process are, or the logits of a sharded model"
+            cause = "those of another process are, or the logits of a sharded model"
         else:
             elsewhere = " (or a tensor of another process)" if rank_and_world_size()[1] > 1 else ""
-            culprit = (
-                f"the logits with the noise are{elsewhere}: compute in a wider precision, or lower noise_limit (A)"
-            )
+            cause = f"the logits with the noise are{elsewhere}: compute in a wider precision, or lower noise_limit (A)"
         at = "" if self.step is None else f"noise step {self.step}: "
-        return FloatingPointError(f"{at}{what} on {which} images, NaN or infinite: {culprit}")
+        return FloatingPointError(f"{at}{what} on {which} images, NaN or infinite: {cause}")
 
     def _embeddings(self, pixel_values: Tensor) -> Tensor:
         output = self.hook.module(self.prepare(pixel_values))

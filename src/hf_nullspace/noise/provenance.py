@@ -72,7 +72,7 @@ def completed(known: NoiseProvenance, **values: Any) -> NoiseProvenance:
 def model_hash(model: nn.Module, *, without: Sequence[str] = ()) -> str:
     """SHA-256 over names, dtypes and bytes of all parameters and buffers: equal weights, equal hash.
 
-    ``without`` names modules whose weights do not count.
+    ``without`` names modules with weights that do not count.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(unwrap(model).state_dict().items()):

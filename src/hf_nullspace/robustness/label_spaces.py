@@ -31,10 +31,15 @@ def class_names() -> dict[str, str]:
     return dict(json.loads(files("hf_nullspace.robustness").joinpath("data/imagenet_names.json").read_text()))
 
 
+@lru_cache
+def class_indices() -> dict[str, int]:
+    """wnid -> its index among ImageNet's 1,000 classes."""
+    return {wnid: index for index, wnid in enumerate(wnids())}
+
+
 def indices(space: str) -> list[int]:
-    """Where the classes of a space stand among ImageNet's 1,000."""
-    place = {wnid: index for index, wnid in enumerate(wnids())}
-    return [place[wnid] for wnid in wnids(space)]
+    """The classes of a space among ImageNet's 1,000."""
+    return [class_indices()[wnid] for wnid in wnids(space)]
 
 
 def check_wnids(found: Iterable[str], space: str, where: str) -> None:
@@ -99,7 +104,7 @@ def normal(label: str) -> str:
 
 def imagenet_labels(names: Sequence[str], where: str) -> list[int]:
     """ImageNet's class index for each of a data set's class names (wnids or names); for sets from the Hub."""
-    known, place = names_to_wnids(), {wnid: index for index, wnid in enumerate(wnids())}
+    known, place = names_to_wnids(), class_indices()
     wrong = [name for name in names if len(known.get(normal(name), ())) != 1]
     ambiguous = [name for name in wrong if normal(name) in known]
     if set(wrong) - set(ambiguous):

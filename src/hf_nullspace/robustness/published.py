@@ -22,11 +22,6 @@ ALEXNET_ERRORS = {
 ALEXNET_CLEAN_ERROR = 43.478
 
 
-def alexnet_reference(severities: int = 5) -> dict[str, list[float]]:
-    """AlexNet's errors as ``scores.mean_corruption_error`` takes them; only the mean over severities is published."""
-    return {corruption: [error] * severities for corruption, error in ALEXNET_ERRORS.items()}
-
-
 # Table 1 of the paper, quoted. Accuracies in %, except MIM (error) and C (mCE); None: not given.
 TABLE_1_COLUMNS = (
     *("clean", "PatchFool", "CW", "MIM", "FGSM", "DAmageNet"),

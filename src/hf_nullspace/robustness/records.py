@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from PIL import Image
 
 from hf_nullspace.core.files import DamagedFileError, read_json, write_json, write_whole
 from hf_nullspace.core.processes import rank_and_world_size
@@ -142,18 +143,22 @@ def images_fingerprint(images: Images, *, sample: int = 64) -> str:
     """
     digest = hashlib.sha256(json.dumps(images.protocol(), sort_keys=True, default=str).encode())
     digest.update(repr(images.subset).encode())
-    if isinstance(images, ImageStream):
-        rows = list(itertools.islice(images.pairs(), sample))
-    else:
+    if not isinstance(images, ImageStream):
         n = len(images)
         digest.update(repr([n, [images.label(index) for index in range(n)]]).encode())
-        places = sorted({round(place) for place in np.linspace(0, n - 1, min(sample, n))})
-        rows = [(images.raw_image(index), images.label(index)) for index in places]
     digest.update(images.content_digest().encode())
-    for image, label in rows:
+    for image, label in some_of(images, sample):
         digest.update(f"{label} {image.size}".encode())
         digest.update(image.tobytes())
     return digest.hexdigest()[:16]
+
+
+def some_of(images: Images, count: int) -> list[tuple[Image.Image, int]]:
+    """At most ``count`` evenly spaced images with their labels; of a stream the first."""
+    if isinstance(images, ImageStream):
+        return list(itertools.islice(images.pairs(), count))
+    few = images.part(count)
+    return [(few.raw_image(index), few.label(index)) for index in range(len(few))]
 
 
 def evaluate_resumably(

@@ -24,10 +24,10 @@ class Interval:
         return f"{100 * self.value:.2f} [{100 * self.low:.2f}, {100 * self.high:.2f}]"
 
 
-def accuracy(correct: ArrayLike, *, confidence: float = 0.95) -> Interval:
-    """Share of correct images with its Wilson interval; ``correct`` is one bool per image."""
+def accuracy(correct: ArrayLike) -> Interval:
+    """Share of correct images with its 95% Wilson interval; ``correct`` is one bool per image."""
     correct = as_bools(correct)
-    return wilson(int(correct.sum()), correct.size, confidence=confidence)
+    return wilson(int(correct.sum()), correct.size)
 
 
 def wilson(correct: int, n: int, *, confidence: float = 0.95) -> Interval:
@@ -43,21 +43,19 @@ def wilson(correct: int, n: int, *, confidence: float = 0.95) -> Interval:
     return Interval(share, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
 
 
-def paired_difference(
-    before: ArrayLike, after: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """Accuracy ``after`` minus accuracy ``before`` on the same images, with its bootstrap interval over images.
+def paired_difference(before: ArrayLike, after: ArrayLike, *, resamples: int = 10_000) -> Interval:
+    """Accuracy ``after`` minus accuracy ``before`` with its 95% percentile bootstrap interval over images.
 
     One bool per image in the same order. An image's difference is -1, 0 or 1, so resampling images is drawing the three
-    counts from a multinomial. Percentile interval.
+    counts from a multinomial.
     """
     before, after = as_bools(before), as_bools(after)
     if before.shape != after.shape:
         raise ValueError(f"{before.size} images before, {after.size} after; a paired difference needs the same images")
     lost, won = int((before & ~after).sum()), int((after & ~before).sum())
     n = before.size
-    counts = np.random.default_rng(seed).multinomial(n, [lost / n, won / n, (n - lost - won) / n], size=resamples)
-    return percentile((won - lost) / n, (counts[:, 1] - counts[:, 0]) / n, confidence)
+    counts = np.random.default_rng(0).multinomial(n, [lost / n, won / n, (n - lost - won) / n], size=resamples)
+    return percentile((won - lost) / n, (counts[:, 1] - counts[:, 0]) / n)
 
 
 def paired_mean_difference(
@@ -65,7 +63,6 @@ def paired_mean_difference(
     after: Sequence[ArrayLike],
     *,
     weights: Sequence[float] | None = None,
-    confidence: float = 0.95,
     resamples: int = 2_000,
     seed: int = 0,
 ) -> Interval:
@@ -82,16 +79,7 @@ def paired_mean_difference(
     values, counts = np.unique((shares @ change).round(12), return_counts=True)
     n, rng = change.shape[1], np.random.default_rng(seed)
     chunks = [rng.multinomial(n, counts / n, size=min(100, resamples - i)) @ values for i in range(0, resamples, 100)]
-    return percentile(float((shares @ change).mean()), np.concatenate(chunks) / n, confidence)
-
-
-def corruption_error(errors: Sequence[float], reference: Sequence[float]) -> float:
-    """CE_c in %: errors over the severities, divided by the reference's (Hendrycks & Dietterich 2019)."""
-    if len(errors) != len(reference):
-        raise ValueError(f"{len(errors)} severities, but the reference has {len(reference)}")
-    if not sum(reference) > 0:
-        raise ValueError(f"the reference makes no error that can be compared with: {[float(r) for r in reference]}")
-    return 100 * sum(errors) / sum(reference)
+    return percentile(float((shares @ change).mean()), np.concatenate(chunks) / n)
 
 
 def mean_corruption_error(
@@ -102,8 +90,8 @@ def mean_corruption_error(
 ) -> float:
     """mCE in %, or relative mCE when ``clean`` gives the clean errors of the model and of the reference.
 
-    ``errors`` and ``reference`` map each corruption to its errors over the severities, all in the same unit. There is
-    no default reference: AlexNet only makes sense for ImageNet-C. Every corruption of one side must be on the other.
+    The mean over the corruptions of errors over the severities, divided by the reference's (Hendrycks & Dietterich
+    2019). All are in the same unit; every corruption of one side must be on the other.
     """
     if not errors or set(errors) != set(reference):
         raise ValueError(
@@ -111,11 +99,15 @@ def mean_corruption_error(
             f"{sorted(set(reference) - set(errors))} without a measurement. An mCE over a part is not an mCE"
         )
     own, base = clean or (0.0, 0.0)
-    return float(
-        np.mean(
-            [corruption_error([e - own for e in errors[c]], [r - base for r in reference[c]]) for c in sorted(errors)]
-        )
-    )
+    found = []
+    for c in sorted(errors):
+        ours, theirs = [error - own for error in errors[c]], [error - base for error in reference[c]]
+        if len(ours) != len(theirs):
+            raise ValueError(f"{len(ours)} severities, but the reference has {len(theirs)}")
+        if not sum(theirs) > 0:
+            raise ValueError(f"the reference makes no error that can be compared with: {[float(r) for r in theirs]}")
+        found.append(100 * sum(ours) / sum(theirs))
+    return float(np.mean(found))
 
 
 def mean_of(columns: Mapping[str, float], needed: Sequence[str]) -> float:
@@ -165,6 +157,7 @@ def as_bools(correct: ArrayLike) -> NDArray[np.bool_]:
     return array
 
 
-def percentile(value: float, draws: NDArray[np.float64], confidence: float) -> Interval:
-    low, high = np.quantile(draws, [0.5 - confidence / 2, 0.5 + confidence / 2])
+def percentile(value: float, draws: NDArray[np.float64]) -> Interval:
+    """The 95% percentile interval of a bootstrap."""
+    low, high = np.quantile(draws, [0.5 - 0.95 / 2, 0.5 + 0.95 / 2])
     return Interval(float(value), float(low), float(high))

@@ -15,7 +15,7 @@ from hf_nullspace.data.image_set import ArrayRows, ImageSet
 from hf_nullspace.data.image_stream import Images, ImageStream
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES
-from hf_nullspace.robustness.label_spaces import LabelError, check_wnids, imagenet_labels, indices, wnids
+from hf_nullspace.robustness.label_spaces import LabelError, check_wnids, class_indices, imagenet_labels, indices, wnids
 
 SUFFIXES = {".jpeg", ".jpg", ".png"}
 
@@ -150,8 +150,7 @@ def folder_rows(folder: Path, info: SetInfo) -> datasets.Dataset:
         classes = {name: int(name) for name in names}
     else:
         check_wnids(names, info.space, str(folder))
-        place = {wnid: index for index, wnid in enumerate(wnids())}
-        classes = {name: place[name] for name in names}
+        classes = {name: class_indices()[name] for name in names}
     found = [(str(path), classes[name]) for name in names for path in images_in(folder / name)]
     if not found:
         raise MissingData(f"{info.name}: the class folders in {folder} hold no images (see {info.page})")
@@ -172,7 +171,7 @@ def rows_of(found: list[tuple[str, int]]) -> datasets.Dataset:
 def listed_rows(folder: Path, name: str) -> datasets.Dataset:
     """Images of a flat folder with the classes that ``val.txt`` gives: lines of "ILSVRC2012_val_00000001.JPEG 65".
 
-    That list is Caffe's, whose numbers 0 to 999 are ImageNet's classes by sorted wnid. The development kit of
+    That list is Caffe's: its numbers 0 to 999 are ImageNet's classes by sorted wnid. The development kit of
     ILSVRC2012 numbers them otherwise, from 1 to 1000 (``ILSVRC2012_validation_ground_truth.txt``).
     """
     lists = [path for path in (folder / "val.txt", folder.parent / "val.txt") if path.is_file()]

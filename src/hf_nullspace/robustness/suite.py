@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -167,8 +168,8 @@ def batches(images: Images, condition: Condition, batch_size: int, seed: int, wo
     """This process's images, batch by batch: their places in the set, pixels (B, C, H, W), labels (B,)."""
     rank, world = rank_and_world_size()
     if isinstance(images, ImageStream):
-        mine = itertools.islice(enumerate(images.pairs()), rank, None, world)
-        rows = ((place, prepare(images, image, condition, seed, place), label) for place, (image, label) in mine)
+        pairs = itertools.islice(enumerate(images.pairs()), rank, None, world)
+        rows = ((place, prepare(images, image, condition, seed, place), label) for place, (image, label) in pairs)
         while batch := list(itertools.islice(rows, batch_size)):
             yield stack(batch)
         return
@@ -178,24 +179,15 @@ def batches(images: Images, condition: Condition, batch_size: int, seed: int, wo
             indices = list(range(first, min(first + batch_size * world, len(images)), world))
             yield [images.places[index] for index in indices], pixels[indices], labels[indices]
         return
-    prepared = Prepared(images, condition, seed, range(rank, len(images), world))
+    mine: Any = range(rank, len(images), world)
+    load = partial(batch_of, images, condition, seed)
     own = torch.Generator()  # a loader without one draws from the global generator
-    yield from torch.utils.data.DataLoader(prepared, batch_size, num_workers=workers, collate_fn=stack, generator=own)
+    yield from torch.utils.data.DataLoader(mine, batch_size, num_workers=workers, collate_fn=load, generator=own)
 
 
-class Prepared(torch.utils.data.Dataset[tuple[int, Tensor, int]]):
-    """This process's images under a condition's corruption: (place in the whole set, pixels (C, H, W), label)."""
-
-    def __init__(self, images: ImageSet, condition: Condition, seed: int, mine: Sequence[int]):
-        self.images, self.condition, self.seed, self.mine = images, condition, seed, mine
-
-    def __len__(self) -> int:
-        return len(self.mine)
-
-    def __getitem__(self, turn: int) -> tuple[int, Tensor, int]:
-        images, index = self.images, self.mine[turn]
-        place = images.places[index]
-        return place, prepare(images, images.raw_image(index), self.condition, self.seed, place), images.label(index)
+def batch_of(images: ImageSet, condition: Condition, seed: int, indices: Sequence[int]) -> Batch:
+    rows = [(images.places[i], images.raw_image(i), images.label(i)) for i in indices]
+    return stack([(place, prepare(images, image, condition, seed, place), label) for place, image, label in rows])
 
 
 def prepare(images: LabelledImages, image: Image.Image, condition: Condition, seed: int, place: int) -> Tensor:

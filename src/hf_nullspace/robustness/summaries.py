@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES
-from hf_nullspace.robustness.published import ALEXNET_CLEAN_ERROR, alexnet_reference
+from hf_nullspace.robustness.published import ALEXNET_CLEAN_ERROR, ALEXNET_ERRORS
 from hf_nullspace.robustness.scores import mean_corruption_error, mean_of, nine_column_average, worst_condition
 from hf_nullspace.robustness.suite import ConditionResult
 
@@ -42,7 +42,7 @@ def summaries(
         if pattern.startswith("generated") and all(column in scores for column in CIFAR_COLUMNS):
             found[FOUR] = mean_of(scores | {"cells": mean}, [*CIFAR_COLUMNS, "cells"])
     if (cells := all_cells(scores, "imagenet-c/{c}/{s}")) is not None:
-        own, alexnet = errors(cells), alexnet_reference()
+        own, alexnet = errors(cells), {c: [error] * len(SEVERITIES) for c, error in ALEXNET_ERRORS.items()}
         mce = found["ImageNet-C, mCE (AlexNet)"] = mean_corruption_error(own, alexnet)
         if "imagenet-1k" in scores:
             clean = (100 - scores["imagenet-1k"], ALEXNET_CLEAN_ERROR)
@@ -62,8 +62,7 @@ def image_averages(conditions: Sequence[str]) -> dict[str, dict[str, float]]:
         return {}
     found = {"generated corruptions, mean of 75": dict.fromkeys(cells, 1 / len(cells))}
     if set(CIFAR_COLUMNS) <= set(conditions):
-        parts = dict.fromkeys(CIFAR_COLUMNS, 1 / 4) | dict.fromkeys(cells, 1 / 4 / len(cells))
-        found[FOUR] = parts
+        found[FOUR] = dict.fromkeys(CIFAR_COLUMNS, 1 / 4) | dict.fromkeys(cells, 1 / 4 / len(cells))
     return found
 
 

@@ -45,10 +45,10 @@ class NoCheckpointError(ValueError):
 
 
 def missing_from(checkpoint: Path, processes: int, *, sealed: bool = True, run: str | None = None) -> list[str]:
-    """What a checkpoint folder lacks of an exact resume; an empty list when it is whole.
+    """What a checkpoint folder lacks for an exact resume; an empty list if it is complete.
 
     ``manifest.json`` is written last, when all other files are on the disk; a checkpoint from elsewhere, such as the
-    Hub, may have none (``sealed=False``). ``run`` is the identity of the run that it has to be of.
+    Hub, may have none (``sealed=False``). ``run`` is the identity of the run it must belong to.
     """
     missing = []
     if not any((checkpoint / name).exists() for name in _WEIGHTS):
@@ -105,7 +105,7 @@ def complete_checkpoint(
 
 
 def restore_noises(checkpoint: Path, run: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Bring back what a run has lost of the noises of the rounds in ``history``; what cannot be is said."""
+    """Copy back noises that a run has lost, of the rounds in ``history``; warns where there is no copy."""
     for entry in history:
         name = bank_file_name(entry["round"])
         kept, place = checkpoint / NOISES / name, run / NOISES / name
@@ -126,7 +126,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def last_complete_checkpoint(folder: Path | str, processes: int = 1, run: str | None = None) -> Path | None:
-    """The checkpoint of the highest step that is whole, and of ``run`` if that is given; what is skipped is said."""
+    """The last whole checkpoint, of ``run`` if that is given; warns of those that it skips."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = []
     if Path(folder).is_dir():

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
+from hf_nullspace.command_line import option
 from hf_nullspace.core.settings import check_choices, check_numbers, check_output_dir, fraction
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
@@ -55,9 +56,9 @@ _BOUNDARY = _DESCENT | {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {"boundary": _BOUNDARY, "descent": _DESCENT, "paper": _PAPER}
-"""What a field gets that nobody set. "paper" is Algorithm 1 with the settings of appendix A.3; "descent" differs where
-that leaves epsilon untrue of the noise: no decay of the noise, and epsilon is tested on held-out images; "boundary"
-learns noises that follow the edge of epsilon, for less than the fine-tuning itself costs: the default."""
+"""Defaults of unset fields. "paper" is Algorithm 1 with the settings of appendix A.3. "descent" differs where these do
+not guarantee epsilon: no decay of the noise, epsilon is tested on held-out images, and after T steps the noise is
+scaled into it. "boundary", the default, follows the edge of epsilon, for less than the fine-tuning itself costs."""
 
 
 Settings = TypeVar("Settings", NoiseSettings, BoundarySettings)
@@ -65,18 +66,14 @@ Settings = TypeVar("Settings", NoiseSettings, BoundarySettings)
 
 def _preset(text: str) -> Any:
     """A field that gets its value from the preset: typed as it is after ``__post_init__``, when it is never None."""
-    return _unset(f"{text} Default: from the preset.")
-
-
-def _unset(text: str) -> Any:
-    return field(default=None, metadata={"help": text})
+    return option(None, f"{text} Default: from the preset.")
 
 
 @dataclass(repr=False)  # TrainingArguments' own does not show the token
 class NullspaceConfig(TrainingArguments):
     """TrainingArguments for :class:`NullspaceTrainer`, with the settings of Algorithm 1 of the paper.
 
-    Fields whose default is ``None`` here get their value from ``preset``; a value that is given wins. The length of a
+    Fields with the default ``None`` here get their value from ``preset``; a value that is given wins. The length of a
     run is ``rounds`` x ``steps_per_round``; ``max_steps`` may be given instead of the rounds, or has to agree.
 
     Raises:
@@ -86,20 +83,15 @@ class NullspaceConfig(TrainingArguments):
 
     _group_title: ClassVar[str] = "Nullspace fine-tuning (Algorithm 1)"
 
-    preset: str = field(
-        default="boundary",
-        metadata={
-            "help": "Where unset fields come from: 'boundary', 'descent' (Algorithm 1, epsilon on held-out images) "
-            "or 'paper'."
-        },
+    preset: str = option(
+        "boundary",
+        "Where unset fields come from: 'boundary', 'descent' (Algorithm 1, epsilon on held-out images) or 'paper'.",
     )
-    objective: str = field(
-        default="nullspace",
-        metadata={
-            "help": "What a batch becomes: 'nullspace' (a second view with learned noise), the controls 'plain' (the "
-            "same view twice), 'random' and 'permuted' (noise of the same influence), 'madry', 'trades' (adversarial "
-            "training), or several joined by '+'."
-        },
+    objective: str = option(
+        "nullspace",
+        "What a batch becomes: 'nullspace' (a second view with learned noise), the controls 'plain' (the "
+        "same view twice), 'random' and 'permuted' (noise of the same influence), 'madry', 'trades' (adversarial "
+        "training), or several joined by '+'.",
     )
     rounds: int = _preset("K: how often a new noise is learned.")
     steps_per_round: int = _preset("S: optimizer steps between two noises.")
@@ -113,34 +105,25 @@ class NullspaceConfig(TrainingArguments):
     noise_loss: str = _preset("'l2': mean of ||z' - z|| (equation 10); 'squared_l2': of its square.")
     noise_stop_on: str = _preset("Descent: where epsilon has to be reached, 'held_out' or 'minibatch'.")
     noise_on_limit: str = _preset("Descent: after T steps outside of epsilon 'use', 'rescale' or 'error'.")
-    noise_pool_images: int = _preset("Boundary: images whose clean logits are kept for a round; 0: fresh ones.")
+    noise_pool_images: int = _preset("Boundary: images with clean logits that are kept for a round; 0: fresh ones.")
     noises_at_once: int = _preset("Boundary: noises learned at once, each on its share of every batch.")
     noise_bank_size: int = _preset("Noises of a round: the new ones, and the newest of earlier rounds.")
     noise_mix: str = _preset("Which noise of the round an image gets: 'one', 'choice' or 'convex' (random).")
     noise_warm_start: bool = _preset("Whether learning starts from the last round's noises.")
     noise_batch_size: int = _preset("Images per noise step over all processes.")
-    held_out_images: int = field(
-        default=512,
-        metadata={"help": "Training images per round that the noise is not learned on, but its influence measured."},
+    held_out_images: int = option(
+        512, "Training images per round that the noise is not learned on, but its influence measured."
     )
-    noise_distribution: str = field(
-        default="uniform", metadata={"help": "Objective 'random': 'uniform' or 'normal' noise."}
+    noise_distribution: str = option("uniform", "Objective 'random': 'uniform' or 'normal' noise.")
+    attack_eps: str = option("8/255", "Objectives 'madry', 'trades': L-inf radius, for pixels in [0, 1].")
+    attack_step: str | None = option(None, "Objectives 'madry', 'trades': step of the attack; a quarter of attack_eps.")
+    attack_steps: int = option(10, "Objectives 'madry', 'trades': steps of the attack.")
+    trades_beta: float = option(6.0, "Objective 'trades': weight of the divergence (beta).")
+    ema_decay: float | None = option(
+        None, "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."
     )
-    attack_eps: str = field(
-        default="8/255", metadata={"help": "Objectives 'madry', 'trades': L-inf radius, for pixels in [0, 1]."}
-    )
-    attack_step: str | None = field(
-        default=None, metadata={"help": "Objectives 'madry', 'trades': step of the attack; a quarter of attack_eps."}
-    )
-    attack_steps: int = field(default=10, metadata={"help": "Objectives 'madry', 'trades': steps of the attack."})
-    trades_beta: float = field(default=6.0, metadata={"help": "Objective 'trades': weight of the divergence (beta)."})
-    ema_decay: float | None = field(
-        default=None,
-        metadata={"help": "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."},
-    )
-    ema_from: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of weights that this average starts from. Unset: the model's own."},
+    ema_from: str | None = option(
+        None, "Folder or Hub id of weights that this average starts from. Unset: the model's own."
     )
 
     learning_rate: float = _preset("Learning rate of the model.")
@@ -152,7 +135,7 @@ class NullspaceConfig(TrainingArguments):
     per_device_train_batch_size: int = _preset(
         "Images per device and micro-batch; global_batch_size / processes / accumulation."
     )
-    num_train_epochs: float = _unset("Not used: the length of a run is rounds x steps_per_round.")
+    num_train_epochs: float = option(None, "Not used: the length of a run is rounds x steps_per_round.")
 
     def __post_init__(self) -> None:
         check_choices(self, {"preset": PRESETS, "noise_distribution": DISTRIBUTIONS})

@@ -20,7 +20,7 @@ class EmaCallback(TrainerCallback):
     """Averaged weights w' = decay * w' + (1 - decay) * w after every optimizer step, from the weights at the start.
 
     ``start_from``, a folder or an id on the Hub, holds other weights for w' to start from: the same model's average.
-    The paper evaluates its ViT-B + DAT row on such an average. In a checkpoint they lie in ``ema/``, a model folder
+    The paper evaluates its ViT-B + DAT row on such an average. In a checkpoint they are in ``ema/``, a model folder
     like any other: ``from_pretrained(checkpoint, subfolder="ema")``.
     """
 

@@ -21,9 +21,11 @@ def check_loss(loss: float, step: int, model: nn.Module, inputs: dict[str, Any] 
     """Raise FloatingPointError if ``loss`` is NaN or infinite; it names the input or the weight that is."""
     if abs(loss) < float("inf"):
         return
-    poor = [name for name, each in (inputs or {}).items() if isinstance(each, Tensor) and not each.isfinite().all()]
-    if poor:
-        culprit = f"{poor[0]} of the batch has NaN or infinity: check the images and their preprocessing"
+    not_finite = [
+        name for name, each in (inputs or {}).items() if isinstance(each, Tensor) and not each.isfinite().all()
+    ]
+    if not_finite:
+        culprit = f"{not_finite[0]} of the batch has NaN or infinity: check the images and their preprocessing"
     else:
         weight = not_finite_weight(model)
         culprit = f"the weight {weight} is NaN or infinite" if weight else "the model's logits are NaN or infinite"

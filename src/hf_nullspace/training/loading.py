@@ -192,7 +192,7 @@ def _check_classes(names: list[str]) -> None:
     if len(names) == 1:
         raise DataError(
             f"The data has one class, {names[0]!r}; a classifier needs two or more. Check label_column, or "
-            "give the folder whose subfolders are the classes."
+            "give the folder with one subfolder per class."
         )
 
 

@@ -106,7 +106,7 @@ def own_randomness(seed: int) -> Iterator[None]:
 
 @contextmanager
 def clear_error_of_an_empty_stream() -> Iterator[None]:
-    """accelerate has words of its own for a stream without a row; this says what to check."""
+    """For a stream without a row accelerate's error does not say what to check."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a training batch becomes, and what the loss is. The trainer asks the objective; a new one needs no edit there.
+"""Objectives: the views of a batch and their loss. Adding one does not change the trainer.
 
 An objective turns a batch into views (clean, noisy, adversarial, ...) that go through the model, and the logits of the
 views into a loss. "a+b" is the union of the views of a and b and the sum of their losses.
@@ -24,10 +24,10 @@ from hf_nullspace.noise.influence import permuted
 from hf_nullspace.training.rounds import Round, RoundNoises
 
 DISTRIBUTIONS: dict[str, Callable[..., Tensor]] = {"uniform": torch.rand, "normal": torch.randn}
-"""Of the random control; both are scaled, so only the shape counts."""
+"""Distributions of the random control; the scale does not matter."""
 MIXES = ("one", "choice", "convex")
-"""How an image gets its noise from those of the round (:class:`NoisyView`)."""
-_PERMUTATION = 1  # keeps its random numbers apart from those of the learned noise's start
+"""How a noise of the round is chosen for an image (:class:`NoisyView`)."""
+_PERMUTATION = 1  # a separate random stream for permutations
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,9 @@ class Batch:
     labels: Tensor
     """(B,); -100 is ignored."""
     noises: Tensor | None
-    """The round's noises (M, N, D), mostly one, if the objective made any."""
+    """The round's noises (M, N, D), usually one, if the objective made any."""
     model: nn.Module
-    """To be asked for gradients with respect to the images; not the way of the training step itself."""
+    """For gradients with respect to the images (attacks); not for the forward pass of the training step."""
     cross_entropy: Callable[[Tensor], Tensor]
     """Logits (B, K) -> the loss of one view, normalised as the Trainer wants it."""
     mean: Callable[[Tensor], Tensor]
@@ -68,11 +68,12 @@ class Objective(ABC):
     """Whether it needs to know how images are normalised (the trainer then asks for the image processor)."""
 
     round_noise: Callable[[Round], RoundNoises | None] | None = None
-    """Gives the noises of a round that begins, and how they came about; ``None`` without noises. May be a method."""
+    """Gives the noises of a round that begins, with their history; ``None`` without noises. May be a method."""
 
     @abstractmethod
     def views(self, batch: Batch) -> dict[str, View]:
-        """What the batch becomes, by name; at most one view has a noise. Two objectives share views of one name."""
+        """What the batch becomes, by name; at most one view has a noise. Objectives of a sum share a
+        view by its name, which has to mean the same images and noise."""
 
     @abstractmethod
     def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -80,7 +81,7 @@ class Objective(ABC):
 
 
 class Plain(Objective):
-    """The control that the paper lacks: the same batches, steps and learning rate, two identical views, no noise.
+    """A control that the paper does not have: the same batches, steps and learning rate, two identical views, no noise.
 
     2 CE(z, y), with both views computed, so that a step costs what a step with noise costs.
     """
@@ -124,28 +125,30 @@ class NoisyView(Objective):
 
 
 def random_noise(round: Round, distribution: str = "uniform") -> RoundNoises:
-    """The control of table 3: one random vector (1, N, D) for all images, as visible as a learned one.
+    """The control of table 3: one random vector (1, N, D) for all images, with the influence of a learned one.
 
-    It is scaled to the influence epsilon on the held-out images of the round. With ``bank_size`` M they are M vectors.
+    It is scaled to the influence epsilon on the held-out images of the round. With ``bank_size`` M they are M.
     """
     generator = torch.Generator().manual_seed(round.seed)
     shape = (1, round.shape.patches, round.shape.features)
     directions = [DISTRIBUTIONS[distribution](shape, generator=generator) for _ in range(round.bank_size)]
     if distribution == "uniform":
         directions = [2 * direction - 1 for direction in directions]
-    return round.scaled(directions, f"random, {distribution}")
+    return round.scale_to_epsilon(directions, f"random, {distribution}")
 
 
 def permuted_noise(round: Round) -> RoundNoises:
     """The learned noises with their elements permuted (figure 2), scaled to epsilon on the held-out images."""
-    noises, history = round.learn(alone=True)  # those of the round before are permuted
+    noises, history = round.learn(without_previous=True)  # noises of the round before are permuted already
     generator = generator_of(round.seed, _PERMUTATION)
-    made = round.scaled([permuted(noise.tensor, generator) for noise in noises], "learned, then permuted", history)
-    return made._replace(noises=(*made.noises, *round.kept(round.bank_size - len(made.noises))))
+    made = round.scale_to_epsilon(
+        [permuted(noise.tensor, generator) for noise in noises], "learned, then permuted", history
+    )
+    return made._replace(noises=(*made.noises, *round.rescale_previous(round.bank_size - len(made.noises))))
 
 
 class Sum(Objective):
-    """Several objectives at once: the union of their views, computed once each, and the sum of their losses.
+    """Several objectives at once: the union of their views, each computed once, and the sum of their losses.
 
     "nullspace+madry" is CE(z, y) + CE(z', y) + CE(z_adv, y), the attack being on the model without the noise.
 
@@ -189,7 +192,7 @@ def check_objective(name: str) -> list[str]:
     """The names that ``name`` joins with "+".
 
     Raises:
-        ValueError: if one is not known, or stands there twice.
+        ValueError: if one is not known, or is repeated.
     """
     names = name.split("+")
     for part in names:
@@ -198,7 +201,7 @@ def check_objective(name: str) -> list[str]:
                 f"objective={name!r}: expected an objective, or several joined by '+'{nearest(part, _OBJECTIVES)}"
             )
     if len(set(names)) < len(names):
-        raise ValueError(f"objective={name!r}: one stands there twice")
+        raise ValueError(f"objective={name!r}: one is repeated")
     return names
 
 
@@ -206,7 +209,7 @@ def make_objective(name: str, args: Any) -> Objective:
     """The objective of that name, or the sum of several joined by "+", with the settings of ``args``.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the name is unknown.
     """
     parts = [_OBJECTIVES[part](args) for part in check_objective(name)]
     return parts[0] if len(parts) == 1 else Sum(parts)
@@ -229,7 +232,7 @@ def forward_views(
     *,
     together: bool = True,
 ) -> dict[str, Tensor]:
-    """The logits (B, K) of every view, from one forward pass of all or one after the other; the noisy one is the last.
+    """The logits (B, K) of every view, in one joint pass or one pass per view; the noisy view comes last.
 
     One pass keeps a GPU busy; on a CPU it was not the faster way (``benchmarks/train_step.py``). Whatever else of
     ``inputs`` has one entry per image goes with every view; the labels are left out.
@@ -272,7 +275,7 @@ def view_loss(
 ) -> Tensor:
     """Cross-entropy of one view in at least float32: the sum over its images / ``count``, or their mean if ``None``.
 
-    ``loss_func`` is a user's ``compute_loss_func`` instead.
+    ``loss_func`` is a user's ``compute_loss_func``, used instead of cross-entropy.
     """
     if loss_func is not None:
         return loss_func(ImageClassifierOutput(logits=logits), labels, num_items_in_batch=count)

@@ -1,4 +1,4 @@
-"""What can be known before a training: ranges of settings, trackers, enough images, room on the disk."""
+"""Checks before a training: ranges of settings, trackers, enough images, space on the disk."""
 
 import shutil
 from collections.abc import Sequence
@@ -95,7 +95,7 @@ def held_out_of(images: int, wanted: int, processes: int) -> int:
     return held_out
 
 
-def lack_of_room(model: nn.Module, config: Any, trainings: int = 1) -> str | None:
+def disk_space_warning(model: nn.Module, config: Any, trainings: int = 1) -> str | None:
     """A warning if the disk may not hold what ``trainings`` write to ``config.output_dir``; None if it does.
 
     An estimate: the weights and Adam's two moments in every checkpoint that is kept and in the one being written, and

@@ -150,7 +150,7 @@ def push_after_training(
 
 
 def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
-    """Upload the checkpoint's model as it is now, in the background; training goes on, and survives a failure."""
+    """Upload the checkpoint's model as it is now, in the background; training continues, even if that fails."""
     args, state, run = trainer.args, trainer.state, _folder_of(trainer)
     running = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
     if args.hub_strategy == HubStrategy.END or (running and not args.hub_always_push):
@@ -171,7 +171,7 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
         _push_staged,
         staged,
         str(trainer.hub_model_id),
-        survives=True,
+        ignore_errors=True,
         revision=args.hub_revision,
         commit_message=f"Training in progress, {now}",
         token=args.hub_token,
@@ -191,9 +191,9 @@ def _folder_of(trainer: Any) -> Path:
 def published_files(folder: Path, *more: str) -> list[str]:
     """The files of a run, or of a checkpoint with ``more`` patterns, that are pushed; a warning names what is not."""
     only = (*PUBLISHED, *more)
-    if strangers := left_behind(folder, _STAYS, only):
-        names = ", ".join(name if name.isprintable() else repr(name) for name in strangers[:_NAMED])
-        names += f" and {len(strangers) - _NAMED} more" if len(strangers) > _NAMED else ""
+    if unexpected := left_behind(folder, _STAYS, only):
+        names = ", ".join(name if name.isprintable() else repr(name) for name in unexpected[:_NAMED])
+        names += f" and {len(unexpected) - _NAMED} more" if len(unexpected) > _NAMED else ""
         logger.warning("left in %s: %s; no run writes that, or it is a link out of the folder", folder, names)
     return files_to_push(folder, only=only)
 
@@ -226,7 +226,7 @@ def _staged_checkpoint(checkpoint: Path, run: Path, place: str | None, repo_id: 
 
 @contextmanager
 def _new_folder(run: Path) -> Iterator[Path]:
-    """A folder in the run's, for links; gone if what is done with it fails."""
+    """A temporary folder inside the run's, for links; deleted on failure."""
     staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=run))
     try:
         yield staged
@@ -235,11 +235,11 @@ def _new_folder(run: Path) -> Iterator[Path]:
         raise
 
 
-def _push_staged(staged: Path, repo_id: str, *, survives: bool = False, **named: Any) -> Any:
+def _push_staged(staged: Path, repo_id: str, *, ignore_errors: bool = False, **named: Any) -> Any:
     try:
         return push_folder(staged, repo_id, **named)
     except Exception as error:
-        if not survives:
+        if not ignore_errors:
             raise
         logger.warning("%s", error)
         return None

@@ -1,4 +1,4 @@
-"""What an objective has at hand when a round begins: the present model, images of its own, and ways to make a noise."""
+"""The inputs of an objective at the start of a round: the current model, its own images, and ways to make a noise."""
 
 import math
 import time
@@ -22,11 +22,11 @@ from hf_nullspace.noise.history import NoiseHistory, warn, worst
 from hf_nullspace.noise.provenance import completed
 
 _LARGEST = 2.0
-"""By how much an earlier noise is scaled up at most, if the model has got used to it."""
+"""By how much an earlier noise is scaled up at most, if the model has become less sensitive to it."""
 
 
 class RoundNoises(NamedTuple):
-    """The noises of a round, the new one first, and what happened while that was learned."""
+    """The noises of a round, the new one first, and the history of the new one."""
 
     noises: tuple[NullspaceNoise, ...]
     history: NoiseHistory
@@ -34,11 +34,11 @@ class RoundNoises(NamedTuple):
 
 @dataclass
 class Round:
-    """One round k of Algorithm 1, as it begins. Nothing is read or computed before it is asked for."""
+    """One round k of Algorithm 1, as it begins. Images are read, and noises computed, when they are asked for."""
 
     number: int
     seed: int
-    """Of this round alone, derived from the run's seed and the number; everything random has to come from it."""
+    """Seed of this round only, from the run's seed and the number; all randomness has to come from it."""
     settings: NoiseSettings | BoundarySettings
     model: nn.Module
     hook: PatchEmbeddingNoise
@@ -66,18 +66,18 @@ class Round:
 
     @cached_property
     def shape(self) -> EmbeddingShape:
-        """Shape of the patch embeddings."""
+        """Shape of the patch embeddings; may read a batch."""
         example = self.held_out[0] if self.held_out else next(self._images[1])
         return embedding_shape(self.model, example, self.hook.module)
 
-    def learn(self, *, alone: bool = False) -> RoundNoises:
-        """Noises learned on the present model, and earlier ones scaled to epsilon on it, up to ``bank_size``.
+    def learn(self, *, without_previous: bool = False) -> RoundNoises:
+        """Noises learned on the current model, and earlier ones scaled to epsilon on it, up to ``bank_size``.
 
-        Learned by Algorithm 1 (lines 3 to 14), or by following the boundary, as the settings say. ``alone``: without
-        the noises of the round before, neither to start from nor to keep.
+        Learned by Algorithm 1 (lines 3 to 14), or by following the boundary, as the settings say. ``without_previous``:
+        the noises of the round before are neither a start nor kept.
         """
         start = None
-        if self.warm_start and self.previous and not alone:
+        if self.warm_start and self.previous and not without_previous:
             start = torch.cat([noise.tensor for noise in self.previous])
         options: dict[str, Any] = {
             "seed": self.seed,
@@ -94,9 +94,11 @@ class Round:
             start = None if start is None else start[:1]
             noise, history = learn_noise(self.model, batches, self.settings, start=start, **options)
             learned = [noise]
-        return RoundNoises((*learned, *(() if alone else self.kept(self.bank_size - len(learned)))), history)
+        return RoundNoises(
+            (*learned, *(() if without_previous else self.rescale_previous(self.bank_size - len(learned)))), history
+        )
 
-    def kept(self, count: int) -> tuple[NullspaceNoise, ...]:
+    def rescale_previous(self, count: int) -> tuple[NullspaceNoise, ...]:
         """The ``count`` newest of the round before (or all, if there are fewer), scaled to epsilon on this model."""
         kept = self.previous[: max(count, 0)]
         if not kept:
@@ -120,12 +122,13 @@ class Round:
         }
         return NullspaceNoise(scaled.noise.detach().cpu(), grid, replace(known, **measured))
 
-    def scaled(self, directions: Sequence[Tensor], made: str, history: NoiseHistory | None = None) -> RoundNoises:
+    def scale_to_epsilon(
+        self, directions: Sequence[Tensor], origin: str, history: NoiseHistory | None = None
+    ) -> RoundNoises:
         """Each of ``directions`` (1, N, D) scaled to the influence epsilon on the held-out images.
 
-        ``made`` says in the provenance where they come from; ``history`` is that of their making, if any. Where no
-        factor has that influence, the noise below it is used, marked, and there is a warning, as for learned noises:
-        a run does not end for it after hours.
+        ``origin`` is recorded in the provenance; ``history`` is the learning history, if any. Where no factor has that
+        influence, the largest noise below it is used, marked and warned about, so that a long run does not fail.
 
         Raises:
             ValueError: if there is no epsilon, or no held-out image to measure on.
@@ -142,20 +145,20 @@ class Round:
         known = completed(self.known(), seed=self.seed, epsilon=self.settings.epsilon, steps=history.steps)
         noises = []
         for scaled in found:
-            settings = {"made": made, "factor": scaled.factor, "evaluations": scaled.evaluations}
+            settings = {"made": origin, "factor": scaled.factor, "evaluations": scaled.evaluations}
             noises.append(self._noise(scaled, replace(known, settings=settings), self.shape.grid))
         return RoundNoises(tuple(noises), history)
 
 
 class WithoutDDP:
-    """The training model to be asked without a backward pass to its parameters, which DDP's forward would expect."""
+    """Unwraps DDP for forward passes without gradients of parameters, which DDP's own forward would expect."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._compiled: tuple[nn.Module, Any] | None = None  # what DDP wraps, and that compiled
 
     def __call__(self, model: nn.Module) -> Any:
-        """``model``, or what DDP wraps; compiled if the model is."""
+        """The module inside DDP, compiled if ``model`` is compiled."""
         wrapped = model._modules.get("_orig_mod", model)
         if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
             return model

@@ -28,7 +28,7 @@ _IRRELEVANT = {
     "run_name",
 }
 CONTENTS = "contents"
-"""Group of run.json: fingerprints of what the run began with, whatever its name is."""
+"""Group of run.json: fingerprints of the run's inputs, independent of names."""
 WRITTEN = (
     "checkpoint-*",
     "noises",
@@ -144,9 +144,9 @@ def _is_empty(path: Path) -> bool:
 
 
 def _delete_run(folder: Path, written: Sequence[str], say: Callable[[str], None]) -> None:
-    doomed = sorted({left for pattern in written for left in folder.glob(pattern)})
-    say(f"Deleting the earlier run in {folder}: {', '.join(left.name for left in doomed)}")
-    for left in doomed:
+    to_delete = sorted({left for pattern in written for left in folder.glob(pattern)})
+    say(f"Deleting the earlier run in {folder}: {', '.join(left.name for left in to_delete)}")
+    for left in to_delete:
         shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 

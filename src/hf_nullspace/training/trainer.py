@@ -1,7 +1,8 @@
 """NullspaceTrainer: the Hugging Face Trainer, with a noise learned between the steps (Algorithm 1).
 
-Every S optimizer steps a noise v is learned that the present model cannot see; until the next one, every batch goes
-through the model twice in one forward pass, as it is and with v on its patch embeddings: CE(z, y) + CE(z', y).
+Every S optimizer steps a noise v is learned that hardly changes the current model's output; until the next one, every
+batch goes through the model as it is and with v on its patch embeddings: CE(z, y) + CE(z', y). Other objectives have
+other views, and may have no noise.
 """
 
 from dataclasses import replace
@@ -41,7 +42,7 @@ class NullspaceTrainer(Trainer):
     writes ``noises/round-000.safetensors`` ..., ``nullspace_history.json``, and the noise into every checkpoint.
 
     Args:
-        patch_embedding: the module that gives the patch embeddings, for a model that is not known.
+        patch_embedding: the module that gives the patch embeddings, for an unknown model family.
 
     Raises:
         NotAViTError: if the model has no patch embedding.
@@ -69,7 +70,7 @@ class NullspaceTrainer(Trainer):
         self.history, self.cost = self.record.history, self.record.cost
         self.run: str | None = None
         """The identity of the run, for its checkpoints."""
-        self._place = (-1, 0)  # optimizer step, micro-batch within it
+        self._micro_step = (-1, 0)  # optimizer step, micro-batch within it
         self._in_trial: Any = None
         self._resumed: Path | None = None
         self._start: dict[str, Tensor] | None = None
@@ -99,7 +100,7 @@ class NullspaceTrainer(Trainer):
         return model
 
     def _attach(self, model: nn.Module) -> None:
-        """Put the hook on the model before anything is compiled; refuse heads that the loss is not made for."""
+        """Put the hook on the model before anything is compiled; raise for heads that are not single-label."""
         objectives.check_head(config_of(model))
         if self._hook is not None:
             self._hook.remove()
@@ -108,12 +109,12 @@ class NullspaceTrainer(Trainer):
 
     @property
     def noise(self) -> NullspaceNoise | None:
-        """The newest noise of the present round; None before the first, and for objectives without one."""
+        """The newest noise of the current round; None before the first, or if the objective makes none."""
         return self.noises[0] if self.noises else None
 
     @property
     def noises(self) -> tuple[NullspaceNoise, ...]:
-        """The noises of the present round, the newest first."""
+        """The noises of the current round, the newest first."""
         return self.record.noises
 
     # ---- a step
@@ -123,10 +124,10 @@ class NullspaceTrainer(Trainer):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """The Trainer's step; the first micro-batch of every S-th optimizer step learns the round's noise before it."""
+        """The Trainer's step; the first micro-batch of every S-th optimizer step first learns the round's noise."""
         objectives.check_labels(inputs, self.model, soft=self.compute_loss_func is not None)
         step = self.state.global_step
-        self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
+        self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
         number = step // self.args.steps_per_round
         if self._objective.round_noise is not None and number != self.record.round:
             self._begin_round(model, number)
@@ -165,14 +166,14 @@ class NullspaceTrainer(Trainer):
 
     def _image_seeds(self, count: int) -> list[int]:
         """One seed per image of this micro-batch, the same however the batch is spread over processes."""
-        step, micro = self._place
+        step, micro = self._micro_step
         first = (micro * self.args.world_size + self.args.process_index) * count
         return [derive_seed(self.args.seed, max(step, 0), first + index) for index in range(count)]
 
     # ---- a round
 
     def _begin_round(self, model: nn.Module, number: int) -> None:
-        """The objective makes the round's noises (lines 3 to 14), on a seeded stream of their own."""
+        """The objective makes the round's noises (lines 3 to 14), from a separate, seeded image stream."""
         assert self._objective.round_noise is not None
         args, step = self.args, self.state.global_step
         seed = args.data_seed if args.data_seed is not None else args.seed
@@ -194,7 +195,7 @@ class NullspaceTrainer(Trainer):
                 known=lambda: replace(
                     provenance_of(self.model, hashed=not self.is_fsdp_enabled), training_step=step, round=number
                 ),
-                chunk_size=2 * images_at_once,  # what a training step takes fits here too
+                chunk_size=2 * images_at_once,  # a training step runs as many, two views
                 previous=self.noises,
                 warm_start=args.noise_warm_start,
                 bank_size=args.noise_bank_size,
@@ -208,7 +209,7 @@ class NullspaceTrainer(Trainer):
             self.log(logs)
 
     def _noise_images(self, seed: int, number: int) -> Any:
-        """Held-out batches of a round and the endless others, this process's share of each."""
+        """Held-out batches of a round and an endless iterator over others, this process's share of each."""
         loader: Any = self.callback_handler.train_dataloader
         loader = self.get_train_dataloader() if loader is None else loader  # without columns that the model lacks
         data = loader.dataset if isinstance(self.train_dataset, Dataset) else self.train_dataset
@@ -220,10 +221,10 @@ class NullspaceTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
-        """The Trainer's; ``resume_from_checkpoint=True`` takes the last checkpoint that is whole.
+        """The Trainer's; ``resume_from_checkpoint=True`` takes the last complete checkpoint.
 
         Raises:
-            NoCheckpointError: if there is none, or the one that is named is not whole.
+            NoCheckpointError: if there is none, or the one that is named is incomplete.
             FloatingPointError: if a loss, a noise or a weight is NaN or infinite, with the step and the tensor's name.
         """
         self._in_trial, self._start = trial, None
@@ -252,13 +253,13 @@ class NullspaceTrainer(Trainer):
     def begin_run(self) -> None:
         """A training loop begins: from the start, also after out of memory; or from a checkpoint."""
         self.state.num_train_epochs = self._epochs
-        self._place = (-1, 0)
+        self._micro_step = (-1, 0)
         self.record.start(self._resumed, self._run_folder, writes=self.args.should_save)
         if self.ema is not None:
             self.ema.start(self.model, self._resumed)
 
     def end_run(self) -> None:
-        """The training loop has ended: write its cost, and delete a checkpoint too many that a kill may have left."""
+        """The training loop has ended: write its cost, delete a surplus checkpoint that a killed run has left."""
         self.cost.sync()
         if self.args.should_save:
             self.record.save_cost(self._run_folder)
@@ -289,7 +290,7 @@ class NullspaceTrainer(Trainer):
         return Path(self._get_output_dir(self._in_trial))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's, with the present noise, the history and the averaged weights beside the model's."""
+        """The Trainer's, with the current noise, the history and the averaged weights beside the model's."""
         check_weights(self.model, self.state.global_step)
         folder = Path(output_dir or str(self.args.output_dir))
         with one_clear_error(folder), changed(self.args, hub_token=None):  # training_args.bin does not hold it
@@ -304,14 +305,14 @@ class NullspaceTrainer(Trainer):
             self.push_to_hub("Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's; older checkpoints are deleted when this one is on the disk, noises of the run included."""
+        """The Trainer's; older checkpoints are deleted only after this one, with all noises, is on the disk."""
         args, run = self.args, self._run_folder
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.cost.sync()
         summary = self.cost.summary()
         self.log({f"cost/{name}": summary[name] for name in ("forward_equivalents", "seconds")})
         with one_clear_error(folder):
-            with changed(args, save_total_limit=None, push_to_hub=False):  # both come below
+            with changed(args, save_total_limit=None, push_to_hub=False):  # done below
                 super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # every rank has written its part
             if args.push_to_hub and self.is_world_process_zero():
@@ -336,7 +337,7 @@ class NullspaceTrainer(Trainer):
     # ---- the Hub: one commit of what belongs together
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """The Trainer's, at the start of a run: what makes every push fail is an UploadError before training begins."""
+        """The Trainer's; raises UploadError before the training if no push can succeed."""
         publishing.open_run(self, token, private)
 
     def create_model_card(self, language: Any = None, license: str | None = None, *more: Any, **named: Any) -> None:

@@ -111,8 +111,10 @@ class Robustness(evaluate.Metric):
             if probabilities.ndim != 2 or len(probabilities) != len(correct):
                 raise ValueError(f"probabilities have shape {probabilities.shape}, expected ({len(correct)}, classes)")
             chosen, classes = np.asarray(predictions), probabilities.shape[1]
-            if len(strangers := chosen[(chosen < 0) | (chosen >= classes)]):
-                raise ValueError(f"a predicted class of {strangers[0]}, but probabilities of {classes} classes from 0")
+            if len(out_of_range := chosen[(chosen < 0) | (chosen >= classes)]):
+                raise ValueError(
+                    f"a predicted class of {out_of_range[0]}, but probabilities of {classes} classes from 0"
+                )
             confidence = probabilities[np.arange(len(correct)), chosen]
             found["calibration_errors"] = {
                 name: expected_calibration_error(confidence[row], correct[row]) for name, row in rows.items()
