@@ -127,7 +127,10 @@ def test_numbered_class_folders_are_sorted_as_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["gaussian_noise/1/n01/x.png", "gaussian_noise/2/n01/x.png"], "expected as class/image.*whose subfolders are"),
+        (
+            ["gaussian_noise/1/n01/x.png", "gaussian_noise/2/n01/x.png"],
+            "expected as class/image.*with one subfolder per",
+        ),
         (["x.png", "y.png"], "expected as class/image"),
         (["train/x.png", "test/y.png"], "has split folders, so expected split/class/image"),
         (["train/a/x.png", "val/a/y.png", "valid/a/z.png"], "two folders for one split: 'val' and 'valid'"),

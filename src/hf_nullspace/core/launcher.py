@@ -1,4 +1,4 @@
-"""A process whose launcher has died ends by itself.
+"""A process ends by itself when its launcher has died.
 
 ``accelerate launch`` and ``torchrun`` hand no signal on that they do not survive: what they started would go on, and
 write beside the run that is started again.
