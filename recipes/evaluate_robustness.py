@@ -119,7 +119,7 @@ class Evaluation:
         results: dict[str, list[ConditionResult]] = {}
         checks: dict[str, list[Check]] = {}
         checkpoints = args.compare or [args.model_name_or_path]
-        with self.bar:  # an error stands on a line of its own
+        with self.bar:  # an error gets a line of its own
             for checkpoint, ((where, limit), group) in itertools.product(checkpoints, self.sets.items()):
                 size = self.published_size(where)
                 for planned in group:
@@ -141,7 +141,7 @@ class Evaluation:
             sys.exit(1)
 
     def measure(self, checkpoint: str, name: str) -> tuple[list[ConditionResult], list[Check]]:
-        """All conditions of one checkpoint, in the plan's order, and what the checks said."""
+        """All conditions of one checkpoint, in the plan's order, and the results of the checks."""
         args = self.args
         model = load_model(checkpoint).to(self.state.device).eval()
         preprocessing = Preprocessing.from_processor(load_image_processor(checkpoint))

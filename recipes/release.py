@@ -6,7 +6,7 @@
     python recipes/release.py --run outputs/mine --keep mine                    (only the records and the card here)
     python recipes/release.py --render                                          (every card of model_cards/ again)
 
-The exit code is 1 where a run is not fit to be released; what is wrong stands above it.
+The exit code is 1 where a run is not fit to be released; what is wrong is printed.
 """
 
 import shlex

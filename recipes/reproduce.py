@@ -49,7 +49,7 @@ def main() -> None:
     )
     state = PartialState()
     bar = Progress(shown=state.is_main_process and not config.disable_tqdm)
-    with only_run_in(str(config.output_dir)), contextlib.closing(bar):  # an error stands on a line of its own
+    with only_run_in(str(config.output_dir)), contextlib.closing(bar):  # an error gets a line of its own
         FIGURES[figure](Setting(args, model_args, data_args, config, state, bar))
 
 

@@ -153,7 +153,7 @@ def digest(noise: NullspaceNoise) -> str:
 def summary(scaled: Scaling, combined: Combinations | None, contour: float | None = None) -> dict[str, Any]:
     """The two claims of A.5 in numbers, and all influences, for JSON.
 
-    ``contour`` is the influence whose contour the convex combinations should stay within. Unset, it is the smallest
+    ``contour`` is an influence; the convex combinations should stay within its contour. Unset, it is the smallest
     influence of the noises on these images, as the paper's 0.035 is the smallest of its own (0.035 to 0.042).
     """
     own = scaled.influence[:, scaled.factors.index(1.0)]

@@ -59,7 +59,7 @@ class FigureArguments:
     sweep_norm: str = option("centred", "Figure 2: the norm in equation 6, 'centred' or 'raw' (the paper).")
     raw_permutation: bool = option(False, "Figure 2: permute the elements as they are, as the paper does.")
     runs: int = option(1, "Figure 3, table 5: fine-tunings per arm, with seeds --seed, --seed + 1, ...")
-    noises_per_round: int = option(1, "Figure 3: noises whose norm is measured at every checkpoint.")
+    noises_per_round: int = option(1, "Figure 3: noises per checkpoint, to measure their norm.")
     fgsm: list[str] = option(["1/255", "2/255"], "Figure 3: strengths of FGSM, in pixels of [0, 1].")
     pgd: list[str] = option([], "Figure 3: strengths of PGD, 10 steps of a quarter of that.")
     corruptions: list[str] = option(["gaussian_noise", "contrast", "jpeg_compression"], "Figure 3: corruptions.")

@@ -155,5 +155,5 @@ def power(
 
 
 def smallest(p: float, n: int) -> float:
-    """The difference in points whose 95% interval just leaves out zero: 1.96 sqrt(p / n)."""
+    """The difference in points with a 95% interval that just leaves out zero: 1.96 sqrt(p / n)."""
     return round(100 * Z * float(np.sqrt(p / n)), 4)

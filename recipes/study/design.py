@@ -96,7 +96,7 @@ class Study:
     groups: Mapping[str, Mapping[str, float]]
     """What the table shows: name -> condition -> weight; the average, every attack, the mean of the cells."""
     condition_seeds: Mapping[str, tuple[int, ...]]
-    """Condition -> the seeds whose runs it is measured on, for conditions too expensive to measure on all seeds."""
+    """Condition -> the seeds of the runs it is measured on, for conditions too expensive to measure on all seeds."""
     report: Slice
     selection: Slice | None
     selection_limit: int | None

@@ -9,9 +9,11 @@ import datasets
 import evaluate as library
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 
 import hf_nullspace
+from hf_nullspace.data.columns import find_columns
 from hf_nullspace.data.image_set import ImageSet
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.patch_embedding import patch_embedding_noise
@@ -83,6 +85,9 @@ def namespace(places, folder):
         small = {"control": "plain", "seeds": [0], "learning_rates": [0.1], "conditions": ["clean"]}
         return make_study(CompareArguments(arms=arms, **small | {"average": ["clean"], "report": "0:4"} | given))
 
+    def arms(**more):
+        return {"plain": {"objective": "plain"}} | {name: {"objective": "random"} | arm for name, arm in more.items()}
+
     def images_of(rows, **given):
         return ImageSet(rows, preprocessing, **given)
 
@@ -94,7 +99,13 @@ def namespace(places, folder):
         labels = torch.zeros(4, dtype=torch.long) if labels is None else labels
         return attack(PixelModel(model, preprocessing.mean, preprocessing.std), pixels, labels, seeds=seeds)
 
+    def columns(label_column=None, **features):
+        return find_columns(datasets.Features(features), label_column=label_column)
+
     made = {
+        "columns": columns,
+        "picture": datasets.Image(),
+        "number": datasets.Value("int64"),
         "folder": folder,
         "g": torch.Generator().manual_seed(0),
         "model": model,
@@ -116,10 +127,11 @@ def namespace(places, folder):
         "measured": measured,
         "fog": [f"fog/{severity}" for severity in range(1, 6)],
         "study": study,
+        "arms": arms,
         "images_of": images_of,
         "attacked": attacked,
         "with_noise": with_noise,
     }
-    libraries = {"datasets": datasets, "np": np, "torch": torch, "Image": Image}
+    libraries = {"datasets": datasets, "transformers": transformers, "np": np, "torch": torch, "Image": Image}
     libraries |= {"nan": torch.nan, "tensor": torch.tensor, "zeros": torch.zeros}
     return {name: str(place) for name, place in places.items()} | functions_and_classes() | libraries | made

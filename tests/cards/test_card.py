@@ -66,20 +66,6 @@ def test_the_table_has_the_numbers_of_the_bits(tmp_path, three):
             assert [low, high] == pytest.approx([value - spread, value + spread], abs=0.6)
 
 
-def test_the_verdict_says_where_nothing_was_measured(tmp_path, three):
-    def text(**measured):
-        return str(model_card(finetuned(tmp_path / "mine", measured)))
-
-    against = next(line for line in text(**three).splitlines() if line.startswith("* Against `plain`"))
-    assert "better in 1 (FGSM(eps=2/255) (+" in against
-    assert "worse in 1 (generated fog 3 (-" in against
-    assert "in the other 1 no difference was measured" in against
-    control = "Against `plain`, the control (the same fine-tuning without noise): "
-    same = text(**results(before=answers(0), plain=answers(1), nullspace=answers(1)))
-    assert f"{control}**no difference was measured**; all 3" in same
-    assert "There is no control" in text(**results(before=answers(0), nullspace=answers(1)))
-
-
 @pytest.mark.parametrize(
     ("more", "words"),
     [

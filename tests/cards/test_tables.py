@@ -90,12 +90,3 @@ def test_settings_in_words(tmp_path, given, precision, crop, flip, augmentation)
 def test_a_folder_of_weights_alone_has_no_tables(tmp_path):
     for section in (tables.settings_table, tables.cost_table, tables.settings_yaml):
         assert section(RunFolder(tmp_path)) == ""
-
-
-def test_the_cost_of_one_noise_and_of_several(tmp_path):
-    folder = finetuned(tmp_path, results(nullspace=answers(0)))
-    text = tables.cost_table(RunFolder(folder))
-    assert "| optimizer steps | 10 |" in text
-    assert "| influence on held-out images | 0.0200 to 0.0300 |" in text
-    assert "| centred norm of the noises | 5.00 to 6.00 |" in text
-    assert "| 6 (wall clock) |" in text

@@ -9,7 +9,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader
 from datasets import ClassLabel, Features
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -123,15 +122,6 @@ def test_bad_labels_are_found_before_training(labels, options, message):
     for dataset in (ImageSet(listed, PREPROCESSING, **options), stream(table(4, labels), 1, **options)):
         with pytest.raises(DataError, match=r"Row [02] of (the stream of )?the data has (no )?label"):
             list(dataset)
-
-
-def test_no_rows_and_the_wrong_kind_of_rows(rows):
-    with pytest.raises(DataError, match="no rows"):
-        ImageSet(rows.select([]), PREPROCESSING)
-    with pytest.raises(TypeError, match="Use ImageStream"):
-        ImageSet(rows.to_iterable_dataset(), PREPROCESSING)
-    with pytest.raises(TypeError, match=r"rows is a Dataset; expected a datasets\.IterableDataset"):
-        ImageStream(rows, PREPROCESSING)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -272,12 +262,6 @@ def test_flips_are_mirror_images_at_their_rate():
     assert 450 < sum(flipped) < 550
 
 
-@pytest.mark.parametrize("wrong", [{"scale": (0, 1)}, {"scale": (0.5, 1.1)}, {"ratio": (2, 1)}, {"flip": 1.5}])
-def test_impossible_augmentations(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        Augmentation(**wrong)
-
-
 def test_an_augmented_item_is_the_crop_at_the_models_size(rows):
     whole = Augmentation(scale=(1, 1), ratio=(20 / 24, 20 / 24), flip=1.0)
     dataset = ImageSet(rows, PREPROCESSING, augmentation=whole)
@@ -318,15 +302,6 @@ def test_the_epoch_reaches_workers(rows, persistent):
     for epoch in range(3):
         dataset.set_epoch(epoch)
         assert torch.equal(torch.cat([batch["pixel_values"] for batch in loader]), expected[epoch])
-
-
-def test_accelerate_sets_the_epoch(rows):
-    dataset = ImageSet(rows, PREPROCESSING, augmentation=CROPS)
-    loader = prepare_data_loader(DataLoader(dataset, 4, collate_fn=collate), put_on_device=False)
-    epochs = [torch.cat([batch["pixel_values"] for batch in loader]) for _ in range(2)]
-    for epoch in range(2):
-        dataset.set_epoch(epoch)
-        assert torch.equal(loaded(dataset, batch_size=4)[0], epochs[epoch])
 
 
 def test_a_stream_of_its_own_ignores_the_epoch(rows):
@@ -421,18 +396,9 @@ def test_processes_share_a_stream_without_overlap(numbered, shards):
     assert [item["labels"] for item in other] != [item["labels"] for item in view]
 
 
-def test_broken_streams(numbered, files, caplog):
-    paths = files.to_iterable_dataset(num_shards=1)
-    with pytest.raises(CorruptImageError, match=r"Row 1 of the stream of the data \(.*1\.jpg\) cannot be decoded"):
-        list(ImageStream(paths, PREPROCESSING))
-    skipping = ImageStream(paths, PREPROCESSING, on_corrupt="skip")
-    with caplog.at_level(logging.WARNING):
-        assert [item["labels"] for item in skipping] == [0, 2, 4]
-    assert len(caplog.records) == 2
-    with pytest.raises(DataError, match="Row 5 of the stream of the data has label 5, expected 0 to 4"):
-        list(stream(numbered, num_labels=5))
+def test_broken_streams(files):
     with pytest.raises(DataError, match="stream has no images"):
-        list(ImageStream(paths.take(0), PREPROCESSING))
+        list(ImageStream(files.to_iterable_dataset(num_shards=1).take(0), PREPROCESSING))
 
     def interrupted():
         yield from ({"image": {"bytes": None, "path": files[i]["image"].filename}, "label": 0} for i in (0, 2))

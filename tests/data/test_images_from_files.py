@@ -18,7 +18,6 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_nullspace.data.columns import num_classes
 from hf_nullspace.data.image_files import CorruptImageError, DataError, decoded_image, encoded_bytes, undecoded
 from hf_nullspace.data.image_set import ImageSet
 from hf_nullspace.data.image_stream import ImageStream
@@ -31,9 +30,7 @@ from hf_nullspace.robustness.sets import load_set
 from hf_nullspace.training.loading import (
     Classifier,
     DataArguments,
-    ModelArguments,
     evaluation_images,
-    load_classifier,
     load_rows,
     training_images,
 )
@@ -179,9 +176,9 @@ def test_a_robustness_set_from_the_hub_keeps_the_bytes_and_maps_the_labels(tmp_p
     feature = ClassLabel(names=backwards)
     table(feature=feature, image="jpg", label="cls").to_parquet(folder / "test-00000-of-00001.parquet")
 
-    def load(allow_partial=True, **options):
+    def load(name="imagenet-a", allow_partial=True, **options):
         known = {"location": "someone/adversarial", "allow_partial": allow_partial}
-        return load_set("imagenet-a", classifier().preprocessing, **known, **options)
+        return load_set(name, classifier().preprocessing, **known, **options)
 
     whole, stream = load(), load(streaming=True)
     streamed = list(stream.pairs())
@@ -192,6 +189,8 @@ def test_a_robustness_set_from_the_hub_keeps_the_bytes_and_maps_the_labels(tmp_p
     assert whole.protocol()["note"] == "partial: 7 of 7500 images"
     with pytest.raises(ValueError, match="is partial: 7 of 7500 images; complete it"):
         load(allow_partial=False)
+    with pytest.raises(ValueError, match="do not belong to imagenet-r"):
+        load("imagenet-r")
     for index, (image, label) in enumerate(streamed):
         assert label == whole.label(index)
         assert image.tobytes() == whole.raw_image(index).tobytes()
@@ -334,32 +333,3 @@ def test_an_image_column_without_images_is_refused(label, type_name, streaming, 
         load_image_dataset(
             tmp_path / "set", streaming=streaming, image_column="label", class_names=None if label else NAMES
         )
-
-
-@pytest.mark.parametrize(("largest", "fits"), [(99_999, True), (100_000, False), (10**9, False)])
-def test_a_huge_label_without_names_makes_no_head(largest, fits):
-    rows = broken_table(FILES["0.jpg"]).remove_columns("label").add_column("label", [0, largest, 1])
-    if fits:
-        assert num_classes(rows) == largest + 1
-    else:
-        with pytest.raises(
-            DataError, match=rf"Row 1 has label {largest}, .* with 3 labels in use; .* less than 100000"
-        ):
-            num_classes(rows)
-
-
-def test_a_small_vit_is_not_trained_on_a_stream():
-    rows = broken_table(FILES["0.jpg"]).to_iterable_dataset()
-    with pytest.raises(DataError, match="a stream has no length; name a model, or leave streaming out"):
-        load_classifier(ModelArguments(), rows, print)
-
-
-@pytest.mark.parametrize("pretrained", [False, True])
-def test_one_class_is_no_classification(pretrained, tmp_path):
-    feature = ClassLabel(names=["dog"])
-    rows = broken_table(FILES["0.jpg"]).remove_columns("label").add_column("label", [0] * 3, feature=feature)
-    if pretrained:
-        classifier().model.save_pretrained(tmp_path)
-    args = ModelArguments(model_name_or_path=str(tmp_path) if pretrained else None)
-    with pytest.raises(DataError, match="The data has one class, 'dog'; a classifier needs two or more"):
-        load_classifier(args, rows, print)

@@ -45,13 +45,6 @@ def one_layer_parts(model, pixel_values):
     return part
 
 
-def one_layer_pass(model, pixel_values):
-    part = one_layer_parts(model, pixel_values)
-    with torch.no_grad():  # the oracle is one of this model
-        torch.testing.assert_close(part["logits"], model(pixel_values=pixel_values).logits, rtol=1e-6, atol=1e-6)
-    return part["logits"], part["attention"]
-
-
 def heads(features):
     return features.unflatten(-1, (2, -1)).transpose(1, 2)
 

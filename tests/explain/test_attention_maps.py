@@ -9,10 +9,9 @@ from hf_nullspace.models.attention import (
     attention_gradients,
     attention_inputs,
     attention_maps,
-    attention_weights,
     pre_norm_layers,
 )
-from tiny_models import FAMILIES, images, tiny_model, tiny_resnet
+from tiny_models import FAMILIES, images, tiny_model
 
 
 def state(model):
@@ -39,17 +38,6 @@ def test_the_maps_are_those_of_eager_attention(family):
     for ours, theirs in zip(maps, output.attentions, strict=True):
         torch.testing.assert_close(ours, theirs, **rounding)
     torch.testing.assert_close(output.logits, sdpa, **rounding)
-
-
-@pytest.mark.parametrize("family", ["vit", "deit"])
-def test_the_maps_are_the_softmax_of_queries_and_keys_in_float64(family):
-    model = tiny_model(family).double()
-    maps, inputs = attention_maps(model, images()), attention_inputs(model, images())
-    for ours, weights, tokens in zip(maps, attention_weights(model), inputs, strict=True):
-        queries = tokens[:, None] @ weights.query + weights.query_bias[:, None]
-        keys = tokens[:, None] @ weights.key + weights.key_bias[:, None]
-        expected = (queries @ keys.transpose(2, 3) * weights.scaling).softmax(-1)
-        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("look", [attention_maps, attention_gradients, lrp_map])
@@ -93,11 +81,6 @@ def test_targets():
     for targets in (2, torch.tensor(2), torch.tensor([2, 2, 2]), [2, 2, 2]):
         found = attention_gradients(model, images(), targets)
         assert found.targets.tolist() == [2, 2, 2]
-    before, few, many = state(model), "3 class numbers", "the model has the classes 0 to 4"
-    for wrong, message in ((torch.tensor([1, 2]), few), (torch.tensor(1.5), few), (-1, many), (5, many)):
-        with pytest.raises(ValueError, match=message):
-            attention_gradients(model, images(), wrong)
-    assert state(model) == before
 
 
 @pytest.mark.parametrize("family", ["vit", "deit"])
@@ -138,10 +121,6 @@ def test_wrappers_are_looked_through(wrap, look):
 
 
 def test_other_models_are_named():
-    with pytest.raises(NoAttentionWeightsError, match="model type resnet"):
-        attention_maps(tiny_resnet(), images())
-    with pytest.raises(NoAttentionWeightsError, match=r"Dinov2ForImageClassification: its model type is dinov2; exp"):
-        pre_norm_layers(tiny_model("dinov2"))
     headless = tiny_model("vit")
     headless.classifier = torch.nn.Identity()
     with pytest.raises(NoAttentionWeightsError, match="its classifier is no linear map"):

@@ -16,8 +16,8 @@ from hf_nullspace.linear.attention import (
     null_direction,
     principal_angles,
 )
-from hf_nullspace.models.attention import AttentionWeights, attention_inputs, attention_weights
-from tiny_models import normal, tiny_model
+from hf_nullspace.models.attention import AttentionWeights
+from tiny_models import normal
 
 HEADS, FEATURES, TOKENS = 3, 24, 7
 
@@ -133,68 +133,6 @@ def test_zero_heads_and_single_heads_have_measures():
     assert found.collinearity == 1
     assert (found.stack_rank, found.smallest_singular_value) == (FEATURES // HEADS, 0)
     assert changes(single).max() < 1e-11, "a head narrower than D has a nullspace without condition 3"
-
-
-def test_a_query_bias_is_seen_where_q_has_dependent_columns():
-    """The paper has no biases; ours vanish only for a Q_i of full column rank."""
-    weights = proposition_weights()
-    query, key = weights.query.clone(), weights.key.clone()
-    query[:, :, -1] = 0
-    query[2] = key[2] = weights.key[2] * (torch.arange(FEATURES // HEADS) < FEATURES // HEADS - 1)
-    key[2, :, -1] = normal(FEATURES, seed=12)  # M_2 is what it was, and symmetric; K_2 has a column more
-    value = torch.zeros_like(weights.value)
-    value[2] = key[2] @ torch.diag(torch.arange(FEATURES // HEADS, 0, -1).double() - 1)
-    deficient = dataclasses.replace(weights, query=query, key=key, value=value)
-    assert layer_conditions(deficient).asymmetry[2] < 1e-14
-    # The null space has three dimensions and no basis of its own. What of K_2 b lies in it is the direction that the
-    # bias sees most, whatever basis SciPy returns: each key's score moves by its multiple of that part's length.
-    space = scipy.linalg.null_space(np.concatenate([(q @ k.T).numpy() for q, k in zip(query, key, strict=True)]))
-    assert space.shape == (FEATURES, 3)
-    seen = space @ (space.T @ (key[2] @ deficient.query_bias[2]).numpy())
-    length = np.linalg.norm(seen)
-    inputs = normal(2, TOKENS, FEATURES, seed=9)
-    noise = constructed_noise(torch.tensor(seen / length), TOKENS, torch.Generator().manual_seed(10), 100.0)
-    multiples = (noise[0].numpy() @ seen) / length
-    queries, keys, values = (
-        inputs.numpy() @ matrix[2].numpy() + bias[2].numpy()
-        for matrix, bias in ((query, deficient.query_bias), (key, deficient.key_bias), (value, deficient.value_bias))
-    )
-    scores = queries @ keys.transpose(0, 2, 1)
-    before, after = (
-        scipy.special.softmax(moved * deficient.scaling, axis=-1) @ values
-        for moved in (scores, scores + multiples * length)
-    )
-    expected = np.linalg.norm(after - before) / np.linalg.norm(before)
-    assert expected > 0.1
-    assert head_changes(deficient, inputs, noise)[2].item() == pytest.approx(expected, rel=1e-9)
-    without = dataclasses.replace(deficient, query_bias=torch.zeros_like(weights.query_bias))
-    assert head_changes(without, inputs, noise)[2] < 1e-11
-    assert changes(without)[2] < 1e-11, "of the null space's other directions as well"
-
-
-@torch.no_grad()
-def test_the_attention_of_transformers_does_not_see_the_noise_either():
-    """The built weights in a ViT's own layer, biases and output projection included, in float64."""
-    model = tiny_model("vit").double()
-    layer = model.vit.layers[0].attention
-    built = proposition_weights()
-    layer.num_attention_heads, layer.head_dim = HEADS, FEATURES // HEADS
-    layer.scaling = layer.head_dim**-0.5
-    for linear, matrix, bias in (
-        (layer.q_proj, built.query, built.query_bias),
-        (layer.k_proj, built.key, built.key_bias),
-        (layer.v_proj, built.value, built.value_bias),
-    ):
-        linear.weight.copy_(matrix.transpose(1, 2).flatten(0, 1))
-        linear.bias.copy_(bias.flatten())
-    weights = attention_weights(model)[0]
-    assert torch.equal(weights.value, built.value)
-    pixel_values = normal(2, 3, 16, 16)
-    inputs = attention_inputs(model, pixel_values)[0]
-    noise = constructed_noise(null_direction(weights), inputs.shape[1], torch.Generator().manual_seed(0), 100.0)
-    before, after = layer(inputs)[0], layer(inputs + noise)[0]
-    torch.testing.assert_close(after, before, rtol=1e-11, atol=1e-11)
-    assert (layer(inputs + normal(1, *inputs.shape[1:]))[0] - before).abs().max() > 1e-2
 
 
 def test_random_float32_layers_of_real_size_are_not_called_singular():

@@ -8,16 +8,15 @@ from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
 
 from hf_nullspace.linear.patch import (
-    NoNullspaceError,
     PatchNullspace,
     default_tolerance,
     join_patches,
     patches_in_pixels,
     split_patches,
 )
-from hf_nullspace.models.patch_embedding import NotAViTError, find_patch_embedding, patch_projection
+from hf_nullspace.models.patch_embedding import find_patch_embedding, patch_projection
 from hf_nullspace.models.preprocessing import Preprocessing
-from tiny_models import FAMILIES, tiny_model, tiny_resnet
+from tiny_models import FAMILIES, tiny_model
 
 # Table 4: features D, patch size, dimension of the nullspace; ViT-B/16 is below.
 TABLE_4 = [
@@ -184,16 +183,10 @@ def test_null_patterns_in_pixels_know_the_std_of_every_channel():
     basis = scipy.linalg.null_space(normalised.weight.double().numpy()) * np.repeat(preprocessing.std, 16)[:, None]
     assert scipy.linalg.subspace_angles(basis, nullspace.basis.T.numpy()).max() < 1e-12
     pixels = torch.rand(2, 3, 16, 16, generator=generator(10), dtype=torch.float64)
-    change = nullspace.project(torch.randn(2, 3, 16, 16, generator=generator(11), dtype=torch.float64))
-    sampled = patches_in_pixels(normalised.sample(generator()), preprocessing.std)
+    sampled = patches_in_pixels(normalised.sample(generator()), preprocessing.std)[0].repeat(1, 4, 4)
     with torch.no_grad():
-        clean = model(preprocessing.normalize(pixels)).logits
-        for pattern in (change, sampled[0].repeat(1, 4, 4)):
-            torch.testing.assert_close(
-                model(preprocessing.normalize(pixels + pattern)).logits, clean, rtol=1e-11, atol=1e-11
-            )
-    with pytest.raises(ValueError, match="for patches of 3 channels"):
-        normalised.in_pixels((0.5,))
+        clean, changed = (model(preprocessing.normalize(each)).logits for each in (pixels, pixels + sampled))
+    torch.testing.assert_close(changed, clean, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("std", [0.25, 2.0])
@@ -224,10 +217,6 @@ def test_patches_come_in_the_order_of_the_embeddings():
     torch.testing.assert_close(join_patches(patches, (3, 4, 4), (8, 12)), images)
     large = torch.randn(1, 3, 64, 80, generator=generator(15))
     torch.testing.assert_close(join_patches(split_patches(large, (3, 4, 4)), (3, 4, 4), (64, 80)), large)
-    with pytest.raises(ValueError, match="6 patches for an image of 2 x 2"):
-        join_patches(patches, (3, 4, 4), (8, 8))
-    with pytest.raises(ValueError, match=r"expected \(B, 3, >=4, >=4\)"):
-        split_patches(images[:, :1], (3, 4, 4))
 
 
 def test_beyond_the_last_whole_patch_nothing_changes():
@@ -244,18 +233,3 @@ def test_the_dtype_of_the_checkpoint_survives_a_cast():
     model.config.dtype = torch.float32
     single, double = PatchNullspace.from_model(model), PatchNullspace.from_model(model.double())
     assert double.tolerance == pytest.approx(single.tolerance)
-
-
-def test_what_has_no_nullspace_is_an_error():
-    nullspace = PatchNullspace.from_weight(weight(192, 4))
-    assert nullspace.dimension() == 0
-    with pytest.raises(NoNullspaceError, match="rank 48"):
-        nullspace.sample(generator())
-    assert nullspace.basis.shape == (0, 48)
-    with pytest.raises(NotAViTError, match="ResNetForImageClassification has no patch embedding"):
-        PatchNullspace.from_model(tiny_resnet())
-    resnet = tiny_resnet()
-    with pytest.raises(NotAViTError, match="its patches overlap"):
-        PatchNullspace.from_model(resnet, patch_embedding=resnet.resnet.embedder)
-    with pytest.raises(ValueError, match=r"got \(4, 5\)"):
-        PatchNullspace.from_weight(torch.ones(4, 5))

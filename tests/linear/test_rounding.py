@@ -10,7 +10,7 @@ import torch
 from hf_nullspace.linear.box import nearest_invisible_image
 from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.linear.rounding import round_unseen
-from tiny_models import numpy_patches, tiny_model, uniform
+from tiny_models import uniform
 
 STD = (0.27, 0.26, 0.1)
 
@@ -55,22 +55,6 @@ def test_the_unit_of_the_weights_does_not_matter():
         assert torch.equal(round_unseen(other, source, pixels), found)
 
 
-def test_an_image_is_seen_less_than_with_the_nearest_levels():
-    nullspace = PatchNullspace.from_model(tiny_model()).in_pixels(STD)
-    source = (uniform(2, 3, 16, 16, seed=2) * 255).round() / 255
-    pixels = invisible(nullspace, source, uniform(2, 3, 16, 16, seed=3))
-
-    def error(images):
-        change = (images - source).permute(0, 2, 3, 1).numpy()
-        return np.linalg.norm(numpy_patches(change) @ nullspace.weight.double().numpy().T)
-
-    found = round_unseen(nullspace, source, pixels)
-    assert error(found) < 0.6 * error((pixels * 255).round() / 255)
-    assert (found - pixels).abs().max() < 1 / 255
-    assert found.min() >= 0
-    assert found.max() <= 1
-
-
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (2, 4), (4, 2)])
 def test_an_8_bit_image_and_a_border_stay(height, width):
     weight = torch.randn(3, 3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -87,5 +71,3 @@ def test_an_8_bit_image_and_a_border_stay(height, width):
     for top in range(0, rows, height):
         for left in range(0, columns, width):
             assert flipped[top : top + height, left : left + width].any()
-    with pytest.raises(ValueError, match="expected the same shape"):
-        round_unseen(nullspace, source, pixels[..., :2])

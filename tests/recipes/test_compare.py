@@ -141,23 +141,17 @@ def test_a_dry_run_tells_and_does_nothing(whole, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("words", "arms", "messages"),
-    [
-        ([], {"nullspace": {"objective": "nullspace", "noise_limit": 0.4}}, ["0.5 there, 0.4 now", "--overwrite"]),
-        (["--only", "vanilla"], {}, ["no such arm; arms: before, plain, nullspace"]),
-        ([], {"plain": {"objective": "plain", "epsilonn": 1}}, ["epsilonn"]),
-    ],
-)
-def test_changed_settings_and_unknown_names_are_errors(whole, tmp_path, capsys, words, arms, messages):
+def test_changed_settings_are_errors(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "study")
+    arms = yaml.safe_load(TINY)["arms"] | {"nullspace": {"objective": "nullspace", "noise_limit": 0.4}}
     with pytest.raises(SystemExit):
-        call_recipe("compare", *settings(tmp_path, arms=yaml.safe_load(TINY)["arms"] | arms), *words)
+        call_recipe("compare", *settings(tmp_path, arms=arms))
     said = capsys.readouterr().err
-    assert [message for message in messages if message not in said] == []
+    assert "0.5 there, 0.4 now" in said
+    assert "--overwrite" in said
 
 
-def test_tables_and_pictures_again_from_the_json_alone(whole, tmp_path, capsys):
+def test_tables_and_pictures_again_from_the_json_alone(whole, tmp_path):
     call_recipe("compare", f"--render={whole / 'results.json'}", f"--output_dir={tmp_path}", "--resamples=200")
     for name in ("results.json", "results.md", "cost.png", "conditions.png"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
@@ -165,9 +159,6 @@ def test_tables_and_pictures_again_from_the_json_alone(whole, tmp_path, capsys):
     assert "Paired differences to plain in points" in text
     assert "| nullspace | 2 |" in text
     assert str(whole.parent) not in (whole / "results.json").read_text(), "no path of this machine"
-    with pytest.raises(SystemExit):
-        call_recipe("compare", f"--render={tmp_path / 'cost.png'}", f"--output_dir={tmp_path}")
-    assert "no results.json of a study" in capsys.readouterr().err
 
 
 def test_settings_keep_their_text_and_folders_their_last_name(tmp_path):

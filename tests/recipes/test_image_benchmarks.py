@@ -99,23 +99,3 @@ def test_copies_and_innocent_models_are_counted(tmp_path, capsys):
     assert "innocent: 0 of 6 at most 0.1 [0.0%, 39.0%]" in said
     with Image.open(tmp_path / "scores.png") as picture:
         assert picture.width > 500
-
-
-def test_a_summary_counts_and_spreads():
-    def row(match, number, strength):
-        verdict = {"match": match, "confidence_change": number, "embedding_error": 2 * number}
-        return {
-            **verdict, "wish": verdict, "projected_clipped_rounded": {**verdict, "match": True},
-            "embedding_errors": {"box": 3 * number}, "closeness": {"reached": number}, "seconds": 1.0,
-            "strength_that_keeps_the_prediction": 1.0, "strength_at_the_papers_change": strength,
-            "explanations": {"lrp": {"result": -number}},
-        }  # fmt: skip
-
-    found = load("invisible_images")["summarise"]([row(True, 0.1, 0.5), row(False, 0.4, None), row(True, 0.2, None)])
-    assert (found["prediction stays"]["count"], found["prediction stays"]["of"]) == (2, 3)
-    assert found["prediction stays, projected, clipped, rounded"]["count"] == 3
-    assert found["change of confidence"] == {"n": 3, "median": 0.2, "lowest": 0.1, "highest": 0.4}
-    assert found["embedding error, eight_bit"]["highest"] == 0.8
-    assert found["embedding error, box"]["median"] == pytest.approx(0.6)
-    assert found["strength at a change of 1e-4"] == {"n": 1, "median": 0.5, "lowest": 0.5, "highest": 0.5}
-    assert found["r, lrp, result"] == {"n": 3, "median": -0.2, "lowest": -0.4, "highest": -0.1}

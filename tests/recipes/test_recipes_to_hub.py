@@ -1,4 +1,4 @@
-"""What the recipes push: images pushed as a data set are fine-tuned on, and the run with its results goes back."""
+"""What the recipes pull and push: a data set on the Hub is fine-tuned on, and the run with its results goes back."""
 
 import json
 import re
@@ -6,20 +6,17 @@ import re
 import datasets
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from hf_nullspace import NoiseBank, NullspaceNoise
 from hf_nullspace.models.preprocessing import make_image_processor
-from recipe_calls import call_recipe
+from recipe_calls import SHORT_RUN, call_recipe
 from tiny_models import tiny_model
 
 NAMES = [f"class {index}" for index in range(5)]
-SHORT = ["--rounds=2", "--steps_per_round=1", "--global_batch_size=8", "--noise_batch_size=8", "--noise_max_steps=2",
-         "--noise_pool_images=16",
-         "--held_out_images=8", "--disable_tqdm=true", "--dataloader_pin_memory=false", "--use_cpu=true",
-         "--save_strategy=steps", "--save_steps=1", "--corruptions", "contrast", "--severities", "3"]  # fmt: skip
+SAVED = ["--rounds=2", "--steps_per_round=1", "--save_strategy=steps", "--save_steps=1", "--control=true"]
 
 
 @pytest.fixture
@@ -42,17 +39,20 @@ def published(hub_here):
 
 def test_finetune_pushes_the_run_with_its_results(hub_here, published, tmp_path, capsys):
     """Every push of the first run fails; the same command again brings everything."""
-    words = [*published, *SHORT, f"--output_dir={tmp_path / 'run'}", "--push_to_hub=true", "--hub_model_id=lab/robust"]
+    words = [
+        *published,
+        *SHORT_RUN,
+        *SAVED,
+        f"--output_dir={tmp_path / 'run'}",
+        "--push_to_hub=true",
+        "--hub_model_id=lab/robust",
+    ]
     refused = hub_here.fail("POST /api/models/lab/robust/commit/main", status=400, times=100)
-    with pytest.raises(SystemExit) as stopped:
-        call_recipe("finetune", *words, "--hub_strategy=every_save", "--hub_always_push=true")
-    assert stopped.value.code == 2
+    error = error_of(capsys, *words, "--hub_strategy=every_save", "--hub_always_push=true")
     assert 100 - refused.times == 3, "two checkpoints and the end, and nothing of the control"
     refused.times = 0
-    said = capsys.readouterr()
-    (error,) = [line for line in said.err.splitlines() if line.startswith("error:")]
     assert f"The run in {tmp_path / 'run'} is whole; repeat the upload with" in error
-    assert "Numbers:" in said.out, "it was measured and written before"
+    assert (tmp_path / "run" / "results.md").exists(), "it was measured and written before"
     assert hub_here.files("models", "lab/robust") == {}
     call_recipe("finetune", *words, "--hub_strategy=end")
     assert "Pushed to lab/robust" in capsys.readouterr().out
@@ -75,6 +75,37 @@ def test_finetune_pushes_the_run_with_its_results(hub_here, published, tmp_path,
     assert NullspaceNoise.from_pretrained("lab/robust").provenance.revision == hub_here.at("models", "someone/vit").sha
 
 
+def error_of(capsys, *words):
+    """The one line of a call that fails."""
+    with pytest.raises(SystemExit) as stopped:
+        call_recipe("finetune", *words)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (error,) = [line for line in said.splitlines() if line.startswith("error:")]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("model.safetensors", "someone/vit"), ("data/train-00000-of-00001.parquet", "someone/pictures")]
+)
+def test_an_interrupted_download_is_one_line_and_can_be_repeated(hub_here, published, tmp_path, capsys, file, name):
+    words = [*published, *SHORT_RUN, f"--output_dir={tmp_path / 'out'}"]
+    hub_here.cut = {file}
+    assert name in error_of(capsys, *words)
+    assert any(file in question for question in hub_here.asked), "the file has to be asked for, to be cut"
+    hub_here.cut = set()
+    call_recipe("finetune", *words)
+    assert NullspaceNoise.from_pretrained(tmp_path / "out").provenance.base_model == "someone/vit"
+    assert NullspaceNoise.from_pretrained(tmp_path / "out").provenance.revision is not None
+
+
+@pytest.mark.parametrize("what", ["dataset_name", "model_name_or_path"])
+def test_what_the_hub_does_not_have_is_one_line(hub_here, published, tmp_path, capsys, what):
+    words = [*published, *SHORT_RUN, f"--output_dir={tmp_path / 'out'}", f"--{what}=someone/else"]
+    assert "someone/else" in error_of(capsys, *words)
+
+
 def test_without_a_token_nothing_begins(hub_here, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "")
     for recipe, words in (("finetune", ["--push_to_hub=true"]), ("learn_noise", ["--push_to_hub=lab/noise"])):
@@ -85,28 +116,6 @@ def test_without_a_token_nothing_begins(hub_here, tmp_path, monkeypatch, capsys)
         assert re.fullmatch(r"error: no token for the Hub: run `hf auth login`, .*\n", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
     assert hub_here.asked == []
-
-
-def test_offline_with_everything_local(hub_here, published, tmp_path, monkeypatch, capsys):
-    """The model from a folder; the images from a folder, too."""
-    tiny_model().save_pretrained(tmp_path / "model")
-    make_image_processor(16).save_pretrained(tmp_path / "model")
-    random = np.random.default_rng(1)
-    for split, count in (("train", 40), ("test", 10)):
-        for index in range(count):
-            (folder := tmp_path / "images" / split / NAMES[index % 5]).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    asked = len(hub_here.asked)
-    local = [f"--model_name_or_path={tmp_path / 'model'}", f"--dataset_name={tmp_path / 'images'}"]
-    call_recipe("finetune", *local, *SHORT, f"--output_dir={tmp_path / 'run'}", "--control=false")
-    AutoModelForImageClassification.from_pretrained(tmp_path / "run")
-    assert len(NoiseBank.from_pretrained(tmp_path / "run")) == 2
-    with pytest.raises(SystemExit):
-        call_recipe("finetune", *local, *SHORT, f"--output_dir={tmp_path / 'run'}", "--push_to_hub=true")
-    assert "offline mode is on (HF_HUB_OFFLINE=1), nothing can be pushed: unset it" in capsys.readouterr().err
-    assert len(hub_here.asked) == asked
 
 
 def test_learn_noise_pushes_one_and_a_bank(hub_here, published, tmp_path, capsys):

@@ -12,11 +12,15 @@ from PIL import Image
 from transformers import ViTForImageClassification
 
 from figures.figure_4 import pairs_of
-from forked import kill_when
+from hf_nullspace.core.seeds import derive_seed
+from hf_nullspace.data.image_set import collate
 from hf_nullspace.data.sources import load_image_dataset
+from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.artifact import NullspaceNoise, load_noise_bank
+from hf_nullspace.training.noise_stream import noise_stream
 from recipe_calls import RECIPES, call_recipe, saved_model
 from tiny_models import tiny_model
+from written_out import algorithm_1
 
 call = partial(call_recipe, "reproduce")
 
@@ -144,38 +148,18 @@ def test_figure_2_says_what_was_measured_and_how(figure_2):
 
 def test_figure_2_is_equation_6_in_a_loop_of_its_own(figure_2, saved):
     """One point is learned again without the package's learning, hook and measures."""
-    from hf_nullspace.core.seeds import derive_seed
-    from hf_nullspace.data.image_set import collate
-    from hf_nullspace.training.noise_stream import noise_stream
-
     model = ViTForImageClassification.from_pretrained(saved).eval()
     train = [{"pixel_values": image, "labels": 0} for image in images(0, 640, split="train")[0]]
     _, batches = noise_stream(train, collate, batch_size=16, held_out_images=32, seed=42, round=1)
-    generator = torch.Generator().manual_seed(derive_seed(42, 1))
-    noise = ((2 * torch.rand(1, 16, 24, generator=generator) - 1) * 0.1).requires_grad_()
-    optimizer = torch.optim.AdamW([noise], lr=0.1, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
-    position = model.vit.embeddings.position_embeddings.detach().clone()
-    del model.vit.embeddings.position_embeddings
-
-    def logits(pixel_values, noise=0.0):
-        model.vit.embeddings.position_embeddings = torch.cat([position[:, :1], position[:, 1:] + noise], 1)
-        return model(pixel_values).logits
-
-    for _ in range(4):
-        batch = next(batches)
-        distance = (logits(batch, noise) - logits(batch).detach()).norm(dim=-1).mean()
-        centred = noise - noise.mean(-1, keepdim=True)
-        loss = distance - 3 * centred.norm().log()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    settings = NoiseSettings(
+        max_steps=4, epsilon=None, norm_weight=3, norm="centred", noise_limit=0.1, learning_rate=0.1, weight_decay=0
+    )
+    iterates, _ = algorithm_1(model.double(), (batch.double() for batch in batches), derive_seed(42, 1), settings)
+    noise, model = iterates[-1].float(), model.float()
     pixel_values = images()[0]
-    with torch.no_grad():
-        clean, noisy = (logits(pixel_values, added).double().softmax(-1).numpy() for added in (0.0, noise))
+    clean, noisy = probabilities(model, pixel_values), probabilities(model, pixel_values, noise)
     point = read(figure_2 / "figure2.json")["points"][3]["learned"]
-    assert point["norm"] == pytest.approx(float(noise.detach().norm()), rel=1e-3)
+    assert point["norm"] == pytest.approx(float(noise.norm()), rel=1e-3)
     assert point["influence"] == pytest.approx(influence(clean, noisy), rel=1e-2)
     assert point["match"] == pytest.approx((clean.argmax(1) == noisy.argmax(1)).mean())
     projection = model.vit.embeddings.patch_embeddings.projection
@@ -183,20 +167,6 @@ def test_figure_2_is_equation_6_in_a_loop_of_its_own(figure_2, saved):
         tokens = torch.nn.functional.conv2d(pixel_values, projection.weight, projection.bias, stride=4).flatten(2)
     own = (tokens - tokens.mean(1, keepdim=True)).flatten(1).norm(dim=1).mean()
     assert read(figure_2 / "figure2.json")["embedding_norm"] == pytest.approx(float(own), rel=1e-4)
-
-
-def test_a_killed_figure_goes_on_to_the_same_numbers(figure_2, saved, tiny, tmp_path):
-    words = ["figure2", "--config", tiny, "--model_name_or_path", saved, "--output_dir", tmp_path / "run"]
-    points = tmp_path / "run" / "points"
-    kill_when(lambda: list(points.glob("[0-9a-f]*.json")), "reproduce", *words, log=tmp_path / "log.txt")
-    kept = {path.name: path.stat().st_mtime_ns for path in points.glob("[0-9a-f]*.json")}
-    assert 1 <= len(kept) < 4
-    assert not (tmp_path / "run" / "figure2.json").exists()
-    call(*words)
-    assert {name: (points / name).stat().st_mtime_ns for name in kept} == kept
-    ours, whole = read(tmp_path / "run" / "figure2.json"), read(figure_2 / "figure2.json")
-    assert ours["points"] == whole["points"]
-    assert ours["curves"] == whole["curves"]
 
 
 @pytest.mark.slow
@@ -335,15 +305,6 @@ def test_table_5_is_the_influence_on_the_model_that_the_noise_was_learned_on(fig
 
 
 # ---- table 4, and a folder of another run
-
-
-def test_table_4_beside_the_quoted_one(saved, tiny, tmp_path, capsys):
-    call("table4", "--config", tiny, "--model_name_or_path", saved, "--output_dir", tmp_path)
-    found = read(tmp_path / "table4.json")
-    rows = [(row["features"], row["dimension"], row["paper"]) for row in found["rows"]]
-    assert rows == [(192, 576, 576), (384, 2688, 2688), (24, 24, None)]
-    assert found["quoted_from_the_paper"]["768:16"] == 2
-    assert "'paper' is quoted; all as in the paper" in capsys.readouterr().out
 
 
 def test_a_folder_belongs_to_one_model(figure_4, tiny, capsys):

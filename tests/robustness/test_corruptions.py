@@ -9,7 +9,6 @@ from PIL import Image
 
 from hf_nullspace.robustness.corruptions import CIFAR, CORRUPTIONS, IMAGENET, SMALL, corrupt
 
-WANDERING = {"pixelate", "elastic_transform"}  # where blocks and warps fall decides from one severity to the next
 DETERMINISTIC = {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"}
 
 
@@ -37,15 +36,6 @@ def test_deterministic_per_seed_image_and_severity_and_not_by_order(name, size, 
     assert (first != untouched).any()
     others = [corrupt(image, name, 3, seed=seed, index=index) for seed, index in [(2, 5), (1, 6)]]
     assert all((np.array(other) == first).all() == (name in DETERMINISTIC) for other in others)
-
-
-@pytest.mark.parametrize("size", [32, 72])
-@pytest.mark.parametrize("name", CORRUPTIONS)
-def test_severity_grows(name, size, photo):
-    image = photo(size)
-    damage = [np.abs(values(corrupt(image, name, s, seed=0, index=0)) - values(image)).mean() for s in range(1, 6)]
-    assert damage[4] > 1.2 * damage[0] or name in WANDERING
-    assert damage[4] > 0.004
 
 
 @pytest.mark.parametrize(("size", "table"), [(SMALL, CIFAR), (SMALL + 1, IMAGENET)])

@@ -1,9 +1,7 @@
 """recipes/evaluate_robustness.py on real digits and small trees of sets: what it writes, resumes, and misses."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 
 import datasets
@@ -17,7 +15,7 @@ from forked import kill_when
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.robustness.label_spaces import wnids
 from hf_nullspace.robustness.sets import SETS
-from recipe_calls import RECIPES, call_recipe
+from recipe_calls import call_recipe
 
 PLAN = """
 limit: 24
@@ -213,21 +211,6 @@ def test_nothing_at_all_is_an_error(on_sets, tmp_path, capsys):
     words = [*on_sets, "--data_root", tmp_path / "none", "--suite", "paper", "--allow_missing"]
     assert call(*words, "--output_dir", tmp_path / "out") == 2
     assert "nothing could be measured" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_recipe_on_two_processes(digits, suite, tmp_path):
-    """accelerate launch, two real processes: the same answers for every image as on one."""
-    words = ["--model_name_or_path", digits[0], "--dataset_name", "digits", *suite(PLAN), "--limit", "23"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    launcher += [RECIPES / "accelerate" / "cpu_2proc.yaml", RECIPES / "evaluate_robustness.py"]
-    command = [*launcher, *words, "--use_cpu", "--output_dir", tmp_path / "two"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(list(map(str, command)), check=True, timeout=300, env=environment)
-    assert call(*words, "--output_dir", tmp_path / "one") == 0
-    one, two = (stored(tmp_path / name)["results"] for name in ("one", "two"))
-    assert [r["correct_bits"] for r in one] == [r["correct_bits"] for r in two]
-    assert {r["n"] for r in two} == {23}
 
 
 @pytest.mark.slow

@@ -5,13 +5,12 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersForImageClassification
 
 from hf_nullspace.models.attention import attention_implementation
 from hf_nullspace.robustness.attacks.base import seeded_like
 from hf_nullspace.robustness.attacks.patch_fool import PatchFool, without_conflict
 from hf_nullspace.robustness.pixel_model import PixelModel
-from tiny_models import IMAGE, SIZES, tiny_model
+from tiny_models import tiny_model
 
 SEEDS = [1, 2, 3, 4, 5, 6]
 
@@ -150,19 +149,14 @@ def test_early_stop_drops_finished_images_and_is_not_weaker(tiny_vit, pixels, pr
     assert wrong[0] >= wrong[1] > 1
 
 
-def dinov2_with_registers():
-    torch.manual_seed(0)
-    return Dinov2WithRegistersForImageClassification(Dinov2WithRegistersConfig(**SIZES, **IMAGE, mlp_ratio=2))
-
-
 def attacked(classifier, pixels, **settings):
     model = PixelModel(classifier, (0.5,) * 3, (0.25,) * 3).eval()
     return PatchFool(**settings)(model, pixels.float(), torch.zeros(6, dtype=torch.long), seeds=SEEDS)
 
 
-@pytest.mark.parametrize("family", ["vit", "deit", "beit", "vit_msn", "siglip", "clip", "registers"])
+@pytest.mark.parametrize("family", ["vit", "deit", "beit", "vit_msn", "siglip", "clip", "dinov2_with_registers"])
 def test_any_vit_with_attentions(family, pixels):
-    model = dinov2_with_registers() if family == "registers" else tiny_model(family)
+    model = tiny_model(family)
     adversarial = attacked(model, pixels, steps=3)
     assert changed_patches(adversarial, pixels.float()).sum(1).tolist() == [1] * 6
     assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"sdpa"}

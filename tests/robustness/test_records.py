@@ -54,6 +54,26 @@ def test_finished_conditions_are_not_run_again(counted, images, tmp_path):
     assert records.others(more) == 0
 
 
+def test_an_interrupted_run_keeps_what_was_finished(counted, images, tmp_path):
+    model, seen = counted
+    original, calls = images.pixels_from_image, []
+
+    def fails_later(image):
+        calls.append(image)
+        if len(calls) > 13 + 4:
+            raise KeyboardInterrupt
+        return original(image)
+
+    images.pixels_from_image = fails_later
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_resumably(Records(tmp_path), model, images, CONDITIONS, **USUAL)
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    images.pixels_from_image = original
+    seen.clear()
+    evaluate_resumably(Records(tmp_path), model, images, CONDITIONS, **USUAL)
+    assert sum(seen) == 26 + 13
+
+
 CHANGES = {
     "weight": lambda model, images: model.model.classifier.bias.data[3].add_(1e-6),
     "normalisation": lambda model, images: setattr(model, "std", (0.25, 0.2, 0.31)),

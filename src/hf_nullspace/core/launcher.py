@@ -1,4 +1,8 @@
-"""A process ends with its launcher: ``accelerate launch`` and ``torchrun`` hand no signal on that kills them."""
+"""A process ends by itself when its launcher has died.
+
+``accelerate launch`` and ``torchrun`` hand no signal on that they do not survive: what they started would go on, and
+write beside the run that is started again.
+"""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The classes of a data set against those of a model's head: keep the head, renumber the labels, or start anew."""
+"""The classes of a data set against those of a model's head: keep it, renumber the labels, or replace the head."""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ IMAGENET_ANCHORS = {
 class LabelAlignment:
     """How the labels of a data set become the outputs of a model.
 
-    ``remap[dataset_id]`` is the model's id, None where they are equal. ``new_head``: the classifier must be built anew
+    ``remap[dataset_id]`` is the model's id, None where they are equal. ``new_head``: the classifier is replaced by one
     for ``id2label``. ``message`` is one line to show the user.
     """
 

@@ -176,7 +176,7 @@ def _class_folders(
             raise DataError(
                 f"{folder.joinpath(*parts)} holds images, but {folder} "
                 f"{'has split folders, so expected split/class/image' if by_split else 'is expected as class/image'}. "
-                "Name the folder whose subfolders are the classes."
+                "Name the folder with one subfolder per class."
             )
     class_folders = {parts[-1] for parts in images}
     # Classes "0" to "999" in the order of their numbers: as text, "10" would come before "2".

@@ -24,7 +24,7 @@ from hf_nullspace.robustness.suite import Clean, Condition, ConditionResult, Cor
 from hf_nullspace.training.loading import Classifier, DataArguments, evaluation_images, load_rows
 
 IMAGES = 200
-TOLERANCE = 0.01  # share of images whose answer may differ: rounding on another machine tips a few
+TOLERANCE = 0.01  # share of images whose answer may differ: rounding on another machine changes a few
 
 
 class ReleaseError(ValueError):

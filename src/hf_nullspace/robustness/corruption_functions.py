@@ -43,7 +43,7 @@ def impulse_noise(pixels: Float, amount: float, rng: Rng) -> Float:
 
 
 def defocus_blur(pixels: Float, strength: tuple[float, float], rng: Rng) -> Float:
-    """A disk of ``radius`` whose edge is smoothed by a 3x3 (for large disks 5x5) Gaussian."""
+    """A disk of ``radius``, its edge smoothed by a 3x3 (for large disks 5x5) Gaussian."""
     radius, smoothing = strength
     reach = 8 if radius <= 8 else int(radius)
     offsets = np.arange(-reach, reach + 1)

@@ -17,7 +17,7 @@ from hf_nullspace.robustness.records import record, versions
 from hf_nullspace.robustness.scores import Interval, paired_difference, paired_mean_difference, worst_condition
 from hf_nullspace.robustness.summaries import image_averages, summaries
 
-Checks = Mapping[str, Sequence[Check]]  # checkpoint name -> what checks.run_checks said
+Checks = Mapping[str, Sequence[Check]]  # checkpoint name -> results of checks.run_checks
 Missing = Mapping[str, str]  # condition -> why it was not measured, and how to get what it needs
 UNRELIABLE = "(!)"
 NOTHING: Mapping[str, Any] = MappingProxyType({})

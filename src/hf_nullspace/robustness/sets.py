@@ -144,9 +144,7 @@ def folder_rows(folder: Path, info: SetInfo) -> datasets.Dataset:
     if info.layout == "numeric":  # "10" sorts before "2": the folder's name is the class, not its place
         wrong = [name for name in names if not (name.isdecimal() and int(name) < len(wnids()))]
         if wrong:
-            raise LabelError(
-                f"{folder}: {', '.join(wrong[:10])} are no classes of {info.name}, whose folders are 0..999"
-            )
+            raise LabelError(f"{folder}: {', '.join(wrong[:10])} are no classes of {info.name}: its folders are 0..999")
         classes = {name: int(name) for name in names}
     else:
         check_wnids(names, info.space, str(folder))

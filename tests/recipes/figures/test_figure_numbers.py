@@ -7,7 +7,6 @@ import torch
 from figures import figure_2, figure_3, figure_4, table_5
 from hf_nullspace.noise.closure import Combinations, Scaling
 from hf_nullspace.robustness.attacks.gradient import FGSM
-from hf_nullspace.robustness.records import bits
 from hf_nullspace.robustness.suite import Attacked, Clean, ConditionResult, Corrupted
 
 
@@ -92,13 +91,6 @@ def test_differences_are_paired_and_in_points():
     assert last["clean"]["low"] < 20 < last["clean"]["high"]
     assert figure_3.differences(before, before)["clean"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert "clean +20.00" in figure_3.differences_line(last)
-
-
-def test_a_point_keeps_every_image():
-    kept = checkpoint(0, (3, 5, 4, 2))["conditions"]
-    assert [entry["correct"] for entry in kept] == [3, 5, 4, 2]
-    assert kept[0]["correct_bits"] == bits(np.arange(10) < 3)
-    assert [entry["group"] for entry in kept] == ["clean", "adversarial", "corruption", "corruption"]
 
 
 def test_the_noise_of_another_step_is_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 import pytest
 
-from hf_nullspace.command_line import UsageError
 from study.arguments import CompareArguments
 from study.design import Run, Slice, make_study
 
@@ -55,12 +54,6 @@ def test_a_dear_condition_may_have_fewer_seeds():
     for run, titles in plans.items():
         assert len(titles) == (7 if run.seed in (None, 8) else 6)
         assert any(title.startswith("CW") for title in titles) == (run.seed in (None, 8))
-    with pytest.raises(UsageError, match=r"seeds \[5\], which the control 'plain' does not have"):
-        study(conditions=[*GIVEN["conditions"], "{attack: CW, seeds: [5]}"])
-    with pytest.raises(UsageError, match="clean: in the average, so it is measured on every seed"):
-        study(conditions=["{clean: null, seeds: [7]}", *GIVEN["conditions"][1:]])
-    with pytest.raises(UsageError, match="seeds: 7; expected a list of seeds"):
-        study(conditions=[*GIVEN["conditions"], "{attack: CW, seeds: 7}"])
 
 
 def test_the_average_weighs_its_entries_equally():
@@ -81,31 +74,3 @@ def test_places_are_evenly_spaced_and_within_the_slice():
     places = Slice("report", 100, 200).places(11)
     assert places == (100, 110, 120, 130, 140, 150, 159, 169, 179, 189, 199)
     assert Slice("report", 5, 8).places(None) == Slice("report", 5, 8).places(99) == (5, 6, 7)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"selection": "250:400"}, "share images"),
-        ({"selection": None}, "choosing one needs a selection slice"),
-        ({"report": "300"}, "expected places among the test images"),
-        ({"control": "vanilla"}, "control='vanilla'"),
-        ({"control": "sweep, 0.1"}, "expected an arm that chooses its learning rate"),
-        ({"average": ["clean", "PGD"]}, "'PGD' is 0 of the conditions"),
-        ({"average": ["generated"]}, "'generated' is 4 of the conditions"),
-        ({"conditions": ["clean", "clean"]}, "each once"),
-        ({"conditions": ["{set: imagenet-a}"]}, "all on the test images"),
-        ({"conditions": ["{attack: PDG}"]}, "did you mean PGD"),
-        ({"seeds": []}, "at least one of each"),
-        ({"arms": {"plain": {"epsilon": 1}}}, "expected an objective"),
-        ({"arms": {"plain": {"objective": "plain", "learning_rate": 1}}}, "neither learning_rate nor seed"),
-        ({"arms": GIVEN["arms"] | {"x": {"objective": "random", "seeds": [5]}}}, "seeds of the control"),
-        ({"arms": GIVEN["arms"] | {"x": {"objective": "random", "learning_rate_of": "y"}}}, "is no arm that chooses"),
-        ({"arms": GIVEN["arms"] | {"before": {"objective": "random"}}}, "is called 'before'"),
-        ({"arms": GIVEN["arms"] | {"null space": {"objective": "random"}, "null,space": {"objective": "random"}}},
-         "share a folder's name"),
-    ],
-)  # fmt: skip
-def test_contradictions_are_errors(changed, message):
-    with pytest.raises(ValueError, match=message):
-        study(**changed)

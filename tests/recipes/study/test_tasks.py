@@ -14,7 +14,6 @@ from hf_nullspace.robustness.attacks.gradient import PGD
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.plans import Planned
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate
-from hf_nullspace.training.run_settings import OtherRunError
 from hf_nullspace.training.trainer import NullspaceTrainer
 from study.design import Measurement, Run, Slice
 from study.images import ImageStore
@@ -109,26 +108,6 @@ def test_a_new_training_invalidates_its_measurements(whole, tmp_path):
     path = tmp_path / RUN.folder / "finished.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "others"}))
     assert runner.finished(MEASUREMENTS[0]) is None
-
-
-def test_a_run_of_other_settings_is_refused_or_deleted(whole, tmp_path):
-    shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
-    for _ in range(2):
-        runner_in(tmp_path).claim(RUN)
-    changed = runner_in(tmp_path, data="others")
-    with pytest.raises(OtherRunError, match="data: pictures there, others now"):
-        changed.claim(RUN)
-    assert changed.finished(RUN)
-    overwriting = runner_in(tmp_path, data="others", overwrite=True)
-    overwriting.claim(RUN)
-    assert not overwriting.finished(RUN)
-
-
-def test_bf16_measures(whole, tmp_path):
-    shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
-    runner = runner_in(tmp_path, dtype="bf16")
-    runner.do(MEASUREMENTS[0])
-    assert (runner.correct(MEASUREMENTS[0]) == whole.correct(MEASUREMENTS[0])).mean() > 0.8
 
 
 def test_the_checkpoint_before_is_measured_without_training(whole):

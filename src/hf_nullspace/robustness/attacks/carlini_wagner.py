@@ -18,7 +18,7 @@ class CW(Attack):
     The result is the closest image on the way that is misclassified by at least ``kappa`` (in logits), and the image
     itself where there was none or where the model was wrong already. The distance is unbounded. With
     ``binary_search_steps`` > 1 the constant is searched per image, starting at ``c``: ten times more while the attack
-    fails, then bisection (the paper: c=1e-3, 9 searches). ``abort_early`` stops an image whose loss is not
+    fails, then bisection (the paper: c=1e-3, 9 searches). ``abort_early`` stops an image with a loss not
     below its loss a tenth of the steps before, as the authors' code does for a batch. It is made for thousands of
     steps: with 50, one swing of the loss at the boundary ends an image that is still coming nearer. Such images leave
     the batch.
