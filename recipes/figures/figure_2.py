@@ -1,8 +1,6 @@
 """Figure 2: how large a noise may grow before a model sees it: equation 6 over lambda, learned against permuted.
 
-For every lambda and seed a noise is learned with equation 6 from U(-A, A); its influence and the share of predictions
-that stay are measured on images that it was not learned on, and again after its elements were permuted: the same size
-in another direction.
+Permuting its elements gives a noise of the same size in another direction.
 """
 
 from collections.abc import Iterator, Sequence

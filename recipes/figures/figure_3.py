@@ -1,8 +1,4 @@
-"""Figure 3: what changes along fine-tuning, round by round, with and without the noise.
-
-At every round's checkpoint the robustness groups are measured, and noises are learned from the same starts and batches
-at every checkpoint of both arms, so that what differs between two norms is the model.
-"""
+"""Figure 3: robustness groups and norms of noises at every round's checkpoint, with and without the noise."""
 
 import copy
 import json

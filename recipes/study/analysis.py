@@ -1,8 +1,6 @@
-"""From per-image results to averages, paired differences with intervals, and what a design can see. NumPy only.
+"""From a study's JSON to averages, paired differences with intervals, and what a design can see. NumPy only.
 
-Everything is computed from the study's JSON content, so that it can be computed again from a committed file. Intervals
-are over images: these are resampled jointly for all arms and conditions, the seeds averaged. The spread over seeds
-stands beside them.
+Intervals are over images: these are resampled jointly for all arms and conditions, the seeds averaged.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,4 @@
-"""What a study compares: arms, seeds, learning rates, conditions, and which images may be looked at when.
-
-An arm is an objective with its settings. The learning rate of each arm is chosen on a selection slice of the test
-images with one seed; then every arm is trained with every seed and measured on the report slice, once.
-"""
+"""What a study compares: arms, seeds, learning rates, conditions, and which images may be looked at when."""
 
 import json
 import re

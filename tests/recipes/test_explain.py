@@ -83,7 +83,7 @@ def test_a_map_that_is_constant_has_no_correlation(place, tmp_path, capsys):
 
 def test_a_model_that_lrp_does_not_know_is_explained_by_rollout(place, tmp_path, capsys):
     words = ["--model_name_or_path", saved_model(tiny_model("dinov2"), tmp_path), "--image", place / "a.png"]
-    message = "its model type is dinov2; expected ViTForImageClassification"
+    message = "its model type is dinov2; expected a ViT, DeiT"
     check_refused(capsys, message, "explain", *words, output=tmp_path / "out")
     call(*words, "--method", "rollout", "--output_dir", tmp_path / "out")
     assert (tmp_path / "out" / "explain.png").exists()

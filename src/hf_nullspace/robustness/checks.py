@@ -1,7 +1,6 @@
-"""Doubt your own evaluation: checks that fail when a robustness number is not what it seems.
+"""Checks that fail when a robustness number is not what it seems; a failed one marks the numbers that it concerns.
 
-The list follows Carlini et al., "On Evaluating Adversarial Robustness" (2019). The suite runs it on a few images; a
-failed check marks the numbers it concerns as unreliable.
+The list follows Carlini et al., "On Evaluating Adversarial Robustness" (2019).
 """
 
 from collections.abc import Callable, Sequence

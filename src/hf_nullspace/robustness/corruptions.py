@@ -1,12 +1,7 @@
-"""Generated corruptions: 8-bit RGB images in, corrupted 8-bit RGB images of the same size out.
+"""Generated corruptions: 8-bit RGB images in, corrupted 8-bit RGB images of the same size out, before any resizing.
 
-The recipes are those of ImageNet-C and CIFAR-10-C (Hendrycks & Dietterich 2019), the images are not: the published sets
-went through other tools. So a set made here is called "generated", never "ImageNet-C".
-
-An image whose longer side is at most 64 px gets CIFAR-10-C's severities, a larger one ImageNet-C's (some of them
-through the optional library imagecorruptions-imaug). A corruption acts at the image's own size, before any resizing for
-the model. The result depends on (seed, image index, corruption, severity) and on nothing else: not on the order, the
-batch or the process.
+The functions are those of ImageNet-C and CIFAR-10-C (Hendrycks & Dietterich 2019), the images are not: the published
+sets went through other tools. The result depends on (seed, image index, corruption, severity) and on nothing else.
 """
 
 from typing import Any
@@ -90,16 +85,13 @@ def corrupt(image: Image.Image, corruption: str, severity: int, *, seed: int, in
 def library_corrupt(image: Image.Image, corruption: str, severity: int, seed: int) -> Image.Image:
     """ImageNet-C's blurs, weather and elastic for a large image, through imagecorruptions-imaug.
 
-    The library draws from NumPy's global generator (glass_blur from a seed of its own): that is seeded for the call and
-    put back afterwards.
+    The library draws from NumPy's global generator (glass_blur from a seed of its own), seeded for the call alone.
     """
     try:
         import imagecorruptions
     except ImportError as error:
-        raise ImportError(
-            f"{corruption} for images larger than {SMALL} px needs imagecorruptions-imaug: "
-            "pip install 'hf-nullspace[corruptions]'"
-        ) from error
+        needs = f"{corruption} for images larger than {SMALL} px needs imagecorruptions-imaug"
+        raise ImportError(f"{needs}: pip install 'hf-nullspace[corruptions]'") from error
     if min(image.size) < 32:
         raise ValueError(f"{corruption} needs images of at least 32 px, got {image.width}x{image.height}")
     state = np.random.get_state()  # noqa: NPY002

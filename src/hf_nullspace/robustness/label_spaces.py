@@ -47,9 +47,9 @@ def check_wnids(found: Iterable[str], space: str, where: str) -> None:
     wrong = sorted(set(found) - set(wnids(space)))
     if wrong:
         shown = ", ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+        of = f"{space} ({len(wnids(space))} classes)"
         raise LabelError(
-            f"{where}: {shown} do not belong to {space} ({len(wnids(space))} classes). Point to the folder whose "
-            "subfolders are this set's wnids"
+            f"{where}: {shown} do not belong to {of}. Point to the folder with this set's wnids as folders"
         )
 
 

@@ -8,10 +8,7 @@ from torch import Tensor, nn
 
 
 class PixelModel(nn.Module):
-    """An image classifier that takes pixels in [0, 1].
-
-    Attacks live in pixel space; attacking normalised images is the most frequent wrong robustness number in the field.
-    So the normalisation sits inside the attacked model, and anything outside [0, 1] is an error, not a warning.
+    """An image classifier that takes pixels in [0, 1]: the space that attacks live in. Anything outside is an error.
 
     Args:
         model: a transformers image classifier (its output has ``.logits``), or any module from ``pixel_values`` of
@@ -36,9 +33,8 @@ class PixelModel(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits of shape (B, K) for ``pixels`` of shape (B, C, H, W) in [0, 1].
 
-        The logits are float32 whatever the model computes in (bf16, autocast), and float64 for a float64 model.
-        Raises ``ValueError`` for another shape or channel count and for values outside [0, 1] or NaN, ``TypeError`` for
-        integer pixels.
+        The logits are float32 whatever the model computes in (bf16, autocast), and float64 for a float64 model. Raises
+        what :func:`check_pixels` raises.
         """
         return self.logits_of(self.outputs(pixels))
 
@@ -74,7 +70,5 @@ def check_pixels(pixels: Tensor, *, channels: int) -> None:
         return
     low, high = (value.item() for value in torch.aminmax(pixels.detach()))
     if not (low >= 0 and high <= 1):  # NaN fails both
-        raise ValueError(
-            f"pixels lie in [{low:.6g}, {high:.6g}]; expected [0, 1] without NaN. Normalised images must not be "
-            "normalised again: pass pixels, the model normalises them. An attack must clip its result"
-        )
+        expected = "expected [0, 1] without NaN: pass pixels, the model normalises them; an attack clips its result"
+        raise ValueError(f"pixels lie in [{low:.6g}, {high:.6g}]; {expected}")

@@ -1,8 +1,4 @@
-"""Results to read: a table for the terminal, JSON, CSV, Markdown, and pictures.
-
-Nothing is left out in silence: a condition that was not measured is a row that says so, a number whose checks failed
-carries a mark, quoted numbers say that they are quoted.
-"""
+"""Results to read: a table for the terminal, JSON, CSV, Markdown, and pictures. Nothing is left out in silence."""
 
 import csv
 import io

@@ -1,8 +1,4 @@
-"""Scores over per-image results; NumPy only.
-
-Every average is a sum over images. An average over conditions or columns names what it needs and refuses to run over
-what happens to be there.
-"""
+"""Scores over per-image results; NumPy only. An average over conditions needs all of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,10 +90,8 @@ def mean_corruption_error(
     2019). All are in the same unit; every corruption of one side must be on the other.
     """
     if not errors or set(errors) != set(reference):
-        raise ValueError(
-            f"the corruptions differ: {sorted(set(errors) - set(reference))} without a reference, "
-            f"{sorted(set(reference) - set(errors))} without a measurement. An mCE over a part is not an mCE"
-        )
+        alone, unmeasured = sorted(set(errors) - set(reference)), sorted(set(reference) - set(errors))
+        raise ValueError(f"no mCE over a part: {alone} without a reference, {unmeasured} without a measurement")
     own, base = clean or (0.0, 0.0)
     found = []
     for c in sorted(errors):

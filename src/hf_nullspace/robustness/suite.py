@@ -226,10 +226,8 @@ def judge(
     if not torch.isfinite(logits).all():
         raise ValueError(f"the model's logits are not finite under {condition}; there is nothing to judge")
     if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[-1]:
-        raise ValueError(
-            f"labels lie in [{int(labels.min())}, {int(labels.max())}], but the model has {logits.shape[-1]} classes; "
-            "map the set's labels to the model's first"
-        )
+        low, high = int(labels.min()), int(labels.max())
+        raise ValueError(f"labels lie in [{low}, {high}], but the model has {logits.shape[-1]} classes; map them first")
     answers = {}
     if subset is not None:
         answers["correct_all"] = logits.argmax(-1) == labels

@@ -24,14 +24,10 @@ CHOICES = {"norm": ("linf", "l2"), "mild": ("linf", "l2"), "choice": ("attention
 
 @dataclass(frozen=True, repr=False)
 class Attack(ABC):
-    """A small frozen object from (model, pixels, labels) to adversarial pixels.
+    """From (model, pixels, labels) to adversarial pixels within the threat model; success is for the caller to judge.
 
     Subclasses are frozen dataclasses with ``repr=False``: the repr of this class is the condition's name in results,
-    with every setting in it. The result is clipped to the threat model by ``project``; whether it succeeded is for the
-    caller to judge.
-
-    Raises:
-        ValueError: for a setting with which it would be no attack, or not the one that its name says.
+    with every setting in it. A setting with which it would be no attack is a ``ValueError``.
     """
 
     seeded = False  # whether it draws random numbers, and so needs one seed per image

@@ -27,8 +27,7 @@ class Patches:
         config = getattr(model.model, "config", None)
         size = getattr(getattr(config, "vision_config", config), "patch_size", None)
         if size is None:
-            name = type(model.model).__name__
-            raise ValueError(f"{name} has no patches (no config.patch_size); PatchFool needs a ViT")
+            raise ValueError(f"{type(model.model).__name__} has no config.patch_size; PatchFool needs a ViT")
         height, width = (size, size) if isinstance(size, int) else size
         return cls(model, (height, width), (pixels.shape[2] // height, pixels.shape[3] // width))
 
@@ -43,10 +42,8 @@ class Patches:
             raise ValueError(f"{name} returns no attentions; PatchFool needs a ViT that does")
         batch, _, queries, keys = attentions[0].shape
         if batch != len(self.model.logits_of(outputs)) or queries != keys or keys < self.count:
-            raise ValueError(
-                f"{name} has attentions of shape {tuple(attentions[0].shape)} for {self.count} patches; PatchFool "
-                "needs global attention over all patches (ViT, DeiT, BEiT, DINOv2, CLIP, ...)"
-            )
+            shape = f"attentions of shape {tuple(attentions[0].shape)} for {self.count} patches"
+            raise ValueError(f"{name} has {shape}; PatchFool needs global attention over all patches, as ViT has")
         return [(a if a.dtype == torch.float64 else a.float())[..., -self.count :] for a in attentions]
 
     def mask(self, chosen: Tensor, pixels: Tensor) -> Tensor:
