@@ -166,6 +166,13 @@ def encoded_rows(count=130, change=lambda rows: None, names="ab"):
     return datasets.Dataset.from_list(rows, features=features)
 
 
+CHANGES = (
+    lambda rows: rows[0]["image"].update(bytes=rows[0]["image"]["bytes"] + b" "),
+    lambda rows: rows[5].update(label=0),
+    lambda rows: rows.insert(0, rows.pop(2)),
+)
+
+
 def tiny_png(colour):
     file = io.BytesIO()
     Image.new("RGB", (2, 2), (colour, 0, 0)).save(file, "PNG")
@@ -178,25 +185,13 @@ def print_of(rows, streamed):
     return ImageSet(rows, PREPROCESSING).content_fingerprint()
 
 
-def another_byte(rows):
-    rows[0]["image"]["bytes"] += b" "
-
-
-def another_label(rows):
-    rows[5]["label"] = 0
-
-
-def another_order(rows):
-    rows[:4] = [rows[2], rows[3], rows[0], rows[1]]
-
-
 @pytest.mark.parametrize("streamed", [False, True])
 def test_the_fingerprint_knows_contents_labels_and_order(streamed, tmp_path):
     known = print_of(encoded_rows(), streamed)
     assert re.fullmatch("[0-9a-f]{16}", known)
     assert print_of(encoded_rows(), streamed) == known
-    changes = [encoded_rows(change=change) for change in (another_byte, another_label, another_order)]
-    others = [print_of(rows, streamed) for rows in (*changes, encoded_rows(names="ba"))]
+    changed = [encoded_rows(change=change) for change in CHANGES]
+    others = [print_of(rows, streamed) for rows in (*changed, encoded_rows(names="ba"))]
     assert len({known, *others}) == 5
     fewer = print_of(encoded_rows().select(range(129)), streamed)
     assert (fewer == known) == streamed  # a stream's length is not known

@@ -110,15 +110,6 @@ def test_a_new_training_invalidates_its_measurements(whole, tmp_path):
     assert runner.finished(MEASUREMENTS[0]) is None
 
 
-def test_the_checkpoint_before_is_measured_without_training(whole):
-    before = Run("before")
-    measured = Measurement(before, PLAN[0], WHERE)
-    assert whole.do(before)
-    assert whole.do(measured)
-    assert whole.finished(before)["cost"] is None
-    assert (whole.correct(measured) != whole.correct(MEASUREMENTS[0])).any()
-
-
 def test_time_left_follows_the_speed_of_finished_tasks(whole):
     settings = whole.trainer_of(RUN, whole.folder / "x").args
     loads = [(task, work(task, lambda run: settings)) for task in (RUN, *MEASUREMENTS)]
