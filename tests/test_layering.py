@@ -59,6 +59,7 @@ ORDER = [
     "robustness.attacks.carlini_wagner",
     "robustness.attacks.patch_fool",
     "robustness.attacks.auto",
+    "robustness.attacks.transfer",
     "robustness.corruption_functions",
     "robustness.corruptions",
     "robustness.label_spaces",
