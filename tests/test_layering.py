@@ -35,6 +35,7 @@ ORDER = [
     "data.sources",
     "data.image_set",
     "data.image_stream",
+    "averaging",
     "linear.patch",
     "linear.layer_norm",
     "linear.attention",
