@@ -96,6 +96,7 @@ ORDER = [
     "training.events",
     "training.private_methods",
     "training.publishing",
+    "training.watch",
     "training.trainer",
     "invisible.images",
     "invisible.ownership",

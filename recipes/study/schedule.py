@@ -15,7 +15,12 @@ NOISE_STEPS = 225
 """Gradient steps per round that are assumed of Algorithm 1 (measured from A = 3 on a ViT of 1.2 M parameters)."""
 SPEED = 550.0
 """Forward passes of one image per second that are assumed until a task was timed."""
-_VIEWS = {"madry": ("adversarial",), "trades": ("clean", "divergent"), "plain": ("clean", "again")}
+_VIEWS = {
+    "madry": ("adversarial",),
+    "trades": ("clean", "divergent"),
+    "fast": ("clean", "fast"),
+    "plain": ("clean", "again"),
+}
 
 
 @dataclass
@@ -192,7 +197,7 @@ def work(task: Task, config_of: Callable[[Run], NullspaceConfig]) -> float:
     config: Any = config_of(task)  # its fields are set
     names = set(config.objective.split("+"))
     views = len({view for name in names for view in _VIEWS.get(name, ("clean", "other"))})
-    passes = 3 * views + 2 * config.attack_steps * len(names & {"madry", "trades"})
+    passes = 3 * views + 2 * config.attack_steps * len(names & {"madry", "trades"}) + 2 * len(names & {"fast"})
     each = 0
     if names & {"nullspace", "permuted"}:
         if config.noise_learner == "boundary":

@@ -13,12 +13,13 @@ from hf_nullspace.command_line import option
 from hf_nullspace.core.settings import check_choices, check_numbers, check_output_dir, fraction
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
-from hf_nullspace.training.adversarial import madry, trades
+from hf_nullspace.training.adversarial import fast, madry, trades
 from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, register_objective
 from hf_nullspace.training.preflight import RANGES, check_trackers
 
 register_objective("madry", madry)
 register_objective("trades", trades)
+register_objective("fast", fast)
 
 _PAPER: dict[str, Any] = {
     "rounds": 20,
@@ -91,7 +92,7 @@ class NullspaceConfig(TrainingArguments):
         "nullspace",
         "What a batch becomes: 'nullspace' (a second view with learned noise), the controls 'plain' (the "
         "same view twice), 'random' and 'permuted' (noise of the same influence), 'madry', 'trades' (adversarial "
-        "training), or several joined by '+'.",
+        "training), 'fast' (a clean view and one of a single attack step), or several joined by '+'.",
     )
     rounds: int = _preset("K: how often a new noise is learned.")
     steps_per_round: int = _preset("S: optimizer steps between two noises.")
@@ -115,8 +116,10 @@ class NullspaceConfig(TrainingArguments):
         512, "Training images per round that the noise is not learned on, but its influence measured."
     )
     noise_distribution: str = option("uniform", "Objective 'random': 'uniform' or 'normal' noise.")
-    attack_eps: str = option("8/255", "Objectives 'madry', 'trades': L-inf radius, for pixels in [0, 1].")
-    attack_step: str | None = option(None, "Objectives 'madry', 'trades': step of the attack; a quarter of attack_eps.")
+    attack_eps: str = option("8/255", "Adversarial objectives: L-inf radius, for pixels in [0, 1].")
+    attack_step: str | None = option(
+        None, "Adversarial objectives: step of the attack. Unset: a quarter of attack_eps; 'fast': 1.25 of it."
+    )
     attack_steps: int = option(10, "Objectives 'madry', 'trades': steps of the attack.")
     trades_beta: float = option(6.0, "Objective 'trades': weight of the divergence (beta).")
     ema_decay: float | None = option(

@@ -83,3 +83,16 @@ class EmaCallback(TrainerCallback):
     def _copy(self, values: list[torch.Tensor]) -> None:
         for parameter, value in zip(self._model.parameters(), values, strict=True):
             parameter.copy_(value)
+
+
+def average_of(model: PreTrainedModel, args: Any, *, whole: bool) -> EmaCallback | None:
+    """The average that ``args.ema_decay`` asks for; ``whole``: whether every process has a whole transformers model.
+
+    Raises:
+        ValueError: if an average is asked for, and not every process has.
+    """
+    if args.ema_decay is None:
+        return None
+    if not whole:
+        raise ValueError("ema_decay needs a whole transformers model per process: no FSDP, DeepSpeed or PEFT")
+    return EmaCallback(model, args.ema_decay, args.ema_from)
