@@ -44,6 +44,7 @@ _PAPER: dict[str, Any] = {
     "noise_bank_size": 1,
     "noise_mix": "one",
     "noise_warm_start": False,
+    "interpolate": False,
 }
 
 _DESCENT = _PAPER | {"noise_weight_decay": 0.0, "noise_stop_on": "held_out", "noise_on_limit": "rescale"}
@@ -124,6 +125,10 @@ class NullspaceConfig(TrainingArguments):
     )
     ema_from: str | None = option(
         None, "Folder or Hub id of weights that this average starts from. Unset: the model's own."
+    )
+
+    interpolate: bool = _preset(
+        "Afterwards go part of the way back: (1 - alpha) * checkpoint + alpha * fine-tuned, alpha by selection images."
     )
 
     learning_rate: float = _preset("Learning rate of the model.")
@@ -232,7 +237,7 @@ class NullspaceConfig(TrainingArguments):
         """Whether a round needs held-out images: to test epsilon on, or to scale a noise to it."""
         with_noise = {"nullspace", "random", "permuted"} & set(check_objective(self.objective))
         settings = self.noise_settings()
-        if isinstance(settings, NoiseSettings) and not settings.needs_held_out:
+        if isinstance(settings, NoiseSettings) and not settings.needs_held_out and not self.interpolate:
             with_noise -= {"nullspace"}
         return bool(with_noise)
 

@@ -21,7 +21,7 @@ from hf_nullspace.core.files import make_lasting, one_clear_error
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, config_of, unwrap
 from hf_nullspace.noise.artifact import NullspaceNoise, provenance_of
-from hf_nullspace.training import ema, objectives, publishing
+from hf_nullspace.training import ema, interpolation, objectives, publishing
 from hf_nullspace.training.checkpoints import checkpoint_to_resume, complete_checkpoint, load_weights
 from hf_nullspace.training.config import NullspaceConfig, changed, usable_config
 from hf_nullspace.training.events import RunEvents, check_loss, check_weights
@@ -70,6 +70,8 @@ class NullspaceTrainer(Trainer):
         self.history, self.cost = self.record.history, self.record.cost
         self.run: str | None = None
         """The identity of the run, for its checkpoints."""
+        self.selection: interpolation.Selection | None = None
+        """What ``args.interpolate`` goes back to, and the images that choose how far."""
         self._micro_step = (-1, 0)  # optimizer step, micro-batch within it
         self._in_trial: Any = None
         self._resumed: Path | None = None
@@ -86,12 +88,7 @@ class NullspaceTrainer(Trainer):
         self._is_plain = isinstance(self.model, PreTrainedModel) and not (
             self.is_fsdp_enabled or self.is_deepspeed_enabled
         )
-        self.ema: ema.EmaCallback | None = None
-        if args.ema_decay is not None:
-            if not self._is_plain:
-                raise ValueError("ema_decay needs a whole transformers model per process: no FSDP, DeepSpeed or PEFT")
-            self.ema = ema.EmaCallback(self.model, args.ema_decay, args.ema_from)
-            self.add_callback(self.ema)
+        self.ema = ema.average_of(self)
         self.add_callback(RunEvents(self))
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -252,6 +249,7 @@ class NullspaceTrainer(Trainer):
 
     def begin_run(self) -> None:
         """A training loop begins: from the start, also after out of memory; or from a checkpoint."""
+        interpolation.check(self)
         self.state.num_train_epochs = self._epochs
         self._micro_step = (-1, 0)
         self.record.start(self._resumed, self._run_folder, writes=self.args.should_save)
@@ -259,7 +257,8 @@ class NullspaceTrainer(Trainer):
             self.ema.start(self.model, self._resumed)
 
     def end_run(self) -> None:
-        """The training loop has ended: write its cost, delete a surplus checkpoint that a killed run has left."""
+        """The training loop has ended: go back, write the cost, delete a surplus checkpoint that a killed run left."""
+        interpolation.go_back(self, self._run_folder)
         self.cost.sync()
         if self.args.should_save:
             self.record.save_cost(self._run_folder)
