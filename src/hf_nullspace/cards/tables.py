@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from hf_nullspace.cards.run_folder import Report, RunFolder
+from hf_nullspace.cards.run_folder import CONTROLS, Report, RunFolder
 from hf_nullspace.core.text import cell, code, escape, table
 from hf_nullspace.noise.history import ENDINGS
 from hf_nullspace.robustness.attacks.base import readable
@@ -182,6 +182,8 @@ def settings_table(run: RunFolder) -> str:
         if training.get("ema_decay"):
             start = f", started from {shown['ema_from']}" if training.get("ema_from") else ""
             rows["averaged weights (EMA), in `ema/`"] = f"decay {shown['ema_decay']} per step{start}"
+    if run.interpolation:
+        rows["interpolated with the checkpoint"] = interpolated(run)
     if data:
         crop = data.get("crop_scale", 1)
         augmentation = [f"random crop of at least {crop:g} of the area"] if crop < 1 else []
@@ -204,6 +206,19 @@ def settings_table(run: RunFolder) -> str:
     if noise and training.get("noise_mix", "one") != "one":
         rows["noises of a round"] = "{noise_bank_size}, mixed by {noise_mix}".format(**_shown(training))
     return _table(["setting", "value"], rows.items()) if rows else ""
+
+
+def interpolated(run: RunFolder) -> str:
+    """Which alpha was chosen, from which, on which images; the control's alpha, too."""
+    found = run.interpolation
+    grid = ", ".join(f"{point['alpha']:g}" for point in found["alphas"])
+    text = (
+        f"alpha = {found['alpha']:g} (0 is the checkpoint, 1 the fine-tuned weights), chosen from {grid} on "
+        f"{found['count']} images ({found['images']}): {found['rule']}"
+    )
+    controls = {name: alpha for report in run.reports for name, alpha in report.context.get("alpha", {}).items()}
+    others = [f"{name} {controls[name]:g}" for name in CONTROLS if name in controls and name != run.objective]
+    return cell(f"{text}. The control by the same rule: {', '.join(others)}" if others else text)
 
 
 def _shown(values: Mapping[str, Any]) -> dict[str, str]:
