@@ -34,7 +34,7 @@ from hf_nullspace.robustness.report import terminal_table, write_report
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, evaluate
 from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
-from hf_nullspace.training.interpolation import GRID, Selection
+from hf_nullspace.training.interpolation import GRID, Selection, remarks_on
 from hf_nullspace.training.loading import (
     DataArguments,
     ModelArguments,
@@ -232,6 +232,7 @@ def run_all(
         results[f"{config.objective}, EMA"] = measure(output / "ema")
 
     # Report
+    remarks = ""
     if state.is_main_process:
         context = {
             "images": f"{data_args.dataset_name}, split {data_args.eval_split}, first {len(eval_set)}",
@@ -242,7 +243,8 @@ def run_all(
             places = {"plain": output / "control", config.objective: output, f"{config.objective}, EMA": output / "ema"}
             chosen = {name: read_json(places[name] / INTERPOLATION_NAME) for name in results if name in places}
             context["alpha"] = {name: each["alpha"] for name, each in chosen.items()}
-        paths = write_report(results, output, context=context)
+            remarks = remarks_on(chosen)
+        paths = write_report(results, output, context=context, remarks=remarks)
         if trainer.history:
             paths["noise"] = plot_history(trainer.history, config.epsilon, output / "noise.png")
         say("\n" + terminal_table(results) + "\n")

@@ -2,8 +2,13 @@
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import TrainerCallback, TrainingArguments
 
+from hf_nullspace.data.image_set import ImageSet
+from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.robustness.attacks.gradient import FGSM
+from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
@@ -31,6 +36,19 @@ class Images(torch.utils.data.Dataset):
 
     def set_epoch(self, epoch):
         self.key = ("epoch", epoch)
+
+
+CONDITIONS = [Clean(), Attacked(FGSM(4 / 255)), Corrupted("contrast", 3), Corrupted("contrast", 5)]
+"""What a tiny model can be measured under."""
+
+
+def pictures(count, labels=None, kind=ImageSet):
+    """Drawn images of 16 pixels as a set to measure on; the labels are drawn, too, unless they are given."""
+    random = np.random.default_rng(5)
+    labels = random.integers(5, size=count) if labels is None else labels
+    pixels = random.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    rows = [{"image": Image.fromarray(p), "label": int(label)} for p, label in zip(pixels, labels, strict=True)]
+    return kind(rows, Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16), None))
 
 
 class Recorder(torch.nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from hf_nullspace.cards.run_folder import CONTROLS, Report, RunFolder
+from hf_nullspace.cards.run_folder import Report, RunFolder
 from hf_nullspace.core.text import cell, code, escape, table
 from hf_nullspace.noise.history import ENDINGS
 from hf_nullspace.robustness.attacks.base import readable
@@ -209,16 +209,16 @@ def settings_table(run: RunFolder) -> str:
 
 
 def interpolated(run: RunFolder) -> str:
-    """Which alpha was chosen, from which, on which images; the control's alpha, too."""
+    """Which alpha was chosen, from which, on which images; and which for the report's other models."""
     found = run.interpolation
     grid = ", ".join(f"{point['alpha']:g}" for point in found["alphas"])
     text = (
         f"alpha = {found['alpha']:g} (0 is the checkpoint, 1 the fine-tuned weights), chosen from {grid} on "
         f"{found['count']} images ({found['images']}): {found['rule']}"
     )
-    controls = {name: alpha for report in run.reports for name, alpha in report.context.get("alpha", {}).items()}
-    others = [f"{name} {controls[name]:g}" for name in CONTROLS if name in controls and name != run.objective]
-    return cell(f"{text}. The control by the same rule: {', '.join(others)}" if others else text)
+    all_alphas = {name: alpha for report in run.reports for name, alpha in report.context.get("alpha", {}).items()}
+    others = [f"{name} {alpha:g}" for name, alpha in all_alphas.items() if name != run.objective]
+    return cell(f"{text}. By the same rule: {', '.join(others)}" if others else text)
 
 
 def _shown(values: Mapping[str, Any]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.files import one_clear_error, write_json
 from hf_nullspace.core.processes import rank_and_world_size
 from hf_nullspace.core.seeds import derive_seed
+from hf_nullspace.core.text import escape
 from hf_nullspace.data.image_set import ImageSet
 from hf_nullspace.models.frozen import frozen
 from hf_nullspace.noise.artifact import NullspaceNoise
@@ -31,6 +32,7 @@ from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.suite import Attacked, Batch, Clean, Condition, Corrupted, batches, gather, judge
 from hf_nullspace.training.ema import FOLDER as EMA
+from hf_nullspace.training.events import tell_epoch
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
 from hf_nullspace.training.rounds import as_noise
 
@@ -211,9 +213,22 @@ def plot(choice: Choice, path: Path) -> Path:
     least = 100 * choice.points[0].clean - KEPT_POINTS
     axes.axvline(least, color="black", linestyle="--", linewidth=1, label=f"checkpoint - {KEPT_POINTS:g} points")
     axes.set(xlabel="clean accuracy in %", ylabel="mean accuracy under attacks and corruptions in %")
+    axes.margins(x=0.1)  # room for the last name
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return save_png(figure, path)
+
+
+def remarks_on(chosen: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown for a report: what was chosen for each model (its interpolation.json), and the picture of the run's."""
+    first = next(iter(chosen.values()))
+    lines = [f"* {escape(name)}: {escape(each['chosen'])}" for name, each in chosen.items()]
+    return (
+        "\nThe weights are (1 - alpha) * checkpoint + alpha * fine-tuned. alpha is chosen on "
+        f"{first['count']} selection images ({escape(first['images'])}): {first['rule']}.\n\n"
+        + "\n".join(lines)
+        + f"\n\n![Accuracy against robustness on the selection images, a point per alpha]({INTERPOLATION_PLOT})\n"
+    )
 
 
 def check(trainer: Any) -> None:
@@ -271,6 +286,7 @@ def _scaled_again(trainer: Any) -> tuple[NullspaceNoise, ...]:
     """The noises of the last round with the influence epsilon on the weights of now, on the round's held-out images."""
     args, noises, number = trainer.args, trainer.noises, trainer.record.round
     images = args.stream_settings() | {"round": number, "input_name": trainer.input_name}
+    tell_epoch(trainer.train_dataset, trainer.state.epoch)  # a resumed run may have had no epoch left
     with own_randomness(derive_seed(images["seed"], number)), trainer.cost.during("noise"):
         held_out, _ = noise_stream(*trainer.training_rows(), **images)
         scaled = calibrate(
