@@ -182,7 +182,7 @@ def test_part_of_the_way_back_on_images_held_out_of_the_training_split(own, tmp_
 
 @pytest.mark.slow
 def test_killed_while_alpha_is_chosen_on_the_digits(tmp_path):
-    """Slow: three more runs of the digits recipe, one of them killed after its last checkpoint, before it has chosen."""
+    """Slow: three runs. One is killed after its last checkpoint, before it has chosen; the next goes on from there."""
     (tmp_path / "small.yaml").write_text(SMALL)
     words = ["--config", tmp_path / "small.yaml", "--interpolate", "true", "--learning_rate", "0.01"]
     call_recipe("finetune", *words, "--output_dir", tmp_path / "whole")
