@@ -15,7 +15,12 @@ NOISE_STEPS = 225
 """Gradient steps per round that are assumed of Algorithm 1 (measured from A = 3 on a ViT of 1.2 M parameters)."""
 SPEED = 550.0
 """Forward passes of one image per second that are assumed until a task was timed."""
-_VIEWS = {"madry": ("adversarial",), "trades": ("clean", "divergent"), "plain": ("clean", "again")}
+_VIEWS = {
+    "madry": ("adversarial",),
+    "trades": ("clean", "divergent"),
+    "plain": ("clean", "again"),
+    "fgm": ("clean", "fgm"),
+}
 
 
 @dataclass
