@@ -83,6 +83,8 @@ ORDER = [
     "training.rounds",
     "training.objectives",
     "training.adversarial",
+    "training.gradient_views",
+    "training.stages",
     "training.preflight",
     "training.config",
     "training.run_settings",

@@ -19,6 +19,7 @@ _VIEWS = {
     "madry": ("adversarial",),
     "trades": ("clean", "divergent"),
     "fast": ("clean", "fast"),
+    "fgm": ("clean", "fgm"),
     "plain": ("clean", "again"),
 }
 

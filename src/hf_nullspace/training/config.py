@@ -14,12 +14,14 @@ from hf_nullspace.core.settings import check_choices, check_numbers, check_outpu
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
 from hf_nullspace.training.adversarial import fast, madry, trades
+from hf_nullspace.training.gradient_views import fgm
 from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, register_objective
 from hf_nullspace.training.preflight import RANGES, check_trackers
 
 register_objective("madry", madry)
 register_objective("trades", trades)
 register_objective("fast", fast)
+register_objective("fgm", fgm)
 
 _PAPER: dict[str, Any] = {
     "rounds": 20,
@@ -93,7 +95,8 @@ class NullspaceConfig(TrainingArguments):
         "nullspace",
         "What a batch becomes: 'nullspace' (a second view with learned noise), the controls 'plain' (the "
         "same view twice), 'random' and 'permuted' (noise of the same influence), 'madry', 'trades' (adversarial "
-        "training), 'fast' (a clean view and one of a single attack step), or several joined by '+'.",
+        "training), 'fast' (a clean view and one of a single attack step), 'fgm' (noise along the gradient at the "
+        "patch embeddings), or several joined by '+'.",
     )
     rounds: int = _preset("K: how often a new noise is learned.")
     steps_per_round: int = _preset("S: optimizer steps between two noises.")
@@ -123,6 +126,9 @@ class NullspaceConfig(TrainingArguments):
     )
     attack_steps: int = option(10, "Objectives 'madry', 'trades': steps of the attack.")
     trades_beta: float = option(6.0, "Objective 'trades': weight of the divergence (beta).")
+    fgm_share: float = option(
+        0.03, "Objective 'fgm': L2 norm of the noise of an image, as a share of its patch embeddings' centred norm."
+    )
     ema_decay: float | None = option(
         None, "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."
     )
