@@ -80,6 +80,7 @@ ORDER = [
     "cards.staging",
     "training.rounds",
     "training.objectives",
+    "training.pyramid",
     "training.adversarial",
     "training.preflight",
     "training.config",

@@ -16,6 +16,8 @@ RANGES = {
     "held_out_images": "int [0, inf)",
     "trades_beta": "[0, inf)",
     "attack_steps": "int [1, inf)",
+    "pyramid_scales": "int [1, inf)",
+    "pyramid_multipliers": "[0, inf)",
     "ema_decay": "(0, 1)",
     "learning_rate": "[0, inf)",
     "weight_decay": "[0, inf)",
