@@ -164,13 +164,12 @@ def attack_settings(args: Any) -> dict[str, Any]:
 
 def pyramid_settings(args: Any) -> dict[str, Any]:
     """Scales and multipliers of the objective "pyramid". Raises a ValueError if they are not as many."""
-    scales, multipliers = tuple(args.pyramid_scales), tuple(args.pyramid_multipliers)
-    if not scales or len(scales) != len(multipliers):
-        raise ValueError(
-            f"pyramid_scales={list(scales)}, pyramid_multipliers={list(multipliers)}: expected one multiplier for each "
-            "scale, and a scale at least"
-        )
-    return {"scales": scales, "multipliers": multipliers}
+    found = {"scales": args.pyramid_scales, "multipliers": args.pyramid_multipliers}
+    lists = [value for value in found.values() if isinstance(value, list | tuple) and value]
+    if len(lists) < 2 or len(lists[0]) != len(lists[1]):
+        given = ", ".join(f"pyramid_{name}={value!r}" for name, value in found.items())
+        raise ValueError(f"{given}: expected two lists, with one multiplier for each scale")
+    return {name: tuple(value) for name, value in found.items()}
 
 
 def madry(args: Any) -> Objective:
