@@ -74,7 +74,7 @@ def soup(models: Sequence[Source], coefficients: Sequence[float] | None = None) 
     total = {name: value.double() * weights[0] for name, value in first.state_dict().items() if _averaged(value)}
     for place, (source, weight) in enumerate(zip(models[1:], weights[1:], strict=True), start=1):
         other = _loaded(source)
-        _check_same(first, other, f"{_called(source, place)} cannot be averaged with {_called(models[0], 0)}")
+        check_same(first, other, f"{_called(source, place)} cannot be averaged with {_called(models[0], 0)}")
         for name, value in other.state_dict().items():
             if _averaged(value):
                 total[name] += weight * value.to(total[name])
@@ -135,7 +135,8 @@ def _called(source: Source, place: int) -> str:
     return f"model {place + 1}" if isinstance(source, PreTrainedModel) else repr(str(source))
 
 
-def _check_same(first: PreTrainedModel, other: PreTrainedModel, failed: str) -> None:
+def check_same(first: PreTrainedModel, other: PreTrainedModel, failed: str) -> None:
+    """Raise NotAveragedError, beginning with ``failed``, if the two have no average; see :func:`soup`."""
     if type(other) is not type(first):
         raise NotAveragedError(f"{failed}: a {type(other).__name__} and a {type(first).__name__} differ in their parts")
     ours, theirs = first.state_dict(), other.state_dict()

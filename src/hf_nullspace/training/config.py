@@ -46,6 +46,7 @@ _PAPER: dict[str, Any] = {
     "noise_bank_size": 1,
     "noise_mix": "one",
     "noise_warm_start": False,
+    "interpolate": False,
 }
 
 _DESCENT = _PAPER | {"noise_weight_decay": 0.0, "noise_stop_on": "held_out", "noise_on_limit": "rescale"}
@@ -140,6 +141,10 @@ class NullspaceConfig(TrainingArguments):
     )
     ema_from: str | None = option(
         None, "Folder or Hub id of weights that this average starts from. Unset: the model's own."
+    )
+
+    interpolate: bool = _preset(
+        "Afterwards go part of the way back: (1 - alpha) * checkpoint + alpha * fine-tuned, alpha by selection images."
     )
 
     learning_rate: float = _preset("Learning rate of the model.")
@@ -248,7 +253,7 @@ class NullspaceConfig(TrainingArguments):
         """Whether a round needs held-out images: to test epsilon on, or to scale a noise to it."""
         with_noise = {"nullspace", "random", "permuted"} & set(check_objective(self.objective))
         settings = self.noise_settings()
-        if isinstance(settings, NoiseSettings) and not settings.needs_held_out:
+        if isinstance(settings, NoiseSettings) and not settings.needs_held_out and not self.interpolate:
             with_noise -= {"nullspace"}
         return bool(with_noise)
 
@@ -267,6 +272,7 @@ class NullspaceConfig(TrainingArguments):
     def stream_settings(self) -> dict[str, Any]:
         """How the images of a noise are drawn, for :func:`hf_nullspace.training.noise_stream.noise_stream`."""
         return {
+            "seed": self.seed if self.data_seed is None else self.data_seed,
             "batch_size": self.noise_batch_size,
             "held_out_images": self.held_out_images,
             "rank": self.process_index,

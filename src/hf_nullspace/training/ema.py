@@ -16,6 +16,17 @@ from hf_nullspace.training.checkpoints import load_weights
 FOLDER = "ema"
 
 
+def average_of(trainer: Any) -> "EmaCallback | None":
+    """The average that the trainer's settings ask for, as one of its callbacks; None if they ask for none."""
+    if trainer.args.ema_decay is None:
+        return None
+    if not trainer._is_plain:
+        raise ValueError("ema_decay needs a whole transformers model per process: no FSDP, DeepSpeed or PEFT")
+    average = EmaCallback(trainer.model, trainer.args.ema_decay, trainer.args.ema_from)
+    trainer.add_callback(average)
+    return average
+
+
 class EmaCallback(TrainerCallback):
     """Averaged weights w' = decay * w' + (1 - decay) * w after every optimizer step, from the weights at the start.
 
@@ -83,16 +94,3 @@ class EmaCallback(TrainerCallback):
     def _copy(self, values: list[torch.Tensor]) -> None:
         for parameter, value in zip(self._model.parameters(), values, strict=True):
             parameter.copy_(value)
-
-
-def average_of(model: PreTrainedModel, args: Any, *, whole: bool) -> EmaCallback | None:
-    """The average that ``args.ema_decay`` asks for; ``whole``: whether every process has a whole transformers model.
-
-    Raises:
-        ValueError: if an average is asked for, and not every process has.
-    """
-    if args.ema_decay is None:
-        return None
-    if not whole:
-        raise ValueError("ema_decay needs a whole transformers model per process: no FSDP, DeepSpeed or PEFT")
-    return EmaCallback(model, args.ema_decay, args.ema_from)

@@ -20,7 +20,7 @@ from hf_nullspace.core.files import make_lasting, one_clear_error
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, config_of, unwrap
 from hf_nullspace.noise.artifact import NullspaceNoise, provenance_of
-from hf_nullspace.training import ema, objectives, publishing
+from hf_nullspace.training import ema, interpolation, objectives, publishing
 from hf_nullspace.training.checkpoints import checkpoint_to_resume, complete_checkpoint, load_weights
 from hf_nullspace.training.config import NullspaceConfig, changed, usable_config
 from hf_nullspace.training.events import RunEvents, check_loss, check_weights
@@ -29,7 +29,7 @@ from hf_nullspace.training.preflight import check_images
 from hf_nullspace.training.private_methods import check_private_methods
 from hf_nullspace.training.record import RunRecord
 from hf_nullspace.training.rounds import Round, WithoutDDP, noise_progress
-from hf_nullspace.training.watch import watches
+from hf_nullspace.training.watch import add_watch
 
 check_private_methods()
 
@@ -68,8 +68,8 @@ class NullspaceTrainer(Trainer):
         self._hook: Any = None  # a PatchEmbeddingNoise, when there is a model
         self.record = RunRecord()
         self.history, self.cost = self.record.history, self.record.cost
-        self.run: str | None = None
-        """The identity of the run, for its checkpoints."""
+        self.run: str | None = None  # identity of the run, for its checkpoints
+        self.selection: interpolation.Selection | None = None  # what `interpolate` goes back to, and chooses by
         self._micro_step = (-1, 0)  # optimizer step, micro-batch within it
         self._in_trial: Any = None
         self._resumed: Path | None = None
@@ -86,10 +86,9 @@ class NullspaceTrainer(Trainer):
         self._is_plain = isinstance(self.model, PreTrainedModel) and not (
             self.is_fsdp_enabled or self.is_deepspeed_enabled
         )
-        self.ema = ema.average_of(self.model, args, whole=self._is_plain)
-        for callback in (self.ema, RunEvents(self), *watches(self, self._objective, self._preprocessing)):
-            if callback is not None:
-                self.add_callback(callback)
+        self.ema = ema.average_of(self)
+        self.add_callback(RunEvents(self))
+        add_watch(self, self._objective, self._preprocessing)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -177,11 +176,10 @@ class NullspaceTrainer(Trainer):
         """The objective makes the round's noises (lines 3 to 14), from a separate, seeded image stream."""
         assert self._objective.round_noise is not None
         args, step = self.args, self.state.global_step
-        seed = args.data_seed if args.data_seed is not None else args.seed
         images_at_once = self.get_total_train_batch_size(args) // (args.gradient_accumulation_steps * args.world_size)
         hidden = args.disable_tqdm or not self.is_local_process_zero()
-        title, round_seed = f"Noise {number + 1}/{args.rounds}", derive_seed(seed, number)
-        images = args.stream_settings() | {"seed": seed, "round": number, "input_name": self.input_name}
+        images = args.stream_settings() | {"round": number, "input_name": self.input_name}
+        title, round_seed = f"Noise {number + 1}/{args.rounds}", derive_seed(images["seed"], number)
         with (
             noise_progress(title, args.noise_max_steps, epsilon=args.epsilon, hidden=hidden) as on_step,
             own_randomness(round_seed),
@@ -253,6 +251,7 @@ class NullspaceTrainer(Trainer):
 
     def begin_run(self) -> None:
         """A training loop begins: from the start, also after out of memory; or from a checkpoint."""
+        interpolation.check(self)
         self.state.num_train_epochs = self._epochs
         self._micro_step = (-1, 0)
         self.record.start(self._resumed, self._run_folder, writes=self.args.should_save)
@@ -260,7 +259,8 @@ class NullspaceTrainer(Trainer):
             self.ema.start(self.model, self._resumed)
 
     def end_run(self) -> None:
-        """The training loop has ended: write its cost, delete a surplus checkpoint that a killed run has left."""
+        """The training loop has ended: go back, write the cost, delete a surplus checkpoint that a killed run left."""
+        interpolation.go_back(self, self._run_folder)
         self.cost.sync()
         if self.args.should_save:
             self.record.save_cost(self._run_folder)

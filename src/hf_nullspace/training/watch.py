@@ -86,12 +86,13 @@ class OverfittingWatch(TrainerCallback):
         return {name: number / max(count, 1) for name, number in zip(self._attacks, right_counts, strict=True)}
 
 
-def watches(trainer: Any, objective: Objective, preprocessing: Preprocessing | None) -> list[TrainerCallback]:
-    """What ``objective`` has to be watched with: nothing, if it does not train with a single attack step."""
+def add_watch(trainer: Any, objective: Objective, preprocessing: Preprocessing | None) -> None:
+    """Let ``trainer`` be watched, if ``objective`` trains with a single attack step."""
     parts = objective.parts if isinstance(objective, Sum) else [objective]
     attacks = [part.attack for part in parts if isinstance(part, BesideClean)]
-    single = [attack for attack in attacks if isinstance(attack, RandomStartFGSM)]
-    return [OverfittingWatch(trainer, attack, preprocessing) for attack in single if preprocessing is not None]
+    for attack in attacks:
+        if isinstance(attack, RandomStartFGSM) and preprocessing is not None:
+            trainer.add_callback(OverfittingWatch(trainer, attack, preprocessing))
 
 
 def overfitting(now: Mapping[str, float], start: Mapping[str, float]) -> str | None:
@@ -113,7 +114,6 @@ def _watched(data: Any, args: Any) -> list[Any]:
     """This process's rows of the watched images."""
     count = max(IMAGES, args.world_size)
     whole: dict[str, Any] = {"batch_size": count, "held_out_images": count, "num_workers": 0, "input_name": "rows"}
-    batches: Any = noise_stream(
-        data, lambda rows: {"rows": rows}, **args.stream_settings() | whole, seed=args.seed, round=0
-    )[0]
+    whole |= {"seed": args.seed, "round": 0}
+    batches: Any = noise_stream(data, lambda rows: {"rows": rows}, **args.stream_settings() | whole)[0]
     return [row for batch in batches for row in batch]
