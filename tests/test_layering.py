@@ -82,6 +82,7 @@ ORDER = [
     "cards.staging",
     "training.rounds",
     "training.objectives",
+    "training.pyramid",
     "training.adversarial",
     "training.gradient_views",
     "training.stages",

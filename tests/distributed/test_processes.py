@@ -32,7 +32,12 @@ LIMIT_S = 240
 
 N_D = 16 * 24  # patches x features of the tiny model
 
-RANDOM = {"objective": "random+madry+trades+fast+fgm", "epsilon": 0.005, "attack_steps": 2, "held_out_images": 21}
+RANDOM = {
+    "objective": "random+madry+trades+fast+pyramid+fgm",
+    "epsilon": 0.005,
+    "attack_steps": 2,
+    "held_out_images": 21,
+}
 BANK = {"preset": "boundary", "noise_max_steps": 5, "noise_pool_images": 14, "noises_at_once": 2, "noise_bank_size": 3,
         "noise_mix": "convex", "epsilon": 0.005}  # fmt: skip
 ADVERSARIAL = {"name": "adversarial", "pixels": True, "settings": RANDOM}
@@ -236,7 +241,7 @@ def test_attacks_and_controls_do_not_depend_on_processes_or_accumulation(one: La
         assert [entry["step"] for entry in other["watched"]] == [0, 2, 4, 6]
         assert other["watched"] == alone["watched"]
     assert alone["cost"]["stages"]["training"]["forward"] == 6 * 8 * 6
-    assert alone["cost"]["stages"]["attack"]["backward_to_input"] == 6 * 8 * (2 + 2 + 1)
+    assert alone["cost"]["stages"]["attack"]["backward_to_input"] == 6 * 8 * (2 + 2 + 1 + 2)
 
 
 def test_noises_learned_at_once_and_kept_do_not_depend_on_processes(one: Launch, two: Launch) -> None:
