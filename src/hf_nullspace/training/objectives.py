@@ -297,7 +297,7 @@ def mean_over_images(values: Tensor, labels: Tensor, count: Tensor | int | None)
 
 
 def images_of(count: Tensor | int | None, labels: Tensor) -> Any:
-    """The images in the Trainer's ``num_items_in_batch``, which counts each K times if labels are probabilities (B, K)."""
+    """The images in the Trainer's ``num_items_in_batch``: it counts an image K times whose label is K probabilities."""
     return count / labels.shape[1] if count is not None and labels.is_floating_point() and labels.dim() == 2 else count
 
 
