@@ -1,13 +1,20 @@
-"""torchvision for the tests, also beside the CPU build of torch, for which it has no wheel of its own."""
+"""torchvision for the tests, also beside the CPU build of torch, for which it has no wheel of its own.
+
+``python tests/torchvision_here.py recipes/finetune.py --augmentation augmix ...`` runs a recipe with it.
+"""
 
 import importlib.util
+import os
+import runpy
 import sys
 from pathlib import Path
 
 import torch
 
-FOLDER = Path(sys.prefix) / "vision"
-"""Where it may lie: ``.venv/bin/python -m pip install --no-deps --target .venv/vision torchvision``."""
+FOLDER = Path(os.environ.get("VISION_FOLDER", Path(sys.prefix) / "vision"))
+"""Where it may lie: ``.venv/bin/python -m pip install --no-deps --target .venv/vision torchvision==0.28.0``."""
+INSTALLED = importlib.util.find_spec("torchvision") is not None
+HERE = INSTALLED or FOLDER.is_dir()
 SCHEMAS = (  # as in torchvision/_meta_registrations.py of 0.28
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -26,9 +33,9 @@ def why_missing():
     A wheel that was built for CUDA registers no operator beside the CPU build, and then does not import: four of them
     are declared here, without a kernel. No transform calls them.
     """
-    if importlib.util.find_spec("torchvision") is None:
-        if not FOLDER.is_dir():
-            return f"torchvision is not installed, and {FOLDER.name}/ of the environment holds none"
+    if not HERE:
+        return f"torchvision is not installed, and {FOLDER.name}/ of the environment holds none"
+    if not INSTALLED and str(FOLDER) not in sys.path:
         from transformers.utils import is_torchvision_available
 
         is_torchvision_available()  # remembers that there is none: its image processors stay as in the other tests
@@ -43,3 +50,11 @@ def why_missing():
             _kept[0].define(schema)
         from torchvision.transforms import v2  # noqa: F401
     return None
+
+
+if __name__ == "__main__":
+    if why := why_missing():
+        raise SystemExit(why)
+    del sys.argv[0]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")

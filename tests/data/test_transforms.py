@@ -120,7 +120,7 @@ def test_mixing_is_the_formula_for_image_and_label(v2, rows, name):
     """Each image has a class of its own, so the probabilities name the partner, which is as it is in this epoch."""
     plain, dataset = image_set(rows, None), image_set(rows, name)
     shares, partners = [], []
-    for epoch in range(20):
+    for epoch in range(10):
         plain.set_epoch(epoch)
         dataset.set_epoch(epoch)
         for index in range(CLASSES):
@@ -135,11 +135,11 @@ def test_mixing_is_the_formula_for_image_and_label(v2, rows, name):
                 assert probabilities[index] == pytest.approx(share, abs=2e-6)
                 shares.append(share)
             partners.append(partner)
-    if name == "mixup":  # lambda is uniform: Beta(1, 1). Four standard errors of 220 draws are 0.08
-        assert np.mean(shares) == pytest.approx(0.5, abs=0.08)
+    if name == "mixup":  # lambda is uniform: Beta(1, 1). Four standard errors of 110 draws are 0.11
+        assert np.mean(shares) == pytest.approx(0.5, abs=0.11)
         assert np.std(shares) == pytest.approx(12**-0.5, abs=0.05)
     counts = np.bincount(partners, minlength=CLASSES)
-    assert counts.min() >= 3, "any image of the set: 20 +- 4 times"
+    assert counts.min() >= 1, "any image of the set: 10 +- 3 times"
 
 
 def test_of_mixup_and_cutmix_each_image_gets_one(v2, rows):
