@@ -30,6 +30,7 @@ ORDER = [
     "data.image_files",
     "data.fingerprints",
     "data.augmentation",
+    "data.transforms",
     "data.columns",
     "data.label_maps",
     "data.sources",

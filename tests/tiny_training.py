@@ -4,6 +4,10 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from hf_nullspace.data.augmentation import Augmentation
+from hf_nullspace.data.image_set import ImageSet
+from hf_nullspace.data.transforms import Transforms
+from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
@@ -31,6 +35,17 @@ class Images(torch.utils.data.Dataset):
 
     def set_epoch(self, epoch):
         self.key = ("epoch", epoch)
+
+
+def augmented(names, count=40):
+    """Images of the package's own data set, with crops, flips and the transforms ``names``; torchvision is needed."""
+    import torchvision_here
+
+    assert torchvision_here.why_missing() is None
+    random = np.random.default_rng(5)
+    rows = [{"image": random.integers(0, 256, (18, 20, 3), np.uint8), "label": i % 5} for i in range(count)]
+    processing = Preprocessing.from_processor(make_image_processor(16))
+    return ImageSet(rows, processing, augmentation=Augmentation(), transforms=Transforms(names), num_labels=5, seed=2)
 
 
 class Recorder(torch.nn.Module):
@@ -101,7 +116,7 @@ class RoundRecorder(TrainerCallback):
 
 def trained(folder, model=None, data=None, resume=False, **given):
     """A trainer after its run, or the rest of it from a checkpoint; in float64 unless model and data are given."""
-    names = ("callbacks", "compute_loss_func", "compute_metrics", "eval_dataset", "processing_class")
+    names = ("callbacks", "compute_loss_func", "compute_metrics", "data_collator", "eval_dataset", "processing_class")
     named = {name: given.pop(name) for name in names if name in given}
     data = data if data is not None else Images(dtype=torch.float64)
     model = model if model is not None else tiny_model().double()

@@ -27,7 +27,7 @@ from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
-from tiny_training import Images
+from tiny_training import Images, augmented
 
 IMAGES = 96
 SETTINGS: dict[str, Any] = {
@@ -98,7 +98,8 @@ def stream_of(dtype: torch.dtype, read: list[int]) -> Any:
 def collate_as(dtype: torch.dtype) -> Any:
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         pixel_values = torch.stack([torch.as_tensor(row["pixel_values"], dtype=torch.float64) for row in rows])
-        return {"pixel_values": pixel_values.to(dtype), "labels": torch.tensor([int(row["labels"]) for row in rows])}
+        labels = torch.utils.data.default_collate([row["labels"] for row in rows])
+        return {"pixel_values": pixel_values.to(dtype), "labels": labels}
 
     return collate
 
@@ -112,7 +113,9 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     read: list[int] = []
     dataset = stream_of(dtype, read) if case.get("streaming") else FixedImages(dtype, case.get("trouble"))
     pixels = case.get("pixels")  # images that were pixels in [0, 1], with the processor that normalised them
-    if pixels:
+    if pixels == "augmented":
+        dataset = augmented("augmix+mixup+cutmix", IMAGES)
+    elif pixels:
         dataset.pixel_values = 2 * dataset.pixel_values.sigmoid() - 1
     trainer = NullspaceTrainer(
         model,

@@ -21,6 +21,7 @@ import pytest
 import run_training
 import torch
 
+import torchvision_here
 from forked import start as fork
 from tiny_models import FAMILIES, tiny_model
 
@@ -49,6 +50,7 @@ BOTH: list[dict[str, Any]] = [
     {"name": "stream_dispatched", "streaming": True, "settings": {"objective": "plain"}},
     {"name": "ema", "evaluate": True, "settings": {"ema_decay": 0.9}},
     {"name": "bf16", "dtype": "float32", "settings": {"bf16": True}},
+    *([{"name": "augmented", "pixels": "augmented", "settings": RANDOM}] if torchvision_here.HERE else []),
 ]
 """On one process and on two."""
 BY_SHARDS = {"objective": "plain", "accelerator_config": {"dispatch_batches": False}}
@@ -242,6 +244,18 @@ def test_attacks_and_controls_do_not_depend_on_processes_or_accumulation(one: La
         assert other["watched"] == alone["watched"]
     assert alone["cost"]["stages"]["training"]["forward"] == 6 * 8 * 6
     assert alone["cost"]["stages"]["attack"]["backward_to_input"] == 6 * 8 * (2 + 2 + 1 + 2)
+
+
+@pytest.mark.skipif(not torchvision_here.HERE, reason="torchvision is not installed")
+def test_mixed_images_do_not_depend_on_processes(one: Launch, two: Launch) -> None:
+    """AugMix, mixup and CutMix: what is drawn, the attacks on mixed images, and the loss with class probabilities."""
+    alone, (first, second) = one.result("augmented"), two.results("augmented")
+    check_ranks_agree(first, second)
+    check_same_end(first, alone)
+    assert first["watched"] == alone["watched"]
+    ours, theirs = (without_seconds(run["cost"]["stages"].values()) for run in (first, alone))
+    assert ours == theirs
+    assert ours == without_seconds(one.result("adversarial")["cost"]["stages"].values()), "augmentation adds no pass"
 
 
 def test_noises_learned_at_once_and_kept_do_not_depend_on_processes(one: Launch, two: Launch) -> None:

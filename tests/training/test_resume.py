@@ -15,6 +15,7 @@ from run_for_resume import STEPS, run
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+import torchvision_here
 from forked import start
 from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
@@ -129,6 +130,16 @@ def test_with_ema(whole, tmp_path):
     assert_same(ours, theirs)
     assert_differs(ours, load_file(folder / "final" / "model.safetensors"))
     assert_same_end(whole_ema, whole)  # averaging changes nothing else
+
+
+@pytest.mark.skipif(not torchvision_here.HERE, reason="torchvision is not installed")
+@pytest.mark.slow
+def test_with_augmentation_also_on_workers(tmp_path):
+    """AugMix, mixup and CutMix, with an attack on mixed images; killed and resumed on two workers, and on none."""
+    given = {"augmentation": "augmix+mixup+cutmix", "objective": "nullspace+fast"}
+    whole, folder = undisturbed(tmp_path / "whole", **given), tmp_path / "run"
+    killed_and_resumed(folder, ("save", 8, "optimizer"), dataloader_num_workers=2, **given)
+    assert_same_end(folder, whole)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from hf_nullspace.core.files import (
 )
 from hf_nullspace.data.image_set import ImageSet, collate
 from hf_nullspace.training.loading import Classifier
+from hf_nullspace.training.objectives import view_loss
 
 BASE_RANGES = {"base_epochs": "(0, inf)", "base_learning_rate": "(0, inf)", "base_batch_size": "int [1, inf)"}
 """Of the options of the recipes that train one (:mod:`~hf_nullspace.core.settings`)."""
@@ -80,7 +81,14 @@ def train_base_model(
         )
         processor = classifier.image_processor
         trainer = Trainer(
-            classifier.model, args, train_dataset=train_set, data_collator=collate, processing_class=processor
+            classifier.model,
+            args,
+            train_dataset=train_set,
+            data_collator=collate,
+            processing_class=processor,
+            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: view_loss(
+                outputs.logits, labels, num_items_in_batch
+            ),  # the model's own loss takes no class probabilities
         )
         trainer.train()
         with one_clear_error(folder):

@@ -26,6 +26,7 @@ DISTRIBUTIONS: dict[str, Callable[..., Tensor]] = {"uniform": torch.rand, "norma
 """Distributions of the random control; the scale does not matter."""
 MIXES = ("one", "choice", "convex")
 """How a noise of the round is chosen for an image (:class:`NoisyView`)."""
+_ROUNDED = 0.01  # how far from 1 the sum of class probabilities may be that came in bfloat16
 _PERMUTATION = 1  # a separate random stream for permutations
 
 
@@ -45,7 +46,7 @@ class Batch:
     images: Tensor
     """``pixel_values`` (B, C, H, W)."""
     labels: Tensor
-    """(B,); -100 is ignored."""
+    """(B,), -100 is ignored; or class probabilities (B, K), of mixup and CutMix."""
     noises: Tensor | None
     """The round's noises (M, N, D), usually one, if the objective made any."""
     model: nn.Module
@@ -242,11 +243,14 @@ def view_loss(
 ) -> Tensor:
     """Cross-entropy of one view in at least float32: the sum over its images / ``count``, or their mean if ``None``.
 
-    ``loss_func`` is a user's ``compute_loss_func``, used instead of cross-entropy.
+    Labels are classes (B,) or their probabilities (B, K): -sum_k y_k log p_k. ``count`` is that of :func:`images_of`.
+    ``loss_func`` is a user's ``compute_loss_func``, used instead of cross-entropy, and told the same labels and count.
     """
+    count = images_of(count, labels)
     if loss_func is not None:
         return loss_func(ImageClassifierOutput(logits=logits), labels, num_items_in_batch=count)
     logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    labels = labels.to(logits.dtype) if labels.is_floating_point() else labels
     reduction = "mean" if count is None else "sum"
     loss = cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
     return loss if count is None else loss / count
@@ -254,9 +258,14 @@ def view_loss(
 
 def mean_over_images(values: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
     """The mean of one number per image (B,), without those labelled -100: the sum / ``count``, or / their number."""
-    counted = labels != -100
+    counted = labels != -100 if labels.dim() == 1 else labels.new_ones(len(labels), dtype=torch.bool)
     total = values.masked_fill(~counted, 0).sum()
-    return total / (counted.sum() if count is None else count)
+    return total / (counted.sum() if count is None else images_of(count, labels))
+
+
+def images_of(count: Tensor | int | None, labels: Tensor) -> Any:
+    """The images in the Trainer's ``num_items_in_batch``: it counts an image K times whose label is K probabilities."""
+    return count / labels.shape[1] if count is not None and labels.is_floating_point() and labels.dim() == 2 else count
 
 
 def known_preprocessing(objective: Objective, image_processor: Any, name: str) -> Preprocessing | None:
@@ -274,14 +283,16 @@ def known_preprocessing(objective: Objective, image_processor: Any, name: str) -
 def check_labels(inputs: Mapping[str, Any], model: nn.Module, *, soft: bool = False) -> None:
     """Raise a ValueError if there are no labels or one is none of the model's classes; -100 is ignored by the loss.
 
-    On a GPU such a label is an assertion in a kernel that names nothing and ends the process. ``soft``: the user has a
-    loss function, which may want other labels.
+    Class probabilities (B, K) of the model's K classes are labels, too. On a GPU a wrong label is an assertion in a
+    kernel that names nothing and ends the process. ``soft``: the user has a loss function, which may want others.
     """
     if "labels" not in inputs:
         raise ValueError(f"training rows have {sorted(inputs)} but no 'labels'; name the label column")
+    labels, classes = inputs["labels"], getattr(config_of(model), "num_labels", None)
+    if labels.is_floating_point() and labels.dim() == 2 and labels.shape[1] == (classes or labels.shape[1]):
+        soft = soft or bool((labels >= 0).all() and ((labels.sum(1) - 1).abs() < _ROUNDED).all())
     if soft:
         return
-    labels, classes = inputs["labels"], getattr(config_of(model), "num_labels", None)
     wrong = (labels < 0) & (labels != -100)
     if classes is not None:
         wrong |= labels >= classes
@@ -289,8 +300,8 @@ def check_labels(inputs: Mapping[str, Any], model: nn.Module, *, soft: bool = Fa
         shown = f"{labels.dtype} of shape {tuple(labels.shape)}" if not wrong.any() else str(labels[wrong].tolist()[:5])
         raise ValueError(
             f"labels {shown}: expected one whole number per image, in [0, {classes or 'number of classes'}) as the "
-            "model's head has it; map the labels of the data to the model's, or give the model a new head (and pass "
-            "compute_loss_func for soft labels)"
+            "model's head has it, or a probability for each class; map the labels of the data to the model's, or give "
+            "the model a new head (and pass compute_loss_func for other labels)"
         )
 
 
