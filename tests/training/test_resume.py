@@ -142,6 +142,19 @@ def test_with_augmentation_also_on_workers(tmp_path):
     assert_same_end(folder, whole)
 
 
+def test_killed_while_alpha_is_chosen(whole, tmp_path):
+    """The last of 24 images of the last of four conditions, three of which read them: the same choice, and all of it."""
+    given = {"interpolate": True, "save_total_limit": 1}
+    undisturbed_one, folder = undisturbed(tmp_path / "whole", **given), tmp_path / "run"
+    assert killed_and_resumed(folder, ("choice", 4 * 24 - 1), **given) == {f"checkpoint-{STEPS}"}
+    assert_same_end(folder, undisturbed_one)
+    for name in ("interpolation.json", "final/nullspace_noise.safetensors", "final/nullspace_noise.json"):
+        assert (folder / name).read_bytes() == (undisturbed_one / name).read_bytes()
+    # Nothing else is changed: the checkpoint has the fine-tuned weights, those of a run that does not go back.
+    last, plain = (load_file(f / f"checkpoint-{STEPS}" / "model.safetensors") for f in (folder, whole))
+    assert_same(last, plain)
+
+
 @pytest.mark.slow
 def test_killed_again_and_again(whole, tmp_path):
     """By a clock, wherever that is: also between the files of a checkpoint, or while an old one is deleted."""
