@@ -120,6 +120,7 @@ LABORATORY_ORDER = [
     "study.schedule",
     "study.report",
     "figures.setting",
+    "figures.signal",
     "figures.table_4",
     "figures.experiment",
     "figures.figure_2",
