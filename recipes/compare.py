@@ -3,9 +3,10 @@
     accelerate launch recipes/compare.py --config recipes/configs/study-digits.yaml
     accelerate launch recipes/compare.py --config recipes/configs/study-cifar10.yaml --max_minutes 30
 
-Every arm is an objective with its settings. First the learning rate of each is chosen on the selection images with one
-seed; then every arm is trained with every seed and measured on the report images, once. A study that was stopped goes
-on where it was. Writes results.json (with every image's outcome), .md and pictures.
+Every arm is an objective with its settings. First the learning rate of each, and how far its weights go from the
+checkpoint's (--alphas), are chosen on the selection images with one seed; then every arm is trained with every seed and
+measured on the report images, once. A study that was stopped goes on where it was. Writes results.json (with every
+image's outcome), .md and pictures.
 """
 
 import copy
@@ -79,7 +80,8 @@ def work_on(
             raise UsageError(f"{part.name} {part.first}:{part.stop}, but the test split has {len(test_set)} images")
 
     def config_of(one: Run, folder: Path) -> NullspaceConfig:
-        own = {"learning_rate": one.learning_rate, "seed": one.seed, "output_dir": str(folder)}
+        assert one.choice is not None
+        own = {"learning_rate": one.choice.learning_rate, "seed": one.seed, "output_dir": str(folder)}
         machine = {"bf16": args.bf16, "use_cpu": args.use_cpu, "report_to": "none", "disable_tqdm": True}
         try:
             return NullspaceConfig(**machine, **(training | dict(study.arms[one.arm].settings) | own))
@@ -100,7 +102,7 @@ def work_on(
             processing_class=classifier.image_processor,
         )
 
-    runs = study.report_runs(dict.fromkeys(study.arms, args.learning_rates[0]))[1:]
+    runs = study.report_runs(dict.fromkeys(study.arms, study.choices[0]))[1:]
     configs = [config_of(one, output / "base") for one in runs]
     images = images_of(args.seeds[0])
     for config in configs:

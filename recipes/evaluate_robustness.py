@@ -32,10 +32,10 @@ from hf_nullspace.models.loading import load_image_processor, load_model, load_m
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.checks import Check, run_checks
 from hf_nullspace.robustness.label_spaces import imagenet_columns
-from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.pixel_model import PixelModel, model_fingerprint
 from hf_nullspace.robustness.plans import BASE, OWN, Planned, lacks, load_plan
 from hf_nullspace.robustness.progress import Progress
-from hf_nullspace.robustness.records import Records, evaluate_resumably, images_fingerprint, model_fingerprint, some_of
+from hf_nullspace.robustness.records import Records, evaluate_resumably, images_fingerprint, some_of
 from hf_nullspace.robustness.report import terminal_table, write_report
 from hf_nullspace.robustness.sets import CIFAR10_C_IMAGES, SETS, MissingData, load_cifar10_c, load_set
 from hf_nullspace.robustness.suite import ConditionResult

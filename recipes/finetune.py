@@ -6,7 +6,9 @@
     accelerate launch recipes/finetune.py ... --push_to_hub true --hub_model_id ORG/NAME
 
 Writes to --output_dir: the model and its image processor, the noises, nullspace_history.json, and the measurements
-before and after (results.json, .md, .csv, .png). A run that was killed goes on where it was when started again.
+before and after (results.json, .md, .csv, .png). With --interpolate true the model is the part of the way from the
+checkpoint to the fine-tuned weights that selection images choose (interpolation.json, .png). A run that was killed goes
+on where it was when started again.
 """
 
 import copy
@@ -19,7 +21,7 @@ from transformers import AutoModelForImageClassification, set_seed
 
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
 from hf_nullspace.command_line import UsageError, option, parse, run
-from hf_nullspace.core.files import only_run_in
+from hf_nullspace.core.files import only_run_in, read_json
 from hf_nullspace.core.settings import check_numbers, fraction
 from hf_nullspace.core.uploads import check_ready
 from hf_nullspace.data.image_set import collate
@@ -31,6 +33,8 @@ from hf_nullspace.robustness.report import terminal_table, write_report
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, evaluate
 from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
+from hf_nullspace.training.interpolation import GRID, Selection
+from hf_nullspace.training.interpolation import NAME as INTERPOLATION
 from hf_nullspace.training.loading import (
     DataArguments,
     ModelArguments,
@@ -41,8 +45,12 @@ from hf_nullspace.training.loading import (
 )
 from hf_nullspace.training.preflight import check_images, disk_space_warning
 from hf_nullspace.training.run_settings import check_folder, claim_folder
+from hf_nullspace.training.selection import selection_images, selection_rows
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
+
+
+RANGES = {"max_eval_images": "int [1, inf)", "max_selection_images": "int [1, inf)", "interpolate_grid": "[0, 1]"}
 
 
 @dataclass
@@ -63,10 +71,18 @@ class FinetuneArguments:
         ["gaussian_noise", "contrast", "jpeg_compression"], "Corruptions that are generated to measure on."
     )
     severities: list[int] = option([3, 5], "Severities of the corruptions, 1 to 5.")
+    interpolate_grid: list[float] = option(
+        list(GRID),
+        "--interpolate: the alphas to try, shares of the way from the checkpoint (0) to the fine-tuning (1).",
+    )
+    selection_split: str | None = option(
+        None, "--interpolate: split that alpha is chosen on. Unset: a validation split, or held out of the training."
+    )
+    max_selection_images: int = option(1000, "--interpolate: choose on at most so many images.")
     overwrite: bool = option(False, "Delete an earlier run with other settings.")
 
     def __post_init__(self) -> None:
-        check_numbers(self, BASE_RANGES | {"max_eval_images": "int [1, inf)"})
+        check_numbers(self, BASE_RANGES | RANGES)
         self.conditions()  # raises on a name or a severity that does not exist
 
     def conditions(self) -> list[Condition]:
@@ -113,12 +129,30 @@ def run_all(
     with state.main_process_first():
         train_rows = load_rows(data_args, data_args.train_split, streaming=data_args.streaming)
         eval_rows = load_rows(data_args, data_args.eval_split, streaming=data_args.streaming)
+        if config.interpolate:
+            chosen_on = selection_rows(
+                data_args,
+                train_rows,
+                recipe.selection_split,
+                recipe.max_selection_images,
+                base_is_trained_here=model_args.model_name_or_path is None,
+            )
+            train_rows = chosen_on.rest
     set_seed(config.seed)
     classifier = load_classifier(model_args, train_rows, say)
     train_set = training_images(data_args, train_rows, classifier, config.seed)
     eval_set = evaluation_images(
         eval_rows, classifier, recipe.max_eval_images, skip_corrupt=data_args.skip_corrupt_images
     )
+    selection = None
+    if config.interpolate:
+        selection = Selection(
+            classifier.model,
+            selection_images(chosen_on, classifier, skip_corrupt=data_args.skip_corrupt_images),
+            conditions,
+            recipe.interpolate_grid,
+            chosen_on.note,
+        )
     if missing := [why for condition in conditions if (why := lacks(condition, eval_set))]:
         raise UsageError(f"{missing[0]}; or leave that condition out")
     if not data_args.streaming:
@@ -128,6 +162,8 @@ def run_all(
     contents = {"training images": train_set.content_fingerprint(), "test images": eval_set.content_fingerprint()}
     if classifier.weights is not None:
         contents["base weights"] = classifier.weights
+    if selection is not None:
+        contents["selection images"] = selection.images.content_fingerprint()
     with state.main_process_first():
         identity = claim_folder(output, settings, contents, overwrite=recipe.overwrite, say=say)
     if model_args.model_name_or_path is None:
@@ -169,13 +205,15 @@ def run_all(
             data_collator=collate,
             processing_class=classifier.image_processor,
         )
-        trainer.run = f"{identity}-{objective}"
+        trainer.run, trainer.selection = f"{identity}-{objective}", selection
         checkpoint = last_complete_checkpoint(folder, args.world_size, trainer.run)
         if checkpoint is not None:
             say(f"Going on from {checkpoint}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.save_model(_internal_call=True)  # not pushed: that comes when it has been measured
         trainer.accelerator.wait_for_everyone()
+        if selection is not None:
+            say(f"Interpolated ({objective}), {read_json(folder / INTERPOLATION)['chosen']}")
         return trainer
 
     say(f"Measuring before: {len(eval_set)} images, {len(conditions)} conditions")
@@ -200,6 +238,10 @@ def run_all(
             "settings": settings,
             "rounds": [{key: value for key, value in entry.items() if key != "trace"} for entry in trainer.history],
         }
+        if selection is not None:
+            places = {"plain": output / "control", config.objective: output, f"{config.objective}, EMA": output / "ema"}
+            chosen = {name: read_json(places[name] / INTERPOLATION) for name in results if name in places}
+            context["alpha"] = {name: each["alpha"] for name, each in chosen.items()}
         paths = write_report(results, output, context=context)
         if trainer.history:
             paths["noise"] = plot_history(trainer.history, config.epsilon, output / "noise.png")

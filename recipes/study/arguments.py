@@ -20,6 +20,12 @@ class CompareArguments:
     training: str = option("{}", "Fields of NullspaceConfig for all arms (mapping, or JSON).")
     seeds: list[int] = option([0, 1, 2], "Seeds of every arm; the first also chooses the learning rate.")
     learning_rates: list[float] = option([1e-4], "The grid that the learning rate of each arm is chosen from.")
+    alphas: list[float] = option(
+        [1.0], "The grid of shares of the way from the checkpoint to the tuned weights (WiSE-FT); 1 is the tuned model."
+    )
+    keep_clean: float | None = option(
+        None, "Choose among what loses at most so many points of clean accuracy on the selection images."
+    )
     conditions: list[str] = option(["clean"], "What is measured: entries as in a suite's YAML.")
     average: list[str] = option(
         ["clean", "FGSM(eps=1/255", "PGD(eps=1/255", "cells"],
@@ -52,7 +58,8 @@ class CompareArguments:
         check_numbers(
             self, BASE_RANGES | at_least_1 | seeds | {"learning_rates": "(0, inf)", "max_minutes": "[0, inf)"}
         )
+        check_numbers(self, {"alphas": "[0, 1]", "keep_clean": "[0, inf)"})
         check_output_dir(self.output_dir)
-        for name in ("seeds", "learning_rates", "only"):
+        for name in ("seeds", "learning_rates", "alphas", "only"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise UsageError(f"{name}={getattr(self, name)}: expected each once")

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,14 @@ import yaml
 
 from hf_nullspace.command_line import UsageError
 from hf_nullspace.robustness.plans import BASE, Planned, parse_entry
-from hf_nullspace.robustness.suite import Corrupted
+from hf_nullspace.robustness.suite import Clean, Corrupted
 from study.arguments import CompareArguments
 
 CELLS = "cells"
 """In an average: the mean over all generated corruption cells of the study."""
 BEFORE = "before"
 """The checkpoint that every run starts from, measured like an arm."""
+CLEAN = str(Clean())
 _OWN_KEYS = ("seeds", "learning_rate_of")
 
 
@@ -48,22 +49,42 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What is chosen for an arm: the learning rate, and the share of the way from the checkpoint to its weights."""
+
+    learning_rate: float
+    alpha: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.learning_rate:g}" + ("" if self.alpha == 1 else f", alpha {self.alpha:g}")
+
+
+@dataclass(frozen=True)
 class Run:
-    """One training: an arm, a learning rate, a seed. Or, without a rate, the checkpoint before."""
+    """One model: an arm, what was chosen for it, a seed. Or, without a choice, the checkpoint before.
+
+    With ``alpha`` below 1 it is the average of the checkpoint and of the weights of ``trained``.
+    """
 
     arm: str
-    learning_rate: float | None = None
+    choice: Choice | None = None
     seed: int | None = None
+
+    @property
+    def trained(self) -> "Run":
+        """The run with the fine-tuned weights as they are."""
+        return self if self.choice is None else replace(self, choice=replace(self.choice, alpha=1.0))
 
     @property
     def folder(self) -> str:
         """Where it lies, below the study's folder."""
-        if self.learning_rate is None:
+        if self.choice is None:
             return f"runs/{slug(self.arm)}"
-        return f"runs/{slug(self.arm)}/lr-{self.learning_rate:g}/seed-{self.seed}"
+        folder = f"runs/{slug(self.arm)}/lr-{self.choice.learning_rate:g}/seed-{self.seed}"
+        return folder if self.choice.alpha == 1 else f"{folder}/alpha-{self.choice.alpha:g}"
 
     def __str__(self) -> str:
-        return self.arm if self.learning_rate is None else f"{self.arm}, lr {self.learning_rate:g}, seed {self.seed}"
+        return self.arm if self.choice is None else f"{self.arm}, lr {self.choice}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -89,10 +110,13 @@ class Study:
 
     arms: Mapping[str, Arm]
     control: str
-    learning_rates: tuple[float, ...]
+    choices: tuple[Choice, ...]
+    """The grid of every arm: each learning rate with each alpha."""
+    keep_clean: float | None
+    """Of the grid only what loses at most so many points of clean accuracy on the selection images may be chosen."""
     plan: tuple[Planned, ...]
     average: Mapping[str, float]
-    """Condition -> weight, of the number that learning rates are chosen by and the study is judged by."""
+    """Condition -> weight, of the number that the grid is chosen by and the study is judged by."""
     groups: Mapping[str, Mapping[str, float]]
     """What the table shows: name -> condition -> weight; the average, every attack, the mean of the cells."""
     condition_seeds: Mapping[str, tuple[int, ...]]
@@ -112,14 +136,18 @@ class Study:
         ]
 
     def selecting(self) -> list[Arm]:
-        """The arms that get a learning rate of their own."""
+        """The arms that choose for themselves."""
         return [arm for arm in self.arms.values() if arm.learning_rate_of is None]
 
     def selection_runs(self) -> list[Run]:
-        """Every rate of every arm that chooses, with the arm's first seed; none if there is nothing to choose."""
+        """The grid of every arm that chooses, with the arm's first seed; none if there is nothing to choose.
+
+        The checkpoint is the first if its clean accuracy is to be kept.
+        """
         if self.selection is None:
             return []
-        return [Run(arm.name, rate, arm.seeds[0]) for arm in self.selecting() for rate in self.learning_rates]
+        before = [] if self.keep_clean is None else [Run(BEFORE)]
+        return before + [Run(arm.name, choice, arm.seeds[0]) for arm in self.selecting() for choice in self.choices]
 
     def selection_measurements(self, run: Run) -> list[Measurement]:
         """The conditions of the average, all on the same images: ``selection_limit`` of them, or the whole slice."""
@@ -127,8 +155,8 @@ class Study:
         plan = [Planned(BASE, p.condition, self.selection_limit) for p in self.plan if p.title in self.average]
         return [Measurement(run, planned, self.selection) for planned in plan]
 
-    def report_runs(self, chosen: Mapping[str, float]) -> list[Run]:
-        """The checkpoint before, and every arm with every seed, with the learning rates that were chosen.
+    def report_runs(self, chosen: Mapping[str, Choice]) -> list[Run]:
+        """The checkpoint before, and every arm with every seed, with what was chosen for it.
 
         Seed by seed, so that a study that is stopped has all arms with some seeds.
         """
@@ -139,11 +167,24 @@ class Study:
             if seed in arm.seeds
         ]
 
-    def chosen(self, averages: Mapping[str, Mapping[float, float]]) -> dict[str, float]:
-        """The best learning rate of each arm that chooses, by its average; of equals the first."""
+    def chosen(
+        self, averages: Mapping[str, Mapping[Choice, float]], lost: Mapping[str, Mapping[Choice, float]]
+    ) -> dict[str, Choice]:
+        """The choice of each arm with the best average; of equals the first.
+
+        ``lost`` are points of clean accuracy, arm -> choice. If all of an arm lose more than ``keep_clean``, it is the
+        one that loses least.
+        """
         if self.selection is None:
-            return {arm.name: self.learning_rates[0] for arm in self.selecting()}
-        return {arm.name: max(self.learning_rates, key=averages[arm.name].__getitem__) for arm in self.selecting()}
+            return {arm.name: self.choices[0] for arm in self.selecting()}
+        found = {}
+        for arm in self.selecting():
+            allowed = list(self.choices)
+            if self.keep_clean is not None:
+                most = max(self.keep_clean, min(lost[arm.name].values()))
+                allowed = [choice for choice in allowed if lost[arm.name][choice] <= most]
+            found[arm.name] = max(allowed, key=averages[arm.name].__getitem__)
+        return found
 
 
 def make_study(args: CompareArguments) -> Study:
@@ -153,8 +194,9 @@ def make_study(args: CompareArguments) -> Study:
         UsageError: if something is unknown or contradicts something else.
     """
     content = mapping_of("arms", args.arms)
-    if not content or not args.seeds or not args.learning_rates:
-        raise UsageError("a study needs arms, seeds and learning_rates: at least one of each")
+    if not content or not args.seeds or not args.learning_rates or not args.alphas:
+        raise UsageError("a study needs arms, seeds, learning_rates and alphas: at least one of each")
+    choices = tuple(Choice(rate, alpha) for rate in args.learning_rates for alpha in args.alphas)
     arms = {name: _arm(name, entry or {}, tuple(args.seeds)) for name, entry in content.items()}
     choosing = {name for name, arm in arms.items() if arm.learning_rate_of is None}
     if args.control not in choosing:
@@ -171,8 +213,9 @@ def make_study(args: CompareArguments) -> Study:
     cells = [planned.title for planned in plan if isinstance(planned.condition, Corrupted)]
     if not titles or len(set(titles)) < len(titles) or any(planned.images != BASE for planned in plan):
         raise UsageError(f"conditions {titles}: expected some, each once, all on the test images of the study")
-    if args.selection is None and len(args.learning_rates) > 1:
-        raise UsageError(f"learning_rates {list(args.learning_rates)}: choosing one needs a selection slice")
+    if args.selection is None and len(choices) > 1:
+        grid = f"learning_rates {list(args.learning_rates)}, alphas {list(args.alphas)}"
+        raise UsageError(f"{grid}: choosing one needs a selection slice")
     report = _slice("report", args.report)
     selection = None if args.selection is None else _slice("selection", args.selection)
     if selection is not None and report.first < selection.stop and selection.first < report.stop:
@@ -180,6 +223,8 @@ def make_study(args: CompareArguments) -> Study:
     weights = _weights(args.average, titles, cells)
     if limited := weights.keys() & condition_seeds.keys():
         raise UsageError(f"{', '.join(sorted(limited))}: in the average, so it is measured on every seed")
+    if args.keep_clean is not None and (CLEAN not in weights or selection is None):
+        raise UsageError(f"keep_clean={args.keep_clean}: expected a selection slice, and {CLEAN!r} in the average")
     if wrong := {seed for chosen in condition_seeds.values() for seed in chosen} - set(arms[args.control].seeds):
         raise UsageError(f"conditions with seeds {sorted(wrong)}, which the control {args.control!r} does not have")
     groups = {"average": weights} | {title: {title: 1.0} for title in titles if title not in cells}
@@ -188,7 +233,8 @@ def make_study(args: CompareArguments) -> Study:
     return Study(
         arms,
         args.control,
-        tuple(args.learning_rates),
+        choices,
+        args.keep_clean,
         plan,
         weights,
         groups,

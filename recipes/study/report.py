@@ -13,7 +13,7 @@ from hf_nullspace.core.files import write_json, write_text
 from hf_nullspace.core.text import cell, escape, short, with_interval
 from hf_nullspace.core.text import table as markdown_table
 from study.analysis import Results, differences, table
-from study.design import BEFORE
+from study.design import BEFORE, Choice
 
 
 def complete(content: dict[str, Any], *, resamples: int = 2000) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     groups, control = list(content["study"]["groups"]), content["study"]["control"]
     arms, between = list(content["table"]), content["between_arms"]
     seeds = Counter(run["arm"] for run in content["runs"])
-    rates = {run["arm"]: run["learning_rate"] for run in content["runs"]}
+    rates = {run["arm"]: Choice(run["learning_rate"], run.get("alpha", 1.0)) for run in content["runs"]}
     lines = []
 
     def add(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -99,7 +99,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     add(
         "Cost of one run, in forward passes of one image (a backward pass to the parameters is two).",
         ["arm", "learning rate", "all", "training steps", "attacks", "noises", "seconds"],
-        ([a, f"{rates[a]:g}", *(f"{cost[kind]:,.0f}" for kind in kinds)] for a, cost in content["cost"].items()),
+        ([a, str(rates[a]), *(f"{cost[kind]:,.0f}" for kind in kinds)] for a, cost in content["cost"].items()),
     )
     if content["power"] is not None:
         average = content["power"]["average"]

@@ -1,4 +1,4 @@
-"""The order of a study: select learning rates, write down what can be seen, report. And the time that is left."""
+"""The order of a study: choose on selection images, write down what can be seen, report. And the time that is left."""
 
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -8,14 +8,19 @@ from typing import Any, cast
 from hf_nullspace.robustness.records import Records, versions
 from hf_nullspace.training.config import NullspaceConfig
 from study.analysis import power
-from study.design import Measurement, Run, Study
+from study.design import BEFORE, CLEAN, Choice, Measurement, Run, Study
 from study.tasks import Runner, Task, run_of
 
 NOISE_STEPS = 225
 """Gradient steps per round that are assumed of Algorithm 1 (measured from A = 3 on a ViT of 1.2 M parameters)."""
 SPEED = 550.0
 """Forward passes of one image per second that are assumed until a task was timed."""
-_VIEWS = {"madry": ("adversarial",), "trades": ("clean", "divergent"), "plain": ("clean", "again")}
+_VIEWS = {
+    "madry": ("adversarial",),
+    "trades": ("clean", "divergent"),
+    "fast": ("clean", "fast"),
+    "plain": ("clean", "again"),
+}
 
 
 @dataclass
@@ -24,24 +29,26 @@ class Schedule:
 
     selection: list[Task]
     report: list[Task]
-    """Before the selection is finished, with a learning rate from the grid's middle."""
-    chosen: dict[str, float] | None
-    """Learning rates; None while the selection is not finished."""
+    """Before the selection is finished, with a choice from the grid's middle."""
+    chosen: dict[str, Choice] | None
+    """None while the selection is not finished."""
 
 
 def schedule_of(study: Study, runner: Runner) -> Schedule:
-    """The tasks; learning rates are chosen if the selection is finished."""
+    """The tasks; learning rates and alphas are chosen if the selection is finished."""
     selection = _tasks(study.selection_runs(), study.selection_measurements)
     done = all(runner.finished(task) for task in selection)
-    chosen = study.chosen(averages_of(study, runner)) if done else None
-    middle = study.learning_rates[len(study.learning_rates) // 2]
+    chosen = study.chosen(*averages_of(study, runner)) if done else None
+    middle = study.choices[len(study.choices) // 2]
     runs = study.report_runs(chosen or {arm.name: middle for arm in study.selecting()})
     return Schedule(selection, _tasks(runs, study.measurements), chosen)
 
 
 def _tasks(runs: Sequence[Run], measurements: Callable[[Run], Sequence[Measurement]]) -> list[Task]:
-    """Every run, followed by its measurements."""
-    return [task for run in runs for task in cast(list[Task], [run, *measurements(run)])]
+    """Every run after the one that trains its weights, and followed by its measurements."""
+    return list(
+        dict.fromkeys(task for run in runs for task in cast(list[Task], [run.trained, run, *measurements(run)]))
+    )
 
 
 def _correct(study: Study, runner: Runner, run: Run) -> dict[str, Any]:
@@ -49,15 +56,19 @@ def _correct(study: Study, runner: Runner, run: Run) -> dict[str, Any]:
     return {task.planned.title: runner.correct(task) for task in study.selection_measurements(run)}
 
 
-def averages_of(study: Study, runner: Runner) -> dict[str, dict[float, float]]:
-    """Arm -> learning rate -> average in % on the selection slice, which is finished."""
-    found: dict[str, dict[float, float]] = {}
+def averages_of(study: Study, runner: Runner) -> tuple[dict[str, dict[Choice, float]], dict[str, dict[Choice, float]]]:
+    """Arm -> choice -> average in %, and points of clean accuracy lost, on the selection slice, which is finished."""
+    averages: dict[str, dict[Choice, float]] = {}
+    lost: dict[str, dict[Choice, float]] = {}
+    clean = 0.0 if study.keep_clean is None else _correct(study, runner, Run(BEFORE))[CLEAN].mean()
     for run in study.selection_runs():
-        correct = _correct(study, runner, run)
-        average = float(sum(weight * correct[title].mean() for title, weight in study.average.items()))
-        assert run.learning_rate is not None
-        found.setdefault(run.arm, {})[run.learning_rate] = round(100 * average, 4)
-    return found
+        if run.choice is not None:
+            correct = _correct(study, runner, run)
+            average = float(sum(weight * correct[title].mean() for title, weight in study.average.items()))
+            averages.setdefault(run.arm, {})[run.choice] = round(100 * average, 4)
+            if study.keep_clean is not None:
+                lost.setdefault(run.arm, {})[run.choice] = round(100 * float(clean - correct[CLEAN].mean()), 4)
+    return averages, lost
 
 
 def work_through(
@@ -85,7 +96,7 @@ def work_through(
             if deadline is not None and time.monotonic() > deadline:
                 say(f"Time is up; {len(left) - number} tasks of this part are left. Start it again to go on")
                 return False
-            begin, title = time.perf_counter(), f"train {task}" if isinstance(task, Run) else task
+            begin, title = time.perf_counter(), f"{_verb(task)} {task}" if isinstance(task, Run) else task
             if not runner.do(task, deadline):
                 say(f"Time is up in the middle of: {title}. Start it again to go on from its last checkpoint")
                 return False
@@ -103,11 +114,22 @@ def work_through(
     return do(schedule.report) and all(runner.finished(task) for task in schedule.report)
 
 
-def selected(study: Study, runner: Runner, chosen: dict[str, float]) -> dict[str, Any]:
-    """Averages by learning rate, the chosen ones, and the power of the report."""
-    averages = averages_of(study, runner)
-    text_keys = {arm: {f"{rate:g}": value for rate, value in rates.items()} for arm, rates in averages.items()}
-    found: dict[str, Any] = {"averages": text_keys, "chosen": chosen, "power": None}
+def _verb(run: Run) -> str:
+    return "train" if run == run.trained else "average"
+
+
+def selected(study: Study, runner: Runner, chosen: dict[str, Choice]) -> dict[str, Any]:
+    """Averages over the grid, what is chosen, and the power of the report."""
+    averages, lost = averages_of(study, runner)
+    found: dict[str, Any] = {
+        "averages": _with_text_keys(averages),
+        "chosen": {arm: choice.learning_rate for arm, choice in chosen.items()},
+        "power": None,
+    }
+    if any(choice.alpha != 1 for choice in study.choices):
+        found["alphas"] = {arm: choice.alpha for arm, choice in chosen.items()}
+    if study.keep_clean is not None:
+        found["clean_lost"] = _with_text_keys(lost)
     if study.selection is not None and len(study.selecting()) > 1:
         runs = {arm.name: Run(arm.name, chosen[arm.name], arm.seeds[0]) for arm in study.selecting()}
         correct = {name: _correct(study, runner, run) for name, run in runs.items()}
@@ -115,6 +137,10 @@ def selected(study: Study, runner: Runner, chosen: dict[str, float]) -> dict[str
         control = correct.pop(study.control)
         found["power"] = power(control, correct, study.average, images)
     return found
+
+
+def _with_text_keys(found: dict[str, dict[Choice, float]]) -> dict[str, dict[str, float]]:
+    return {arm: {str(choice): value for choice, value in values.items()} for arm, values in found.items()}
 
 
 def content_of(study: Study, runner: Runner, described: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +152,10 @@ def content_of(study: Study, runner: Runner, described: dict[str, Any]) -> dict[
         trained = runner.finished(run)
         assert trained is not None
         records = {t.planned.title: record for t in study.measurements(run) if (record := runner.finished(t))}
-        entry: dict[str, Any] = {"arm": run.arm, "learning_rate": run.learning_rate, "seed": run.seed}
+        rate = None if run.choice is None else run.choice.learning_rate
+        entry: dict[str, Any] = {"arm": run.arm, "learning_rate": rate, "seed": run.seed}
+        if run.choice is not None and run != run.trained:
+            entry["alpha"] = run.choice.alpha
         entry |= {name: trained[name] for name in ("cost", "rounds", "weights")}
         entry["correct_bits"] = {title: record["correct_bits"] for title, record in records.items()}
         entry["seconds"] = round(sum(record["seconds"] for record in records.values()), 1)
@@ -139,7 +168,9 @@ def content_of(study: Study, runner: Runner, described: dict[str, Any]) -> dict[
         "study": {
             "arms": {arm.name: {**arm.settings, "seeds": list(arm.seeds)} for arm in study.arms.values()},
             "control": study.control,
-            "learning_rates": list(study.learning_rates),
+            "learning_rates": list(dict.fromkeys(choice.learning_rate for choice in study.choices)),
+            "alphas": list(dict.fromkeys(choice.alpha for choice in study.choices)),
+            "keep_clean": study.keep_clean,
             "conditions": {planned.title: planned.limit for planned in study.plan},
             "condition_seeds": {title: list(seeds) for title, seeds in study.condition_seeds.items()},
             "groups": {name: dict(weights) for name, weights in study.groups.items()},
@@ -148,7 +179,7 @@ def content_of(study: Study, runner: Runner, described: dict[str, Any]) -> dict[
             "selection_limit": study.selection_limit,
             "seed": study.seed,
         },
-        "selection": {"averages": selection["averages"], "chosen": selection["chosen"]},
+        "selection": {name: value for name, value in selection.items() if name != "power"},
         "power": selection["power"],
         "runs": runs,
     }
@@ -161,12 +192,12 @@ def work(task: Task, config_of: Callable[[Run], NullspaceConfig]) -> float:
     """Forward passes of one image that a task takes, roughly."""
     if isinstance(task, Measurement):
         return float(len(task.places) * task.planned.condition.cost)
-    if task.seed is None:
+    if task.seed is None or task != task.trained:
         return 0.0
     config: Any = config_of(task)  # its fields are set
     names = set(config.objective.split("+"))
     views = len({view for name in names for view in _VIEWS.get(name, ("clean", "other"))})
-    passes = 3 * views + 2 * config.attack_steps * len(names & {"madry", "trades"})
+    passes = 3 * views + 2 * config.attack_steps * len(names & {"madry", "trades"}) + 2 * len(names & {"fast"})
     each = 0
     if names & {"nullspace", "permuted"}:
         if config.noise_learner == "boundary":
@@ -203,11 +234,11 @@ def what_is_left(study: Study, runner: Runner, config_of: Callable[[Run], Nullsp
     loads = [(task, work(task, config_of)) for task in tasks]
     groups: dict[str, list[tuple[bool, float]]] = {}
     for task, load in loads:
-        name = f"train {task}" if isinstance(task, Run) else f"measure {task.run} ({task.slice.name})"
+        name = f"{_verb(task)} {task}" if isinstance(task, Run) else f"measure {task.run} ({task.slice.name})"
         groups.setdefault(name, []).append((runner.finished(task) is None, load))
     lines = []
     if schedule.chosen is None:
-        lines.append("The learning rates are not chosen yet; the report's are shown with the middle one")
+        lines.append("Nothing is chosen yet; the report is shown with the middle of the grid")
     for name, mine in groups.items():
         left = [load for is_left, load in mine if is_left]
         state = f"{len(mine) - len(left)} of {len(mine)} done, {sum(left):,.0f} passes left" if left else "finished"

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForImageClassification, PrinterCallback, TrainerCallback
 
+from hf_nullspace.averaging import interpolate
 from hf_nullspace.core.files import damaged_files, size_and_hash
 from hf_nullspace.noise.artifact import model_hash
 from hf_nullspace.robustness.pixel_model import PixelModel
@@ -29,7 +30,7 @@ _TRAINED = ("model.safetensors", "config.json", "preprocessor_config.json", "nul
 logger = logging.getLogger(__name__)
 
 Task = Run | Measurement
-"""A run is trained (the checkpoint before, which has no training, is only hashed), or measured."""
+"""A run is trained (or averaged; the checkpoint before is only hashed), or measured."""
 
 
 def run_of(task: Task) -> Run:
@@ -66,6 +67,8 @@ class Runner:
         trained = self._records(run).read(FINISHED)
         if trained is None or not self._files_are_whole(run, trained):
             return None
+        if run != run.trained and trained["of"] != (self.finished(run.trained) or {}).get("weights"):
+            return None  # the weights that it is an average of were trained again
         if isinstance(task, Run):
             return trained
         found = self._records(task).read(slug(task.planned.title))
@@ -107,7 +110,7 @@ class Runner:
         Raises:
             OtherRunError: naming the settings that differ.
         """
-        if run.seed is None:
+        if run.seed is None or run != run.trained:
             return
         folder = self.folder / run.folder
         settings = {"study": self.shared_settings, "training": self.trainer_of(run, folder).args.to_dict()}
@@ -131,6 +134,11 @@ class Runner:
             self._measure(task)
         elif task.seed is None:
             entry: dict[str, Any] = {"weights": model_hash(self.load_base()), "cost": None, "rounds": []}
+            self._records(task).write(FINISHED, entry)
+        elif task != task.trained:
+            tuned = self.finished(task.trained)
+            assert tuned is not None
+            entry = tuned | {"weights": model_hash(self._model(task).model), "of": tuned["weights"], "files": {}}
             self._records(task).write(FINISHED, entry)
         else:
             return self._train(task, deadline)
@@ -182,8 +190,10 @@ class Runner:
                 model = self.load_base()
             else:
                 model = AutoModelForImageClassification.from_pretrained(
-                    self.folder / run.folder, attn_implementation=self.attn_implementation
+                    self.folder / run.trained.folder, attn_implementation=self.attn_implementation
                 )
+                if run.choice is not None and run != run.trained:
+                    model = interpolate(self.load_base(), model, run.choice.alpha)
             preprocessing = self.store.preprocessing
             self._loaded = run, PixelModel(model.to(self.device).eval(), preprocessing.mean, preprocessing.std)
         return self._loaded[1]

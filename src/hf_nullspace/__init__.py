@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_nullspace.averaging import greedy_soup, interpolate, soup
     from hf_nullspace.hub.metric import metric_folder
     from hf_nullspace.linear.patch import PatchNullspace
     from hf_nullspace.models.patch_embedding import patch_embedding_noise
@@ -24,9 +25,12 @@ __all__ = [
     "NullspaceTrainer",
     "PatchNullspace",
     "__version__",
+    "greedy_soup",
+    "interpolate",
     "learn_noise",
     "metric_folder",
     "patch_embedding_noise",
+    "soup",
 ]
 
 _MODULES = {
@@ -35,9 +39,12 @@ _MODULES = {
     "NullspaceNoise": "hf_nullspace.noise.artifact",
     "NullspaceTrainer": "hf_nullspace.training.trainer",
     "PatchNullspace": "hf_nullspace.linear.patch",
+    "greedy_soup": "hf_nullspace.averaging",
+    "interpolate": "hf_nullspace.averaging",
     "learn_noise": "hf_nullspace.noise.algorithm1",
     "metric_folder": "hf_nullspace.hub.metric",
     "patch_embedding_noise": "hf_nullspace.models.patch_embedding",
+    "soup": "hf_nullspace.averaging",
 }
 
 

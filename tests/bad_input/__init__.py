@@ -69,6 +69,11 @@ def namespace(places, folder):
             setattr(other.config, name, value)
         return other
 
+    def with_head(classes):
+        other = tiny_model()
+        other.classifier = torch.nn.Linear(24, classes)
+        return other
+
     def metric(**given):
         module = library.load(
             hf_nullspace.metric_folder(), cache_dir=str(folder)
@@ -112,6 +117,7 @@ def namespace(places, folder):
         "resnet": tiny_resnet(),
         "bare": Bare(),
         "with_config": with_config,
+        "with_head": with_head,
         "pre": preprocessing,
         "images": images,
         "rgb": rgb,

@@ -141,6 +141,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "metrics": metrics,
         "messages": messages,
         "cost": trainer.cost.summary(),
+        "watched": [entry for entry in trainer.state.log_history if "fast/pgd_accuracy" in entry],
     }
 
 

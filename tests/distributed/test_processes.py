@@ -32,7 +32,7 @@ LIMIT_S = 240
 
 N_D = 16 * 24  # patches x features of the tiny model
 
-RANDOM = {"objective": "random+madry+trades", "epsilon": 0.005, "attack_steps": 2, "held_out_images": 21}
+RANDOM = {"objective": "random+madry+trades+fast", "epsilon": 0.005, "attack_steps": 2, "held_out_images": 21}
 BANK = {"preset": "boundary", "noise_max_steps": 5, "noise_pool_images": 14, "noises_at_once": 2, "noise_bank_size": 3,
         "noise_mix": "convex", "epsilon": 0.005}  # fmt: skip
 ADVERSARIAL = {"name": "adversarial", "pixels": True, "settings": RANDOM}
@@ -231,8 +231,10 @@ def test_attacks_and_controls_do_not_depend_on_processes_or_accumulation(one: La
         assert [entry["stopped"] for entry in other["history"]] == ["calibrated"] * 3
         ours, theirs = (without_seconds(run["cost"]["stages"].values()) for run in (other, alone))
         assert ours == theirs
-    assert alone["cost"]["stages"]["training"]["forward"] == 6 * 8 * 4
-    assert alone["cost"]["stages"]["attack"]["backward_to_input"] == 6 * 8 * 2 * 2
+        assert [entry["step"] for entry in other["watched"]] == [0, 2, 4, 6]
+        assert other["watched"] == alone["watched"]
+    assert alone["cost"]["stages"]["training"]["forward"] == 6 * 8 * 5
+    assert alone["cost"]["stages"]["attack"]["backward_to_input"] == 6 * 8 * (2 + 2 + 1)
 
 
 def test_noises_learned_at_once_and_kept_do_not_depend_on_processes(one: Launch, two: Launch) -> None:

@@ -77,22 +77,22 @@ def draw(kind, seed, step, count):
     return torch.stack(rows).double()
 
 
-def attack(pixels, start, loss_of):
-    """Three steps of eps / 4 that make ``loss_of(images)`` larger, within EPS of ``pixels``."""
+def attack(pixels, start, loss_of, steps=3, step=EPS / 4):
+    """Steps that make ``loss_of(images)`` larger, within EPS of ``pixels``."""
     adversarial = start.clamp(0, 1)
-    for _ in range(3):
+    for _ in range(steps):
         adversarial.requires_grad_()
         (gradient,) = torch.autograd.grad(loss_of(normalise(adversarial)), [adversarial])
-        moved = adversarial.detach() + EPS / 4 * gradient.sign()
+        moved = adversarial.detach() + step * gradient.sign()
         adversarial = (pixels + (moved - pixels).clamp(-EPS, EPS)).clamp(0, 1)
     return normalise(adversarial)
 
 
-def pgd(vit, x, y, seed, step):
+def pgd(vit, x, y, seed, t, **steps):
     """Madry's attack, from a uniform start."""
     pixels = denormalise(x)
-    start = pixels + EPS * (2 * draw(torch.rand, seed, step, len(x)) - 1)
-    return attack(pixels, start, lambda images: cross_entropy(logits_of(vit, images), y))
+    start = pixels + EPS * (2 * draw(torch.rand, seed, t, len(x)) - 1)
+    return attack(pixels, start, lambda images: cross_entropy(logits_of(vit, images), y), **steps)
 
 
 def divergence_pgd(vit, x, seed, step):
@@ -118,6 +118,16 @@ def agree(trainer, loss_of, tmp_path):
 def test_madry_is_the_loop_without_the_trainer(tmp_path):
     trainer = trained(tmp_path, objective="madry")
     agree(trainer, lambda vit, x, y, step: cross_entropy(logits_of(vit, pgd(vit, x, y, 42, step)), y), tmp_path)
+
+
+def fast_loss(vit, x, y, step):
+    """One step of 1.25 eps from a uniform start (Wong et al. 2020), beside the clean view."""
+    adversarial = pgd(vit, x, y, 42, step, steps=1, step=1.25 * EPS)
+    return cross_entropy(logits_of(vit, x), y) + cross_entropy(logits_of(vit, adversarial), y)
+
+
+def test_fast_is_the_loop_without_the_trainer(tmp_path):
+    agree(trained(tmp_path, objective="fast"), fast_loss, tmp_path)
 
 
 def trades_loss(vit, x, y, step):
@@ -282,7 +292,7 @@ def test_the_attack_leaves_nothing_behind(tmp_path):
 def test_bf16_trains(tmp_path):
     """Autocast keeps no copy of the weights from the frozen attack: the parameters get their gradients and move."""
     trainer = trained(
-        tmp_path, tiny_model(), Pictures(dtype=torch.float32), objective="nullspace+madry+trades", bf16=True
+        tmp_path, tiny_model(), Pictures(dtype=torch.float32), objective="nullspace+madry+trades+fast", bf16=True
     )
     before = parameters_of(tiny_model())
     moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
@@ -291,7 +301,13 @@ def test_bf16_trains(tmp_path):
 
 
 def test_resumed_within_a_run_it_ends_with_the_same_weights_and_cost(tmp_path):
-    given = {"objective": "permuted+trades", "epsilon": 0.003, "rounds": 3, "save_strategy": "steps", "save_steps": 3}
+    given = {
+        "objective": "permuted+trades+fast",
+        "epsilon": 0.003,
+        "rounds": 3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
     whole = trained(tmp_path / "run", **given)
     again = trained(tmp_path / "again", resume=tmp_path / "run" / "checkpoint-3", **given)
     assert again.state.global_step == whole.state.global_step == 6
@@ -323,7 +339,8 @@ class Passes(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "objective", ["plain", "nullspace", "random", "permuted", "madry", "trades", "nullspace+madry"]
+    "objective",
+    ["plain", "nullspace", "random", "permuted", "madry", "trades", "nullspace+madry", "fast", "random+fast"],
 )
 def test_the_cost_is_what_passes_through_the_model(tmp_path, objective):
     model = tiny_model().double()
@@ -334,12 +351,18 @@ def test_the_cost_is_what_passes_through_the_model(tmp_path, objective):
     assert cost["backward_to_parameters"] == passes.to_parameters
     assert cost["backward_to_input"] == passes.to_input
     assert cost["forward_equivalents"] == passes.forwards + passes.to_input + 2 * passes.to_parameters
-    views = {"madry": 1, "nullspace+madry": 3}.get(objective, 2)
+    views = {"madry": 1, "nullspace+madry": 3, "random+fast": 3}.get(objective, 2)
     assert (
         cost["stages"]["training"]["forward"] == cost["stages"]["training"]["backward_to_parameters"] == 4 * 8 * views
     )
-    attacked = {"madry": 3, "trades": 4, "nullspace+madry": 3}.get(objective, 0)
+    attacked = {"madry": 3, "trades": 4, "nullspace+madry": 3, "fast": 1, "random+fast": 1}.get(objective, 0)
     assert cost["stages"]["attack"]["forward"] == 4 * 8 * attacked
+    watched = cost["stages"]["watch"]["forward_equivalents"]
+    assert watched == (3 * 10 * (2 * 1 + 1 + 2 * 10 + 1) if "fast" in objective else 0), (
+        "3 times, a quarter of 40 images"
+    )
+    if objective == "fast":
+        assert cost["forward_equivalents"] - watched == 4 * 8 * 8, "8 per image, the price in docs/robustness.md"
     noise = [sum(entry["cost"][kind] for entry in trainer.history) for kind in ("forward", "backward_to_input")]
     assert [cost["stages"]["noise"][kind] for kind in ("forward", "backward_to_input")] == noise
     assert logged(trainer, "cost/forward_equivalents")[-1] == cost["forward_equivalents"]

@@ -202,7 +202,7 @@ class ImageSet(LabelledImages, torch.utils.data.Dataset[dict[str, Any]]):
 
     def part(self, limit: int) -> "ImageSet":
         """At most ``limit`` evenly spaced images; the protocol of their results says so."""
-        view = self._view(_evenly_spaced(len(self), limit))
+        view = self._view(evenly_spaced(len(self), limit))
         view.note = "; ".join(filter(None, (self.note, f"{len(view)} of {len(self)} images, evenly spaced")))
         return view
 
@@ -241,7 +241,7 @@ class ImageSet(LabelledImages, torch.utils.data.Dataset[dict[str, Any]]):
         described = [str(len(self.rows))]
         if self._labels is not None:
             described += [repr(class_names(self.rows)), hashlib.sha256(self._labels.tobytes()).hexdigest()]
-        sample = _evenly_spaced(len(self.rows), FINGERPRINT_ROWS)
+        sample = evenly_spaced(len(self.rows), FINGERPRINT_ROWS)
         return rows_fingerprint((self.rows[row] for row in sample), *described)
 
     @property
@@ -294,6 +294,6 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     }
 
 
-def _evenly_spaced(count: int, most: int) -> list[int]:
+def evenly_spaced(count: int, most: int) -> list[int]:
     """At most ``most`` of the places 0 to ``count`` - 1, the first and the last among them."""
     return sorted({round(place) for place in np.linspace(0, count - 1, min(most, count))})

@@ -49,8 +49,8 @@ def align_labels(class_names: Sequence[str] | None, config: Any, num_classes: in
     * ImageNet-1k as 1000 folders of WordNet ids, and a head in ImageNet order: kept.
     * Anything else: a new head.
     """
-    model_names = [str(config.id2label[index]) for index in range(len(config.id2label))]
-    placeholders = all(re.fullmatch(r"LABEL_\d+", name) for name in model_names)
+    model_names = _model_names(config)
+    placeholders = names_of_classes(config) is None
     if class_names is None:
         return _without_names(model_names, num_classes)
     names = list(class_names)
@@ -82,6 +82,16 @@ def align_labels(class_names: Sequence[str] | None, config: Any, num_classes: in
     else:
         reason = f"these names stand for more than one class: {_some(repeated)}"
     return _aligned(names, f"New classifier head for {len(names)} classes: {reason}.", new_head=True)
+
+
+def names_of_classes(config: Any) -> list[str] | None:
+    """The names of a model's classes, in its order; None if they are transformers' own, such as ``LABEL_0``."""
+    names = _model_names(config)
+    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def _model_names(config: Any) -> list[str]:
+    return [str(config.id2label[index]) for index in range(len(config.id2label))]
 
 
 def _without_names(model_names: list[str], num_classes: int | None) -> LabelAlignment:

@@ -65,6 +65,17 @@ def load_image_dataset(
     return rows
 
 
+def split_names(
+    name_or_path: str | os.PathLike[str],
+    *,
+    streaming: bool = False,
+    config_name: str | None = None,
+    revision: str | None = None,
+) -> list[str]:
+    """The splits of a set; the arguments, and what is raised, are those of :func:`load_image_dataset`."""
+    return list(_open(os.fspath(name_or_path), None, streaming, config_name, revision))
+
+
 def _open(name: str, split: str | None, streaming: bool, config_name: str | None, revision: str | None) -> Any:
     """One split as it lies there; all splits in a dict for None."""
     folder = Path(name).expanduser()

@@ -17,9 +17,8 @@ from hf_nullspace.data.sources import load_image_dataset
 from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import WEIGHTS_NAME, bank_file_name
-from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.pixel_model import PixelModel, model_fingerprint
 from hf_nullspace.robustness.plots import cell
-from hf_nullspace.robustness.records import model_fingerprint
 from hf_nullspace.robustness.suite import Clean, Condition, ConditionResult, Corrupted, evaluate
 from hf_nullspace.training.loading import Classifier, DataArguments, evaluation_images, load_rows
 

@@ -1,5 +1,6 @@
 """Pixels in, logits out: the only place where robustness measurements normalise."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,15 @@ class PixelModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+
+def model_fingerprint(model: PixelModel) -> str:
+    """A hash of every weight and buffer, the normalisation, and the order of the logits."""
+    digest = hashlib.sha256(repr((model.mean, model.std, model.columns)).encode())
+    for name, tensor in sorted(model.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def check_pixels(pixels: Tensor, *, channels: int) -> None:

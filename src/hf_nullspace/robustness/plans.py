@@ -18,6 +18,7 @@ from hf_nullspace.robustness.attacks.base import Attack
 from hf_nullspace.robustness.attacks.carlini_wagner import CW
 from hf_nullspace.robustness.attacks.gradient import FGSM, MIM, PGD
 from hf_nullspace.robustness.attacks.patch_fool import PatchFool
+from hf_nullspace.robustness.attacks.transfer import Transfer
 from hf_nullspace.robustness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from hf_nullspace.robustness.sets import SETS
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted
@@ -52,11 +53,11 @@ class Planned:
 def load_plan(suite: str) -> list[Planned]:
     """The plan of ``suite``: "quick", "standard", "paper", or a YAML file.
 
-    A plan has a list ``conditions``; an entry is ``clean``, or a mapping with ``attack`` (and its settings, such as
-    ``eps: 8/255``) or ``corruption`` and ``severity`` (one, a list, or ``all``), optionally ``set`` (default: the
-    user's own images) or ``dataset`` (another folder or Hub id of theirs), and ``limit``. An entry with ``set`` alone
-    measures that set as it is; ``set: imagenet-c`` and ``set: cifar10-c`` mean their 75 cells. Raises ``UsageError``
-    for anything else, naming the nearest valid word.
+    A plan has a list ``conditions``; an entry is ``clean``, or a mapping with ``attack`` (its settings, such as
+    ``eps: 8/255``, and perhaps ``source``, the model that it is made on) or ``corruption`` and ``severity`` (one, a
+    list, or ``all``), optionally ``set`` (default: the user's own images) or ``dataset`` (another folder or Hub id of
+    theirs), and ``limit``. An entry with ``set`` alone measures that set as it is; ``set: imagenet-c`` and
+    ``set: cifar10-c`` mean their 75 cells. Raises ``UsageError`` for anything else, naming the nearest valid word.
     """
     if suite in NAMED:
         content = yaml.safe_load(files("hf_nullspace.robustness").joinpath(f"suites/{suite}.yaml").read_bytes())
@@ -127,7 +128,10 @@ def choices(value: Any, everything: Iterable[Any]) -> list[Any]:
 
 
 def make_attack(name: Any, settings: Mapping[str, Any]) -> Attack:
-    """An attack from its name and settings as YAML gives them; "8/255" is a number."""
+    """An attack from its name and settings as YAML gives them; "8/255" is a number, ``source`` another model."""
+    if "source" in settings:
+        own = {key: value for key, value in settings.items() if key != "source"}
+        return Transfer(make_attack(name, own), str(settings["source"]))
     if not isinstance(name, str) or name not in ATTACKS:
         raise ValueError(f"unknown attack {name!r}{nearest(name, ATTACKS)}")
     kinds = get_type_hints(ATTACKS[name])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
@@ -21,7 +20,7 @@ from PIL import Image
 from hf_nullspace.core.files import DamagedFileError, read_json, write_json, write_whole
 from hf_nullspace.core.processes import rank_and_world_size
 from hf_nullspace.data.image_stream import Images, ImageStream
-from hf_nullspace.robustness.pixel_model import PixelModel
+from hf_nullspace.robustness.pixel_model import PixelModel, model_fingerprint
 from hf_nullspace.robustness.progress import Progress
 from hf_nullspace.robustness.suite import Attacked, Condition, ConditionResult, evaluate
 
@@ -125,15 +124,6 @@ class Records:
         """How many records belong to another checkpoint, protocol, data set or seed; they are never mixed in."""
         known = set(keys)
         return sum(p.stem not in known for p in self.folder.glob("*.json") if not p.stem.startswith("checks-"))
-
-
-def model_fingerprint(model: PixelModel) -> str:
-    """A hash of every weight and buffer, the normalisation, and the order of the logits."""
-    digest = hashlib.sha256(repr((model.mean, model.std, model.columns)).encode())
-    for name, tensor in sorted(model.model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def images_fingerprint(images: Images, *, sample: int = 64) -> str:

@@ -1,4 +1,4 @@
-"""Adversarial training, the baselines of table 2: Madry and TRADES, with the attack inside of every training step.
+"""Adversarial training, with the attack inside of every training step: Madry, TRADES (table 2), a single step ("fast").
 
 Attacks live in pixels in [0, 1]. While one runs, the model is in eval mode and frozen, and no noise is added to its
 embeddings; no parameter gets a gradient from it. Its random numbers depend on (seed, step, the image's place in the
@@ -52,8 +52,21 @@ class DivergencePGD(BoundedAttack):
         return adversarial
 
 
+@dataclass(frozen=True, repr=False)
+class RandomStartFGSM(PGD):
+    """One step along the sign of the gradient from a uniform start in the ball (Wong et al. 2020, algorithm 3).
+
+    L-inf; ``step`` (alpha) defaults to the paper's 1.25 eps, and the projection brings what is too far back to eps.
+    """
+
+    steps: int = 1
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"step": 1.25 * self.eps if self.step is None else self.step}
+
+
 class Adversarial(Objective):
-    """What both have in common: a view that an attack made."""
+    """What they have in common: a view that an attack made."""
 
     needs_pixels = True
 
@@ -77,6 +90,20 @@ class Madry(Adversarial):
 
     def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
         return batch.cross_entropy(logits["adversarial"])
+
+
+class BesideClean(Adversarial):
+    """CE(z, y) + CE(z_adv, y): the clean view and an adversarial one, which ``name`` names."""
+
+    def __init__(self, attack: Attack, name: str) -> None:
+        super().__init__(attack)
+        self.name = name
+
+    def views(self, batch: Batch) -> dict[str, View]:
+        return {"clean": View(batch.images), self.name: View(self.adversarial(batch))}
+
+    def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        return batch.cross_entropy(logits["clean"]) + batch.cross_entropy(logits[self.name])
 
 
 class Trades(Adversarial):
@@ -121,3 +148,8 @@ def madry(args: Any) -> Objective:
 def trades(args: Any) -> Objective:
     """``objective="trades"``, with the attack of the run's settings."""
     return Trades(DivergencePGD(**args.attack_settings()), args.trades_beta)
+
+
+def fast(args: Any) -> Objective:
+    """``objective="fast"``: a clean view, and one step of FGSM from a random start, at the radius of the settings."""
+    return BesideClean(RandomStartFGSM(**args.attack_settings() | {"steps": 1}), "fast")

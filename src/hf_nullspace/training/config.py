@@ -13,12 +13,13 @@ from hf_nullspace.command_line import option
 from hf_nullspace.core.settings import check_choices, check_numbers, check_output_dir, fraction
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
-from hf_nullspace.training.adversarial import madry, trades
+from hf_nullspace.training.adversarial import fast, madry, trades
 from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, register_objective
 from hf_nullspace.training.preflight import RANGES, check_trackers
 
 register_objective("madry", madry)
 register_objective("trades", trades)
+register_objective("fast", fast)
 
 _PAPER: dict[str, Any] = {
     "rounds": 20,
@@ -44,6 +45,7 @@ _PAPER: dict[str, Any] = {
     "noise_bank_size": 1,
     "noise_mix": "one",
     "noise_warm_start": False,
+    "interpolate": False,
 }
 
 _DESCENT = _PAPER | {"noise_weight_decay": 0.0, "noise_stop_on": "held_out", "noise_on_limit": "rescale"}
@@ -91,7 +93,7 @@ class NullspaceConfig(TrainingArguments):
         "nullspace",
         "What a batch becomes: 'nullspace' (a second view with learned noise), the controls 'plain' (the "
         "same view twice), 'random' and 'permuted' (noise of the same influence), 'madry', 'trades' (adversarial "
-        "training), or several joined by '+'.",
+        "training), 'fast' (a clean view and one of a single attack step), or several joined by '+'.",
     )
     rounds: int = _preset("K: how often a new noise is learned.")
     steps_per_round: int = _preset("S: optimizer steps between two noises.")
@@ -115,8 +117,10 @@ class NullspaceConfig(TrainingArguments):
         512, "Training images per round that the noise is not learned on, but its influence measured."
     )
     noise_distribution: str = option("uniform", "Objective 'random': 'uniform' or 'normal' noise.")
-    attack_eps: str = option("8/255", "Objectives 'madry', 'trades': L-inf radius, for pixels in [0, 1].")
-    attack_step: str | None = option(None, "Objectives 'madry', 'trades': step of the attack; a quarter of attack_eps.")
+    attack_eps: str = option("8/255", "Adversarial objectives: L-inf radius, for pixels in [0, 1].")
+    attack_step: str | None = option(
+        None, "Adversarial objectives: step of the attack. Unset: a quarter of attack_eps; 'fast': 1.25 of it."
+    )
     attack_steps: int = option(10, "Objectives 'madry', 'trades': steps of the attack.")
     trades_beta: float = option(6.0, "Objective 'trades': weight of the divergence (beta).")
     ema_decay: float | None = option(
@@ -124,6 +128,10 @@ class NullspaceConfig(TrainingArguments):
     )
     ema_from: str | None = option(
         None, "Folder or Hub id of weights that this average starts from. Unset: the model's own."
+    )
+
+    interpolate: bool = _preset(
+        "Afterwards go part of the way back: (1 - alpha) * checkpoint + alpha * fine-tuned, alpha by selection images."
     )
 
     learning_rate: float = _preset("Learning rate of the model.")
@@ -232,7 +240,7 @@ class NullspaceConfig(TrainingArguments):
         """Whether a round needs held-out images: to test epsilon on, or to scale a noise to it."""
         with_noise = {"nullspace", "random", "permuted"} & set(check_objective(self.objective))
         settings = self.noise_settings()
-        if isinstance(settings, NoiseSettings) and not settings.needs_held_out:
+        if isinstance(settings, NoiseSettings) and not settings.needs_held_out and not self.interpolate:
             with_noise -= {"nullspace"}
         return bool(with_noise)
 
@@ -268,6 +276,7 @@ class NullspaceConfig(TrainingArguments):
     def stream_settings(self) -> dict[str, Any]:
         """How the images of a noise are drawn, for :func:`hf_nullspace.training.noise_stream.noise_stream`."""
         return {
+            "seed": self.seed if self.data_seed is None else self.data_seed,
             "batch_size": self.noise_batch_size,
             "held_out_images": self.held_out_images,
             "rank": self.process_index,

@@ -1,8 +1,9 @@
 """What a run costs, in units that do not depend on the machine: passes of one image through the model.
 
 Counted where the model is called and where a gradient comes back to its logits, by stage: the training steps, the
-attacks inside of them, the making of the noises. A pass of one image counts once; a backward pass counts as "to the
-input" while the parameters are frozen (noises, attacks) and as "to the parameters" else.
+attacks inside of them, the making of the noises, what is watched beside them, the choice of alpha on selection images.
+A pass of one image counts once; a backward pass counts as "to the input" while the parameters are frozen (noises,
+attacks) and as "to the parameters" else.
 """
 
 import time
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from hf_nullspace.core.processes import rank_and_world_size
 
 NAME = "cost.json"
-STAGES = ("training", "attack", "noise")
+STAGES = ("training", "attack", "noise", "watch", "selection")
 KINDS = ("forward", "backward_to_input", "backward_to_parameters")
 WEIGHTS = {"forward": 1, "backward_to_input": 1, "backward_to_parameters": 2}
 """Multiplications of each pass in units of a forward pass: each linear map runs once forward, once to hand the gradient

@@ -16,6 +16,17 @@ from hf_nullspace.training.checkpoints import load_weights
 FOLDER = "ema"
 
 
+def average_of(trainer: Any) -> "EmaCallback | None":
+    """The average that the trainer's settings ask for, as one of its callbacks; None if they ask for none."""
+    if trainer.args.ema_decay is None:
+        return None
+    if not trainer._is_plain:
+        raise ValueError("ema_decay needs a whole transformers model per process: no FSDP, DeepSpeed or PEFT")
+    average = EmaCallback(trainer.model, trainer.args.ema_decay, trainer.args.ema_from)
+    trainer.add_callback(average)
+    return average
+
+
 class EmaCallback(TrainerCallback):
     """Averaged weights w' = decay * w' + (1 - decay) * w after every optimizer step, from the weights at the start.
 

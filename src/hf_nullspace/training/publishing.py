@@ -27,6 +27,8 @@ from hf_nullspace.core.uploads import files_to_push, left_behind, open_repositor
 from hf_nullspace.noise.artifact import CONFIG_NAME, WEIGHTS_NAME
 from hf_nullspace.training.checkpoints import HISTORY_NAME, NOISES
 from hf_nullspace.training.ema import FOLDER as EMA
+from hf_nullspace.training.interpolation import NAME as INTERPOLATION_NAME
+from hf_nullspace.training.interpolation import PICTURE
 from hf_nullspace.training.run_settings import SETTINGS_NAME
 
 logger = logging.getLogger(__name__)
@@ -35,10 +37,11 @@ _MODEL = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model
           "adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json",
           "processor_config.json")  # fmt: skip
 _REPORT = ("results.json", "results.md", "results.csv", "results.png", *PLOTS)
+_CHOICE = (INTERPOLATION_NAME, PICTURE)
 PUBLISHED = (
     *_MODEL, *(f"{EMA}/{name}" for name in _MODEL), WEIGHTS_NAME, CONFIG_NAME, f"{NOISES}/round-*.safetensors",
     HISTORY_NAME, COST_NAME, SETTINGS_NAME, *_REPORT, *(f"robustness/{name}" for name in _REPORT), NOISE_PLOT,
-    CARD_NAME, f"{EVAL_RESULTS}/*.yaml",
+    *_CHOICE, *(f"{EMA}/{name}" for name in _CHOICE), CARD_NAME, f"{EVAL_RESULTS}/*.yaml",
     "all_results.json", "train_results.json", "eval_results.json", "trainer_state.json",  # the Trainer's, if asked
 )  # fmt: skip
 """What a run writes and a push takes; nothing else of its folder is pushed."""

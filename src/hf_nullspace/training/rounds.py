@@ -104,7 +104,7 @@ class Round:
         if not kept:
             return ()
         scaled = self._calibrated([noise.tensor for noise in kept], _LARGEST)
-        return tuple(self._noise(each, noise.provenance, noise.grid) for noise, each in zip(kept, scaled, strict=True))
+        return tuple(as_noise(each, noise.provenance, noise.grid) for noise, each in zip(kept, scaled, strict=True))
 
     def _calibrated(self, directions: Sequence[Tensor], largest: float = math.inf) -> list[Calibrated]:
         epsilon = self.settings.epsilon
@@ -112,15 +112,6 @@ class Round:
             raise ValueError("epsilon is not set; a noise is scaled to an influence: set epsilon")
         options: dict[str, Any] = {"hook": self.hook, "chunk_size": self.chunk_size, "largest": largest}
         return calibrate(self.model, directions, epsilon, self.held_out, **options)
-
-    @staticmethod
-    def _noise(scaled: Calibrated, known: NoiseProvenance, grid: tuple[int, int]) -> NullspaceNoise:
-        measured: dict[str, Any] = {
-            "influence": scaled.influence,
-            "influence_images": scaled.images,
-            "stopped": scaled.ended,
-        }
-        return NullspaceNoise(scaled.noise.detach().cpu(), grid, replace(known, **measured))
 
     def scale_to_epsilon(
         self, directions: Sequence[Tensor], origin: str, history: NoiseHistory | None = None
@@ -146,8 +137,18 @@ class Round:
         noises = []
         for scaled in found:
             settings = {"made": origin, "factor": scaled.factor, "evaluations": scaled.evaluations}
-            noises.append(self._noise(scaled, replace(known, settings=settings), self.shape.grid))
+            noises.append(as_noise(scaled, replace(known, settings=settings), self.shape.grid))
         return RoundNoises(tuple(noises), history)
+
+
+def as_noise(scaled: Calibrated, known: NoiseProvenance, grid: tuple[int, int]) -> NullspaceNoise:
+    """What was scaled, with what is ``known`` of it and what was measured."""
+    measured: dict[str, Any] = {
+        "influence": scaled.influence,
+        "influence_images": scaled.images,
+        "stopped": scaled.ended,
+    }
+    return NullspaceNoise(scaled.noise.detach().cpu(), grid, replace(known, **measured))
 
 
 class WithoutDDP:

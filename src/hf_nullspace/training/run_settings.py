@@ -43,6 +43,7 @@ WRITTEN = (
     "cost.json",
     "results.*",
     "noise.png",
+    "interpolation.*",
     "robustness",
     SETTINGS_NAME,
 )

@@ -6,7 +6,6 @@ other views, and may have no noise.
 """
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from hf_nullspace.core.files import make_lasting, one_clear_error
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, config_of, unwrap
 from hf_nullspace.noise.artifact import NullspaceNoise, provenance_of
-from hf_nullspace.training import ema, objectives, publishing
+from hf_nullspace.training import ema, interpolation, objectives, publishing
 from hf_nullspace.training.checkpoints import checkpoint_to_resume, complete_checkpoint, load_weights
 from hf_nullspace.training.config import NullspaceConfig, changed, usable_config
 from hf_nullspace.training.events import RunEvents, check_loss, check_weights
@@ -30,6 +29,7 @@ from hf_nullspace.training.preflight import check_images
 from hf_nullspace.training.private_methods import check_private_methods
 from hf_nullspace.training.record import RunRecord
 from hf_nullspace.training.rounds import Round, WithoutDDP, noise_progress
+from hf_nullspace.training.watch import add_watch
 
 check_private_methods()
 
@@ -68,8 +68,8 @@ class NullspaceTrainer(Trainer):
         self._hook: Any = None  # a PatchEmbeddingNoise, when there is a model
         self.record = RunRecord()
         self.history, self.cost = self.record.history, self.record.cost
-        self.run: str | None = None
-        """The identity of the run, for its checkpoints."""
+        self.run: str | None = None  # identity of the run, for its checkpoints
+        self.selection: interpolation.Selection | None = None  # what `interpolate` goes back to, and chooses by
         self._micro_step = (-1, 0)  # optimizer step, micro-batch within it
         self._in_trial: Any = None
         self._resumed: Path | None = None
@@ -86,13 +86,9 @@ class NullspaceTrainer(Trainer):
         self._is_plain = isinstance(self.model, PreTrainedModel) and not (
             self.is_fsdp_enabled or self.is_deepspeed_enabled
         )
-        self.ema: ema.EmaCallback | None = None
-        if args.ema_decay is not None:
-            if not self._is_plain:
-                raise ValueError("ema_decay needs a whole transformers model per process: no FSDP, DeepSpeed or PEFT")
-            self.ema = ema.EmaCallback(self.model, args.ema_decay, args.ema_from)
-            self.add_callback(self.ema)
+        self.ema = ema.average_of(self)
         self.add_callback(RunEvents(self))
+        add_watch(self, self._objective, self._preprocessing)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -105,7 +101,7 @@ class NullspaceTrainer(Trainer):
         if self._hook is not None:
             self._hook.remove()
         self._hook = PatchEmbeddingNoise(model, self._patch_embedding)
-        self._input_name = getattr(unwrap(model), "main_input_name", "pixel_values")
+        self.input_name = getattr(unwrap(model), "main_input_name", "pixel_values")
 
     @property
     def noise(self) -> NullspaceNoise | None:
@@ -142,12 +138,12 @@ class NullspaceTrainer(Trainer):
         """Training: the objective's loss over its views (line 19). Evaluation: the Trainer's."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels, name = inputs["labels"], self._input_name
+        labels, name = inputs["labels"], self.input_name
         batch = objectives.Batch(
             images=inputs[name],
             labels=labels,
             noises=torch.cat([noise.tensor for noise in self.noises]) if self.noises else None,
-            model=self.cost.counted(self._without_ddp(model)),
+            model=self.asked(model),
             cross_entropy=lambda logits: objectives.view_loss(
                 logits, labels, num_items_in_batch, self.args.label_smoothing_factor, self.compute_loss_func
             ),
@@ -170,16 +166,20 @@ class NullspaceTrainer(Trainer):
         first = (micro * self.args.world_size + self.args.process_index) * count
         return [derive_seed(self.args.seed, max(step, 0), first + index) for index in range(count)]
 
+    def asked(self, model: nn.Module) -> nn.Module:
+        """``model`` for passes that train nothing: without DDP, and counted."""
+        return self.cost.counted(self._without_ddp(model))
+
     # ---- a round
 
     def _begin_round(self, model: nn.Module, number: int) -> None:
         """The objective makes the round's noises (lines 3 to 14), from a separate, seeded image stream."""
         assert self._objective.round_noise is not None
         args, step = self.args, self.state.global_step
-        seed = args.data_seed if args.data_seed is not None else args.seed
         images_at_once = self.get_total_train_batch_size(args) // (args.gradient_accumulation_steps * args.world_size)
         hidden = args.disable_tqdm or not self.is_local_process_zero()
-        title, round_seed = f"Noise {number + 1}/{args.rounds}", derive_seed(seed, number)
+        images = args.stream_settings() | {"round": number, "input_name": self.input_name}
+        title, round_seed = f"Noise {number + 1}/{args.rounds}", derive_seed(images["seed"], number)
         with (
             noise_progress(title, args.noise_max_steps, epsilon=args.epsilon, hidden=hidden) as on_step,
             own_randomness(round_seed),
@@ -189,9 +189,9 @@ class NullspaceTrainer(Trainer):
                 number=number,
                 seed=round_seed,
                 settings=args.noise_settings(),
-                model=self.cost.counted(self._without_ddp(model)),
+                model=self.asked(model),
                 hook=self._hook,
-                stream=partial(self._noise_images, seed, number),
+                stream=lambda: noise_stream(*self.training_rows(), **images),
                 known=lambda: replace(
                     provenance_of(self.model, hashed=not self.is_fsdp_enabled), training_step=step, round=number
                 ),
@@ -208,13 +208,12 @@ class NullspaceTrainer(Trainer):
         if logs := self.record.add(number, step, made, self._run_folder, writes=args.should_save):
             self.log(logs)
 
-    def _noise_images(self, seed: int, number: int) -> Any:
-        """Held-out batches of a round and an endless iterator over others, this process's share of each."""
+    def training_rows(self) -> tuple[Any, Any]:
+        """The training set, without columns that the model lacks, and its collate function."""
         loader: Any = self.callback_handler.train_dataloader
-        loader = self.get_train_dataloader() if loader is None else loader  # without columns that the model lacks
+        loader = self.get_train_dataloader() if loader is None else loader
         data = loader.dataset if isinstance(self.train_dataset, Dataset) else self.train_dataset
-        settings = self.args.stream_settings() | {"seed": seed, "round": number, "input_name": self._input_name}
-        return noise_stream(data, loader.collate_fn, **settings)
+        return data, loader.collate_fn
 
     # ---- a run: it begins, goes on from a checkpoint, ends
 
@@ -252,6 +251,7 @@ class NullspaceTrainer(Trainer):
 
     def begin_run(self) -> None:
         """A training loop begins: from the start, also after out of memory; or from a checkpoint."""
+        interpolation.check(self)
         self.state.num_train_epochs = self._epochs
         self._micro_step = (-1, 0)
         self.record.start(self._resumed, self._run_folder, writes=self.args.should_save)
@@ -259,7 +259,8 @@ class NullspaceTrainer(Trainer):
             self.ema.start(self.model, self._resumed)
 
     def end_run(self) -> None:
-        """The training loop has ended: write its cost, delete a surplus checkpoint that a killed run has left."""
+        """The training loop has ended: go back, write the cost, delete a surplus checkpoint that a killed run left."""
+        interpolation.go_back(self, self._run_folder)
         self.cost.sync()
         if self.args.should_save:
             self.record.save_cost(self._run_folder)

@@ -15,7 +15,7 @@ from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.plans import Planned
 from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted, evaluate
 from hf_nullspace.training.trainer import NullspaceTrainer
-from study.design import Measurement, Run, Slice
+from study.design import Choice, Measurement, Run, Slice
 from study.images import ImageStore
 from study.schedule import seconds_left, work
 from study.tasks import Runner
@@ -29,7 +29,8 @@ PLAN = [
     Planned("base", Attacked(PGD(steps=2)), 10),
     Planned("base", Corrupted("contrast", 4), 20),
 ]
-RUN = Run("nullspace", 1e-3, 3)
+RUN = Run("nullspace", Choice(1e-3), 3)
+HALF_WAY = Run("nullspace", Choice(1e-3, 0.5), 3)
 MEASUREMENTS = [Measurement(RUN, planned, WHERE) for planned in PLAN]
 
 
@@ -41,7 +42,7 @@ def pictures():
 
 def runner_in(folder, seed=0, data="pictures", **changed):
     def trainer_of(run, path):
-        args = config(path, learning_rate=run.learning_rate, seed=run.seed, save_strategy="steps", save_steps=2)
+        args = config(path, learning_rate=run.choice.learning_rate, seed=run.seed, save_strategy="steps", save_steps=2)
         args.rounds, args.max_steps = 3, 6
         processor = make_image_processor(16)
         return NullspaceTrainer(tiny_model(), args, train_dataset=Images(jitter=0.3), processing_class=processor)
@@ -101,13 +102,30 @@ def test_the_keys_of_studies_on_disk_do_not_change(whole):
     assert keys == ["c17a0608408667ef2b76a091df0fe835", "ee8a2d29508465bc6ea871f947f8032d"]
 
 
+def test_an_average_has_the_weights_between_the_checkpoint_and_the_trained_ones(whole):
+    task = Measurement(HALF_WAY, PLAN[0], WHERE)
+    assert whole.finished(HALF_WAY) is None
+    assert whole.do(HALF_WAY)
+    assert whole.do(task)
+    base, tuned, half_way = (
+        model.state_dict() for model in (tiny_model(), whole._model(RUN).model, whole._model(HALF_WAY).model)
+    )
+    for name, value in half_way.items():
+        torch.testing.assert_close(value, (base[name] + tuned[name]) / 2)
+    assert whole.finished(HALF_WAY)["cost"] == whole.finished(RUN)["cost"]
+    assert whole.finished(task)["n"] == 20
+
+
 def test_a_new_training_invalidates_its_measurements(whole, tmp_path):
+    whole.do(HALF_WAY)
     shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
     runner = runner_in(tmp_path)
     assert runner.finished(MEASUREMENTS[0])
+    assert runner.finished(HALF_WAY)
     path = tmp_path / RUN.folder / "finished.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "others"}))
     assert runner.finished(MEASUREMENTS[0]) is None
+    assert runner.finished(HALF_WAY) is None
 
 
 def test_time_left_follows_the_speed_of_finished_tasks(whole):
@@ -115,7 +133,7 @@ def test_time_left_follows_the_speed_of_finished_tasks(whole):
     loads = [(task, work(task, lambda run: settings)) for task in (RUN, *MEASUREMENTS)]
     assert [load for _, load in loads] == [6 * 8 * 2 * 3 + 3 * (3 * 4 * 8 + 10 * 8), 20, 10 * (1 + 3 * 2), 20]
     assert seconds_left(loads, whole) == (0, True)
-    other = Run("nullspace", 1e-3, 4)
+    other = Run("nullspace", Choice(1e-3), 4)
     left = [(Measurement(other, planned, WHERE), load) for planned, load in zip(PLAN, [20, 70, 20], strict=True)]
     done = sum(whole.finished(task)["seconds"] for task in MEASUREMENTS)
     assert seconds_left(loads + left, whole)[0] == pytest.approx(done)
