@@ -1,14 +1,14 @@
 """The signal: how far the gradient of a noisy view is from that of the clean view, against how far predictions move.
 
-A noise of small influence hardly moves the predictions, so its view asks for nearly the same step as the clean one. The
-gradient g' of the cross-entropy on noisy images is compared with the gradient g on the same images without noise: their
-cosine, and ||g' - g|| / ||g||. Both are of the mean over the images, with respect to all trainable parameters, in eval
-mode. The yardstick is the clean gradient of other images.
+The gradient g' of the cross-entropy on noisy images is compared with the gradient g on the same images without noise:
+their cosine, and ||g' - g|| / ||g||. Both are of the mean over the images, with respect to all trainable parameters, in
+eval mode. The yardstick is the clean gradient of other images. A third number says where g' leads: its cosine to the
+gradient of other images under attack. A small step against g' lowers their loss by a share that this cosine is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ from hf_nullspace.noise.boundary import BoundarySettings, follow_boundary
 from hf_nullspace.noise.calibration import scale_to_influence
 from hf_nullspace.noise.influence import centre, influences, noise_influence
 from hf_nullspace.robustness.attacks.base import readable
-from hf_nullspace.robustness.attacks.gradient import PGD
 from hf_nullspace.robustness.pixel_model import PixelModel
-from hf_nullspace.training.adversarial import pixels_of
+from hf_nullspace.training.adversarial import RandomStartFGSM, pixels_of
 from hf_nullspace.training.loading import Classifier, Rows, evaluation_images
 from hf_nullspace.training.objectives import View
 
@@ -37,14 +36,16 @@ BATCHES = 3
 """Disjoint batches of images that are measured; one more is for learning noises."""
 RADII = tuple(level / 255 for level in (0.25, 0.5, 1, 2, 4, 8))
 """Of FGSM, for pixels in [0, 1]."""
+ATTACK = 2 / 255
+"""Radius of FGSM on the other images."""
 LEARNING: dict[str, Any] = {"learning_rate": 0.4, "steps": 60}
 """How a noise is learned: as in the preset "boundary"."""
 _STEP, _CHUNK = 128, 64  # images in a step of learning, and at once in the model
 _SCALED_ON = 256
 """The length of a noise is set on so many images of the batch; what it does is measured on all."""
 LEARNED, RANDOM, GRADIENT = "learned noise", "random noise", "noise along the gradient"
-FGSM, OTHER = "FGSM from a random start", "other images, clean"
-MEASURES = ("influence", "mean_shift", "centred_norm", "cosine", "relative_difference")
+FGSM, CLEAN, OTHER = "FGSM from a random start", "the same images, clean", "other images, clean"
+MEASURES = ("influence", "mean_shift", "centred_norm", "cosine", "relative_difference", "attack_cosine")
 _HEAD = ("view", "epsilon or radius", *(name.replace("_", " ") for name in MEASURES))
 
 
@@ -82,8 +83,13 @@ class CleanBatch:
                     total += part
         return sums, torch.cat(logits).detach()
 
-    def measure(self, view: View) -> dict[str, float | None]:
-        """Of one view of these images: ``MEASURES``.
+    @cached_property
+    def attacked(self) -> list[Tensor]:
+        """The gradient of the images under FGSM of radius ``ATTACK``."""
+        return self.gradient(self.fgsm(ATTACK))[0]
+
+    def measure(self, view: View, attacked: Sequence[Tensor]) -> dict[str, float | None]:
+        """Of one view of these images: ``MEASURES``. ``attacked`` is the gradient of other images under attack.
 
         The influence is the mean of ||p' - p||^2 over the images (Algorithm 1, line 8), the shift that of ||p' - p||
         (equation 7), the centred norm that of an image's noise.
@@ -91,21 +97,10 @@ class CleanBatch:
         gradient, logits = self.gradient(view)
         squares = influences(self.clean[1], logits)
         norm = None if view.noise is None else float(torch.linalg.vector_norm(centre(view.noise), dim=(1, 2)).mean())
-        found = float(squares.mean()), float(squares.sqrt().mean()), norm, *compare(self.clean[0], gradient)
-        return dict(zip(MEASURES, found, strict=True))
+        near = *compare(self.clean[0], gradient), compare(attacked, gradient)[0]
+        return dict(zip(MEASURES, (float(squares.mean()), float(squares.sqrt().mean()), norm, *near), strict=True))
 
     # ---- views
-
-    def learned(self, epsilon: float, pool: Tensor) -> View:
-        """One noise for all images, learned at ``epsilon`` on other images ``pool``; its length is set on these."""
-        settings = BoundarySettings(epsilon=epsilon, pool_images=len(pool), **LEARNING)
-        options: dict[str, Any] = {
-            "held_out": self.images[:_SCALED_ON].split(_CHUNK),
-            "hook": self.hook,
-            "chunk_size": _CHUNK,
-        }
-        (noise,), _ = follow_boundary(self.model, pool.split(_STEP), settings, seed=self.seed, **options)
-        return View(self.images, noise.tensor.to(self.images))
 
     def random(self, epsilon: float) -> View:
         """One normal noise for all images, of influence ``epsilon``."""
@@ -144,8 +139,8 @@ class CleanBatch:
         return View(self.images, scale_to_influence(influence_at, epsilon).factor * direction)
 
     def fgsm(self, radius: float) -> View:
-        """One step of 1.25 ``radius`` from a random start, within ``radius`` in L-inf (Wong, Rice, Kolter 2020)."""
-        attack = PGD(eps=radius, step=1.25 * radius, steps=1)
+        """One step of FGSM from a random start, within ``radius`` in L-inf, as ``objective="fast"`` has it."""
+        attack = RandomStartFGSM(eps=radius)
         model = PixelModel(self.model, self.preprocessing.mean, self.preprocessing.std)
         attacked: list[Tensor] = []
         for images, _, labels in self._chunks(View(self.images)):
@@ -174,6 +169,23 @@ def compare(gradient: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[float,
     own, others = (sum(float(pair[which].square().sum()) for pair in pairs) for which in (0, 1))
     apart = sum(float((two - one).square().sum()) for one, two in pairs)
     return product / (own * others) ** 0.5, (apart / own) ** 0.5
+
+
+def learn(batch: CleanBatch, epsilon: float, pool: Tensor) -> Tensor:
+    """A noise (1, N, D) that is learned at ``epsilon`` on ``pool`` (n, C, H, W), with the seed of ``batch``."""
+    settings = BoundarySettings(epsilon=epsilon, pool_images=len(pool), **LEARNING)
+    options: dict[str, Any] = {
+        "held_out": pool[:_SCALED_ON].split(_CHUNK),
+        "hook": batch.hook,
+        "chunk_size": _CHUNK,
+    }
+    (noise,), _ = follow_boundary(batch.model, pool.split(_STEP), settings, seed=batch.seed, **options)
+    return noise.tensor
+
+
+def added(gradients: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """The sum of gradients of several batches."""
+    return [torch.stack(parts).sum(0) for parts in zip(*gradients, strict=True)]
 
 
 def draw_batches(rows: Rows, classifier: Classifier, images: int, seed: int) -> tuple[list[CleanBatch], Tensor]:
@@ -208,12 +220,16 @@ def measure_signal(
 ) -> list[dict[str, Any]]:
     """A row for every view, said as it comes: its name, its epsilon or radius, and ``MEASURES`` as a list over batches.
 
-    The last row is the yardstick: the clean gradient of another batch. Where no length of a noise has the influence
+    The first row is the clean view, the last one the yardstick: the clean gradient of another batch. Learned noises are
+    learned once for all batches, and like the others scaled on each. Where no length of a noise has the influence
     epsilon, the row is of the length that comes nearest.
     """
     found: list[dict[str, Any]] = []
+    attacked = [added(other.attacked for other in batches if other is not one) for one in batches]
+    learned = cache(lambda epsilon: learn(batches[0], epsilon, pool))
     views: list[tuple[str, str, Sequence[float], Callable[[CleanBatch, float], View]]] = [
-        (LEARNED, "epsilon", epsilons, lambda batch, epsilon: batch.learned(epsilon, pool)),
+        (CLEAN, "epsilon", [0.0], lambda batch, _: View(batch.images)),
+        (LEARNED, "epsilon", epsilons, lambda batch, epsilon: batch.scaled(learned(epsilon), epsilon)),
         (RANDOM, "epsilon", epsilons, CleanBatch.random),
         (GRADIENT, "epsilon", epsilons, CleanBatch.along_gradient),
         (FGSM, "radius", RADII, CleanBatch.fgsm),
@@ -222,7 +238,7 @@ def measure_signal(
         say(line)
     for view, scale, values, make in views:
         for value in values:
-            each = [batch.measure(make(batch, value)) for batch in batches]
+            each = [one.measure(make(one, value), others) for one, others in zip(batches, attacked, strict=True)]
             found.append({"view": view, scale: value} | {name: [one[name] for one in each] for name in MEASURES})
             say(line_of(found[-1]))
     apart = [compare(one.clean[0], batches[index - 1].clean[0]) for index, one in enumerate(batches)]
@@ -241,6 +257,7 @@ def line_of(row: dict[str, Any]) -> str:
         "centred_norm": ".2f",
         "cosine": ".3f",
         "relative_difference": ".3f",
+        "attack_cosine": ".3f",
     }
     cells = [cell(row.get(name), digits[name]) for name in MEASURES]
     return text.table(_HEAD, [[row["view"], value, *cells]])[-1]
@@ -258,7 +275,7 @@ def cell(values: Sequence[float | None] | None, digits: str) -> str:
 def plot_signal(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """Cosine and relative difference against the influence: a line through the means, a point for each batch."""
     figure, ((cosine, difference),) = canvas(11, 4.2, columns=2)
-    *views, other = rows
+    _, *views, other = rows
     for axes, name in ((cosine, "cosine"), (difference, "relative_difference")):
         for colour, view in enumerate(dict.fromkeys(row["view"] for row in views)):
             mine = [row for row in views if row["view"] == view]
