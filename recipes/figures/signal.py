@@ -6,10 +6,12 @@ eval mode. The yardstick is the clean gradient of other images. A third number s
 gradient of other images under attack. A small step against g' lowers their loss by a share that this cosine is.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -46,6 +48,12 @@ _SCALED_ON = 256
 LEARNED, RANDOM, GRADIENT = "learned noise", "random noise", "noise along the gradient"
 FGSM, CLEAN, OTHER = "FGSM from a random start", "the same images, clean", "other images, clean"
 MEASURES = ("influence", "mean_shift", "centred_norm", "cosine", "relative_difference", "attack_cosine")
+PANELS = {
+    "cosine": "cosine to the clean gradient g",
+    "relative_difference": "difference |g' - g| / |g|",
+    "attack_cosine": "cosine to the gradient of\nother images under attack",
+}
+"""Titles of the picture, by measure."""
 _HEAD = ("view", "epsilon or radius", *(name.replace("_", " ") for name in MEASURES))
 
 
@@ -268,25 +276,35 @@ def cell(values: Sequence[float | None] | None, digits: str) -> str:
     known = [value for value in values or () if value is not None]
     if not known:
         return ""
-    mean, low, high = (f"{value:{digits}}" for value in (sum(known) / len(known), min(known), max(known)))
-    return mean if low == high else f"{mean} [{low}, {high}]"
+    middle, low, high = (f"{value:{digits}}" for value in (fmean(known), min(known), max(known)))
+    return middle if low == high else f"{middle} [{low}, {high}]"
 
 
 def plot_signal(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Cosine and relative difference against the influence: a line through the means, a point for each batch."""
-    figure, ((cosine, difference),) = canvas(11, 4.2, columns=2)
-    _, *views, other = rows
-    for axes, name in ((cosine, "cosine"), (difference, "relative_difference")):
+    """Each measure against the influence: a line through the means, a point for each batch; names beside the lines."""
+    figure, (panels,) = canvas(10, 3.4, columns=3)
+    clean, *views, other = rows
+    for axes, (name, title) in zip(panels, PANELS.items(), strict=True):
         for colour, view in enumerate(dict.fromkeys(row["view"] for row in views)):
             mine = [row for row in views if row["view"] == view]
-            means = [[sum(row[key]) / len(row[key]) for row in mine] for key in ("influence", name)]
-            axes.plot(*means, color=f"C{colour}", label=view)
+            means = [[fmean(row[key]) for row in mine] for key in ("influence", name)]
+            axes.plot(*means, color=f"C{colour}", linewidth=1.5, label=view)
             each = [[value for row in mine for value in row[key]] for key in ("influence", name)]
-            axes.plot(*each, ".", color=f"C{colour}", alpha=0.5)
-        level = sum(other[name]) / len(other[name])
-        axes.axhline(level, color="black", linestyle="--", linewidth=1, label=other["view"])
-        axes.set(xlabel="influence of the view", xscale="log")
-    cosine.set(ylabel="cosine to the clean gradient", ylim=(None, 1.05))
-    difference.set(ylabel="|g' - g| / |g|", yscale="log")
-    cosine.legend(fontsize="small")
-    return save_png(figure, path, dpi=110)
+            axes.plot(*each, ".", color=f"C{colour}", alpha=0.5, markersize=4)
+        level = clean if name == "attack_cosine" else other
+        height = fmean(level[name])
+        axes.axhline(height, color="black", linestyle="--", linewidth=1)
+        axes.text(0.03, height, level["view"], transform=axes.get_yaxis_transform(), va="bottom", fontsize="small")
+        axes.set(xlabel="influence of the view", xscale="log", title=title)
+    _name_lines(panels[-1])
+    return save_png(figure, path)
+
+
+def _name_lines(axes: Any) -> None:
+    """The label of every line that has one to the right of the axes, at the height of its end; none over another."""
+    low, high = axes.get_ylim()
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    height = -math.inf
+    for line in sorted(lines, key=lambda line: line.get_ydata()[-1]):
+        height = max((line.get_ydata()[-1] - low) / (high - low), height + 0.09)
+        axes.text(1.03, height, line.get_label(), transform=axes.transAxes, color=line.get_color(), va="center")
