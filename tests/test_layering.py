@@ -129,6 +129,7 @@ LABORATORY_ORDER = [
     "study.schedule",
     "study.report",
     "figures.setting",
+    "figures.signal",
     "figures.table_4",
     "figures.experiment",
     "figures.figure_2",
