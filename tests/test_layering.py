@@ -84,6 +84,7 @@ ORDER = [
     "training.objectives",
     "training.adversarial",
     "training.gradient_views",
+    "training.universal",
     "training.stages",
     "training.preflight",
     "training.config",

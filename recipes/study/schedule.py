@@ -20,6 +20,7 @@ _VIEWS = {
     "trades": ("clean", "divergent"),
     "fast": ("clean", "fast"),
     "fgm": ("clean", "fgm"),
+    "universal": ("clean", "universal"),
     "plain": ("clean", "again"),
 }
 

@@ -269,9 +269,8 @@ def test_the_attack_leaves_nothing_behind(tmp_path):
 
 def test_bf16_trains(tmp_path):
     """Autocast keeps no copy of the weights from the frozen attack: the parameters get their gradients and move."""
-    trainer = trained(
-        tmp_path, tiny_model(), Pictures(dtype=torch.float32), objective="nullspace+madry+trades+fast+fgm", bf16=True
-    )
+    objective = "nullspace+madry+trades+fast+fgm+universal"
+    trainer = trained(tmp_path, tiny_model(), Pictures(dtype=torch.float32), objective=objective, bf16=True)
     before = parameters_of(tiny_model())
     moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
     assert len(moved) == len(before)
@@ -280,7 +279,7 @@ def test_bf16_trains(tmp_path):
 
 def test_resumed_within_a_run_it_ends_with_the_same_weights_and_cost(tmp_path):
     given = {
-        "objective": "permuted+trades+fast+fgm",
+        "objective": "permuted+trades+fast+fgm+universal",
         "epsilon": 0.003,
         "rounds": 3,
         "save_strategy": "steps",
@@ -329,6 +328,7 @@ class Passes(torch.nn.Module):
         "fast",
         "random+fast",
         "madry+fgm",
+        "universal",
     ],
 )
 def test_the_cost_is_what_passes_through_the_model(tmp_path, objective):

@@ -17,6 +17,8 @@ RANGES = {
     "trades_beta": "[0, inf)",
     "attack_steps": "int [1, inf)",
     "fgm_share": "[0, inf)",
+    "universal_share": "[0, inf)",
+    "universal_step": "(0, inf)",
     "ema_decay": "(0, 1)",
     "learning_rate": "[0, inf)",
     "weight_decay": "[0, inf)",
