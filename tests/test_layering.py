@@ -86,6 +86,7 @@ ORDER = [
     "training.pyramid",
     "training.adversarial",
     "training.gradient_views",
+    "training.universal",
     "training.stages",
     "training.preflight",
     "training.config",

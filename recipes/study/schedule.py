@@ -21,6 +21,7 @@ _VIEWS = {
     "fast": ("clean", "fast"),
     "fgm": ("clean", "fgm"),
     "pyramid": ("clean", "pyramid"),
+    "universal": ("clean", "universal"),
     "plain": ("clean", "again"),
 }
 _ATTACK_STEPS = {"madry": 10, "trades": 10, "pyramid": 5}

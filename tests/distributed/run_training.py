@@ -138,6 +138,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "kind": type(next(trainer.model.parameters())).__name__ + type(next(trainer.model.parameters()).data).__name__,
         "parameters": full_parameters(trainer.model),
         "average": full_parameters(trainer.ema.model) if trainer.ema is not None else {},
+        "state": trainer.record.objective.state(),
         "noise": trainer.noise and trainer.noise.tensor,
         "provenance": trainer.noise and asdict(trainer.noise.provenance),
         "read": read,

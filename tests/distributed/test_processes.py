@@ -34,7 +34,7 @@ LIMIT_S = 240
 N_D = 16 * 24  # patches x features of the tiny model
 
 RANDOM = {
-    "objective": "random+madry+trades+fast+pyramid+fgm",
+    "objective": "random+madry+trades+fast+pyramid+fgm+universal",
     "epsilon": 0.005,
     "attack_steps": 2,
     "held_out_images": 21,
@@ -206,6 +206,7 @@ def check_ranks_agree(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert curves(first) == curves(second)
     assert same_bits(first["parameters"], second["parameters"])
     assert same_bits(first["average"], second["average"])
+    assert same_bits(first["state"], second["state"])
 
 
 def check_same_end(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -236,6 +237,7 @@ def test_one_process_two_processes_and_accumulation_end_with_the_same_parameters
 def test_attacks_and_controls_do_not_depend_on_processes_or_accumulation(one: Launch, two: Launch) -> None:
     alone, (first, second) = one.result("adversarial"), two.results("adversarial")
     check_ranks_agree(first, second)
+    assert first["messages"][(N_D + 2, 8)] == 6, "the universal noise's gradient, once per optimizer step"
     for other in (one.result("adversarial_accumulated"), two.result("adversarial_accumulated"), first):
         check_same_end(other, alone)
         assert [entry["stopped"] for entry in other["history"]] == ["calibrated"] * 3
@@ -243,7 +245,8 @@ def test_attacks_and_controls_do_not_depend_on_processes_or_accumulation(one: La
         assert ours == theirs
         assert [entry["step"] for entry in other["watched"]] == [0, 2, 4, 6]
         assert other["watched"] == alone["watched"]
-    assert alone["cost"]["stages"]["training"]["forward"] == 6 * 8 * 6
+        assert difference(other["state"], alone["state"]) < 1e-6
+    assert alone["cost"]["stages"]["training"]["forward"] == 6 * 8 * 8
     assert alone["cost"]["stages"]["attack"]["backward_to_input"] == 6 * 8 * (2 + 2 + 1 + 2)
 
 
@@ -418,8 +421,8 @@ def test_fsdp2_ends_with_the_same_parameters_as_one_process(one: Launch, tmp_pat
     config.write_text(text)
     killed = KILLED | {"trouble": KILLED["trouble"] | {"round": 2}}
     attacked = {"name": "attacked", "pixels": True, "settings": RANDOM | {"objective": "random+madry+trades"}}
-    two_passes = {"name": "two_passes", "fails": True, "settings": {"objective": "fgm"}}
-    begun = launch(accelerate(config), [{"name": "sharded", "save": True}, attacked, two_passes, killed], tmp_path)
+    whole = [{"name": name, "fails": True, "settings": {"objective": name}} for name in ("fgm", "universal")]
+    begun = launch(accelerate(config), [{"name": "sharded", "save": True}, attacked, *whole, killed], tmp_path)
     first, second = begun.results("sharded")
     check_ranks_agree(first, second)
     assert "DTensor" in first["kind"]
@@ -430,7 +433,7 @@ def test_fsdp2_ends_with_the_same_parameters_as_one_process(one: Launch, tmp_pat
     assert difference(sharded["parameters"], alone["parameters"]) < 1e-6
     for stage in ("training", "attack"):
         assert sharded["cost"]["stages"][stage]["forward"] == alone["cost"]["stages"][stage]["forward"]
-    for result in begun.results("two_passes"):
+    for result in (*begun.results("fgm"), *begun.results("universal")):
         assert "not supported with FSDP and DeepSpeed; use DDP" in result["error"]
 
     from transformers import AutoModelForImageClassification

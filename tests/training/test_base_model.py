@@ -1,4 +1,4 @@
-"""The small ViT that recipes train first: a training that was stopped goes on from its last epoch to the same weights."""
+"""The small ViT that recipes train first: a training that was stopped goes on to the same weights."""
 
 import pytest
 import torch

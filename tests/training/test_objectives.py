@@ -183,13 +183,8 @@ def test_the_attack_leaves_nothing_behind(tmp_path):
 
 def test_bf16_trains(tmp_path):
     """Autocast keeps no copy of the weights from the frozen attack: the parameters get their gradients and move."""
-    trainer = trained(
-        tmp_path,
-        tiny_model(),
-        Pictures(dtype=torch.float32),
-        objective="nullspace+madry+trades+fast+pyramid+fgm",
-        bf16=True,
-    )
+    objective = "nullspace+madry+trades+fast+pyramid+fgm+universal"
+    trainer = trained(tmp_path, tiny_model(), Pictures(dtype=torch.float32), objective=objective, bf16=True)
     before = parameters_of(tiny_model())
     moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
     assert len(moved) == len(before)
@@ -198,7 +193,7 @@ def test_bf16_trains(tmp_path):
 
 def test_resumed_within_a_run_it_ends_with_the_same_weights_and_cost(tmp_path):
     given = {
-        "objective": "permuted+trades+fast+pyramid+fgm",
+        "objective": "permuted+trades+fast+pyramid+fgm+universal",
         "epsilon": 0.003,
         "rounds": 3,
         "save_strategy": "steps",
@@ -238,7 +233,7 @@ ATTACKED = {"madry": 3, "trades": 4, "nullspace+madry": 3, "fast": 1, "random+fa
 """Forward passes of the attack, per image."""
 
 
-@pytest.mark.parametrize("objective", ["plain", "nullspace", "random", "permuted", *ATTACKED])
+@pytest.mark.parametrize("objective", ["plain", "nullspace", "random", "permuted", "universal", *ATTACKED])
 def test_the_cost_is_what_passes_through_the_model(tmp_path, objective):
     model = tiny_model().double()
     passes = Passes(model)

@@ -17,12 +17,14 @@ from hf_nullspace.training.adversarial import attack_settings, fast, madry, pyra
 from hf_nullspace.training.gradient_views import fgm
 from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, register_objective
 from hf_nullspace.training.preflight import RANGES, check_trackers
+from hf_nullspace.training.universal import universal
 
 register_objective("madry", madry)
 register_objective("trades", trades)
 register_objective("fast", fast)
 register_objective("fgm", fgm)
 register_objective("pyramid", pyramid)
+register_objective("universal", universal)
 
 _PAPER: dict[str, Any] = {
     "rounds": 20,
@@ -97,8 +99,8 @@ class NullspaceConfig(TrainingArguments):
         "What a batch becomes: 'nullspace' (a second view with learned noise), the controls 'plain' (the "
         "same view twice), 'random' and 'permuted' (noise of the same influence), 'madry', 'trades' (adversarial "
         "training), 'fast' (a clean view and one of a single attack step), 'pyramid' (a clean view and one "
-        "attacked at several scales), 'fgm' (noise along the gradient at the patch embeddings), or several joined "
-        "by '+'.",
+        "attacked at several scales), 'fgm' (noise along the gradient at the patch embeddings), 'universal' (one "
+        "adversarial noise for all images), or several joined by '+'.",
     )
     rounds: int = _preset("K: how often a new noise is learned.")
     steps_per_round: int = _preset("S: optimizer steps between two noises.")
@@ -142,6 +144,10 @@ class NullspaceConfig(TrainingArguments):
     fgm_share: float = option(
         0.03, "Objective 'fgm': L2 norm of the noise of an image, as a share of its patch embeddings' centred norm."
     )
+    universal_share: float = option(
+        0.2, "Objective 'universal': L2 norm of the noise at most, as a share of the patch embeddings' centred norm."
+    )
+    universal_step: float = option(0.25, "Objective 'universal': how far the noise moves per step, as a share of that.")
     ema_decay: float | None = option(
         None, "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."
     )

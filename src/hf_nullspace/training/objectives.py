@@ -72,6 +72,9 @@ class Objective(ABC):
     needs_pixels = False
     """Whether it needs to know how images are normalised (the trainer then asks for the image processor)."""
 
+    needs_whole_model = False
+    """Whether it asks for :attr:`Batch.embeddings`, which needs all weights of the model in every process."""
+
     round_noise: Callable[[Round], RoundNoises | None] | None = None
     """Gives the noises of a round that begins, with their history; ``None`` without noises. May be a method."""
 
@@ -87,6 +90,22 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """The scalar loss, from the logits (B, K) of the views."""
+
+    # What an objective carries from one optimizer step to the next beside the weights, usually nothing.
+
+    def state(self) -> dict[str, Tensor]:
+        """It, by name, as checkpoints have it."""
+        return {}
+
+    def begin(self, state: Mapping[str, Tensor] | None) -> None:  # noqa: B027  (most have none)
+        """A run begins: from nothing (``None``), or goes on from what :meth:`state` gave.
+
+        Raises:
+            ValueError: if ``state`` lacks something.
+        """
+
+    def end_step(self) -> None:  # noqa: B027
+        """An optimizer step has been taken, after the backward passes of its micro-batches; on every process."""
 
 
 class Plain(Objective):
@@ -168,6 +187,7 @@ class Sum(Objective):
     def __init__(self, parts: list[Objective]) -> None:
         self.parts = parts
         self.needs_pixels = any(part.needs_pixels for part in parts)
+        self.needs_whole_model = any(part.needs_whole_model for part in parts)
         makers = [part.round_noise for part in parts if part.round_noise is not None]
         if len(makers) > 1:
             raise ValueError(f"{len(makers)} objectives of a sum make a noise; a batch has one noisy view: choose one")
@@ -183,6 +203,17 @@ class Sum(Objective):
 
     def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
         return torch.stack([part.loss(logits, batch) for part in self.parts]).sum()
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor for part in self.parts for name, tensor in part.state().items()}
+
+    def begin(self, state: Mapping[str, Tensor] | None) -> None:
+        for part in self.parts:
+            part.begin(state)
+
+    def end_step(self) -> None:
+        for part in self.parts:
+            part.end_step()
 
 
 _OBJECTIVES: dict[str, Callable[[Any], Objective]] = {}

@@ -19,6 +19,8 @@ RANGES = {
     "fgm_share": "[0, inf)",
     "pyramid_scales": "int [1, inf)",
     "pyramid_multipliers": "[0, inf)",
+    "universal_share": "[0, inf)",
+    "universal_step": "(0, inf)",
     "ema_decay": "(0, 1)",
     "learning_rate": "[0, inf)",
     "weight_decay": "[0, inf)",

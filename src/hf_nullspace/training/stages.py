@@ -21,17 +21,19 @@ class Stages:
     """An objective, its ``then``, and so on: which of them a micro-batch is at.
 
     Raises:
-        ValueError: if something follows, and the weights are spread over processes (FSDP, DeepSpeed).
+        ValueError: if something follows, or it needs the whole model, and the weights are spread over processes (FSDP,
+            DeepSpeed).
     """
 
     def __init__(self, objective: Objective, *, sharded: bool = False) -> None:
         self._all = [objective]
         while (following := self._all[-1].then) is not None:
             self._all.append(following)
-        if sharded and len(self._all) > 1:
+        if sharded and (len(self._all) > 1 or objective.needs_whole_model):
             raise ValueError(
-                "an objective with views from the gradient of other views takes two backward passes per batch, which "
-                "is not supported with FSDP and DeepSpeed; use DDP (one whole model per process) or another objective"
+                "an objective with two backward passes per batch (fgm), or with noise of the size of the patch "
+                "embeddings (universal), is not supported with FSDP and DeepSpeed; use DDP (one whole model per "
+                "process) or another objective"
             )
         self.objective = objective
         """That of the present stage."""

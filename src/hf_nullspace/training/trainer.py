@@ -81,6 +81,7 @@ class NullspaceTrainer(Trainer):
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__"):
             check_images(args, len(self.train_dataset))
         self._objective = objectives.make_objective(args.objective, args)  # `objective` is the Trainer's, in a search
+        self.record.objective = self._objective
         self._stages = stages.Stages(self._objective, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._preprocessing = objectives.known_preprocessing(self._objective, self.processing_class, args.objective)
         self._given_optimizer = self.optimizer
@@ -279,7 +280,7 @@ class NullspaceTrainer(Trainer):
         else:
             super()._load_best_model()
         if best:
-            self.record.load_noises(Path(best))
+            self.record.load(Path(best))
 
     # ---- what is written
 
