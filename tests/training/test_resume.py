@@ -144,7 +144,7 @@ def test_with_augmentation_also_on_workers(tmp_path):
 
 
 def test_killed_while_alpha_is_chosen(whole, tmp_path):
-    """The last of 24 images of the last of four conditions, three of which read them: the same choice."""
+    """At the last of 24 images of the last of four conditions: the same choice, and the same noise beside it."""
     given = {"interpolate": True, "save_total_limit": 1}
     undisturbed_one, folder = undisturbed(tmp_path / "whole", **given), tmp_path / "run"
     assert killed_and_resumed(folder, ("choice", 4 * 24 - 1), **given) == {f"checkpoint-{STEPS}"}
