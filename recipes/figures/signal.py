@@ -47,14 +47,22 @@ _SCALED_ON = 256
 """The length of a noise is set on so many images of the batch; what it does is measured on all."""
 LEARNED, RANDOM, GRADIENT = "learned noise", "random noise", "noise along the gradient"
 FGSM, CLEAN, OTHER = "FGSM from a random start", "the same images, clean", "other images, clean"
-MEASURES = ("influence", "mean_shift", "centred_norm", "cosine", "relative_difference", "attack_cosine")
+MEASURES = {
+    "influence": ".4f",
+    "mean_shift": ".3f",
+    "centred_norm": ".2f",
+    "cosine": ".3f",
+    "relative_difference": ".3f",
+    "attack_cosine": ".3f",
+}
+"""Of a view, and how each is written in the table."""
 PANELS = {
     "cosine": "cosine to the clean gradient g",
     "relative_difference": "difference |g' - g| / |g|",
     "attack_cosine": "cosine to the gradient of\nother images under attack",
 }
 """Titles of the picture, by measure."""
-_HEAD = ("view", "epsilon or radius", *(name.replace("_", " ") for name in MEASURES))
+HEAD = ("view", "epsilon or radius", *(name.replace("_", " ") for name in MEASURES))
 
 
 @dataclass
@@ -182,12 +190,10 @@ def compare(gradient: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[float,
 def learn(batch: CleanBatch, epsilon: float, pool: Tensor) -> Tensor:
     """A noise (1, N, D) that is learned at ``epsilon`` on ``pool`` (n, C, H, W), with the seed of ``batch``."""
     settings = BoundarySettings(epsilon=epsilon, pool_images=len(pool), **LEARNING)
-    options: dict[str, Any] = {
-        "held_out": pool[:_SCALED_ON].split(_CHUNK),
-        "hook": batch.hook,
-        "chunk_size": _CHUNK,
-    }
-    (noise,), _ = follow_boundary(batch.model, pool.split(_STEP), settings, seed=batch.seed, **options)
+    held_out = pool[:_SCALED_ON].split(_CHUNK)
+    (noise,), _ = follow_boundary(
+        batch.model, pool.split(_STEP), settings, seed=batch.seed, held_out=held_out, hook=batch.hook, chunk_size=_CHUNK
+    )
     return noise.tensor
 
 
@@ -242,7 +248,7 @@ def measure_signal(
         (GRADIENT, "epsilon", epsilons, CleanBatch.along_gradient),
         (FGSM, "radius", RADII, CleanBatch.fgsm),
     ]
-    for line in text.table(_HEAD, []):
+    for line in text.table(HEAD, []):
         say(line)
     for view, scale, values, make in views:
         for value in values:
@@ -259,16 +265,8 @@ def measure_signal(
 def line_of(row: dict[str, Any]) -> str:
     """A row of the table, with the mean over the batches and their range."""
     value = f"{row['epsilon']:g}" if "epsilon" in row else readable(row["radius"]) if "radius" in row else ""
-    digits = {
-        "influence": ".4f",
-        "mean_shift": ".3f",
-        "centred_norm": ".2f",
-        "cosine": ".3f",
-        "relative_difference": ".3f",
-        "attack_cosine": ".3f",
-    }
-    cells = [cell(row.get(name), digits[name]) for name in MEASURES]
-    return text.table(_HEAD, [[row["view"], value, *cells]])[-1]
+    cells = [cell(row.get(name), digits) for name, digits in MEASURES.items()]
+    return text.table(HEAD, [[row["view"], value, *cells]])[-1]
 
 
 def cell(values: Sequence[float | None] | None, digits: str) -> str:

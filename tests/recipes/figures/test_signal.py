@@ -1,5 +1,6 @@
 """The signal: gradients of views against plain torch in float64, the recipe from end to end, and the page's numbers."""
 
+import itertools
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from figures.signal import BATCHES, FGSM, GRADIENT, LEARNED, MEASURES, RADII, RANDOM, CleanBatch, cell, line_of
+from figures.signal import BATCHES, FGSM, GRADIENT, HEAD, LEARNED, MEASURES, RADII, RANDOM, CleanBatch, cell, line_of
+from hf_nullspace.core import text
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
 from hf_nullspace.training.objectives import View
@@ -134,6 +136,17 @@ def test_too_few_images_are_refused(places, tmp_path, capsys):
     model, images = places
     words = ["--signal", "--model_name_or_path", model, "--dataset_name", images, "--images", 11]
     check_refused(capsys, "are 44; the split has 40. Lower --images", "analyze", *words, output=tmp_path / "out")
+
+
+def test_the_page_has_the_rows_of_the_json():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "signal-cifar10.json").read_text(encoding="utf-8"))["rows"]
+    page = (ROOT / "docs" / "robustness.md").read_text(encoding="utf-8").splitlines()
+    head, rule = text.table(HEAD, [])
+    start = page.index(head) + 1
+    assert page[start] == rule
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), page[start + 1 :]))
+    assert set(rows) <= {line_of(row) for row in measured}
+    assert len(rows) > 6
 
 
 def test_means_stand_with_their_range():
