@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_objectives import EPS, Pictures, agree, divergence_pgd, pgd, trained
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.data import default_collate
 
@@ -12,6 +11,7 @@ from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.robustness.attacks.carlini_wagner import CW
 from hf_nullspace.robustness.attacks.gradient import FGSM
 from hf_nullspace.training.objectives import check_labels, mean_over_images, view_loss
+from tiny_attacks import EPS, Pictures, agree, divergence_pgd, pgd, trained
 from tiny_models import tiny_model
 from tiny_training import assert_differs, assert_same, parameters_of
 from written_out import logits_of
