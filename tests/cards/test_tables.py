@@ -85,6 +85,10 @@ def test_settings_in_words(tmp_path, given, precision, crop, flip, augmentation)
     text = tables.settings_table(RunFolder(finetuned(tmp_path, results(nullspace=answers(0)), settings)))
     assert f"| precision | {precision} |" in text
     assert f"| augmentation | {augmentation} |" in text
+    settings["data"] |= {"augmentation": "augmix+mixup"}
+    text = tables.settings_table(RunFolder(finetuned(tmp_path / "more", results(nullspace=answers(0)), settings)))
+    more = " and ".join(filter(None, (augmentation.removeprefix("none"), "augmix and mixup")))
+    assert f"| augmentation | {more} |" in text
 
 
 def test_which_alpha_was_chosen_and_which_for_the_others(tmp_path):

@@ -28,7 +28,7 @@ from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.interpolation import Selection
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
-from tiny_training import CONDITIONS, Images, pictures
+from tiny_training import CONDITIONS, Images, augmented, pictures
 
 IMAGES = 96
 SETTINGS: dict[str, Any] = {
@@ -99,7 +99,8 @@ def stream_of(dtype: torch.dtype, read: list[int]) -> Any:
 def collate_as(dtype: torch.dtype) -> Any:
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         pixel_values = torch.stack([torch.as_tensor(row["pixel_values"], dtype=torch.float64) for row in rows])
-        return {"pixel_values": pixel_values.to(dtype), "labels": torch.tensor([int(row["labels"]) for row in rows])}
+        labels = torch.utils.data.default_collate([row["labels"] for row in rows])
+        return {"pixel_values": pixel_values.to(dtype), "labels": labels}
 
     return collate
 
@@ -113,7 +114,9 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     read: list[int] = []
     dataset = stream_of(dtype, read) if case.get("streaming") else FixedImages(dtype, case.get("trouble"))
     pixels = case.get("pixels")  # images that were pixels in [0, 1], with the processor that normalised them
-    if pixels:
+    if pixels == "augmented":
+        dataset = augmented("augmix+mixup+cutmix", IMAGES)
+    elif pixels:
         dataset.pixel_values = 2 * dataset.pixel_values.sigmoid() - 1
     trainer = NullspaceTrainer(
         model,
@@ -135,6 +138,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "kind": type(next(trainer.model.parameters())).__name__ + type(next(trainer.model.parameters()).data).__name__,
         "parameters": full_parameters(trainer.model),
         "average": full_parameters(trainer.ema.model) if trainer.ema is not None else {},
+        "state": trainer.record.objective.state(),
         "noise": trainer.noise and trainer.noise.tensor,
         "provenance": trainer.noise and asdict(trainer.noise.provenance),
         "read": read,

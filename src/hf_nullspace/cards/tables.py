@@ -188,6 +188,7 @@ def settings_table(run: RunFolder) -> str:
         crop = data.get("crop_scale", 1)
         augmentation = [f"random crop of at least {crop:g} of the area"] if crop < 1 else []
         augmentation += ["flip"] if data.get("horizontal_flip") else []
+        augmentation += filter(None, (data.get("augmentation") or "").split("+"))
         rows["augmentation"] = " and ".join(augmentation) or "none"
     shown = _shown(noise)
     if "made" in noise:

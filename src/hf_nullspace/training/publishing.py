@@ -27,6 +27,7 @@ from hf_nullspace.core.uploads import files_to_push, left_behind, open_repositor
 from hf_nullspace.noise.artifact import CONFIG_NAME, WEIGHTS_NAME
 from hf_nullspace.training.checkpoints import HISTORY_NAME, NOISES
 from hf_nullspace.training.ema import FOLDER as EMA
+from hf_nullspace.training.record import STATE_NAME
 from hf_nullspace.training.run_settings import SETTINGS_NAME
 
 logger = logging.getLogger(__name__)
@@ -46,12 +47,12 @@ PUBLISHED = (
 _FOR_RESUMING = (
     "optimizer.pt", "optimizer.bin", "optimizer_*/*", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_*.pth",
     "trainer_state.json", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_*/*", "global_step*/*", "latest",
-    "zero_to_fp32.py",
+    "zero_to_fp32.py", STATE_NAME,
 )  # fmt: skip
 _PICKLES = ("training_args.bin", "*/training_args.bin")
 _STAYS = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"*/{PREFIX_CHECKPOINT_DIR}-*", "base/*", "base.part/*", "control/*",
           "run-*/*", "runs/*", "records/*", "*/records/*", "per_sample/*", "*/per_sample/*", "*.lock", "*.lock.json",
-          MANIFEST_NAME, *_PICKLES)  # fmt: skip
+          MANIFEST_NAME, STATE_NAME, *_PICKLES)  # fmt: skip
 """What a run writes for itself: it stays here without a word."""
 _NAMED = 5
 REPLACED = ("noises/round-*.safetensors", "model*-of-*.safetensors", "model.safetensors.index.json")
