@@ -17,7 +17,15 @@ from hf_nullspace.data.image_set import ImageSet, collate
 from hf_nullspace.data.image_stream import ImageStream
 from hf_nullspace.data.transforms import Transforms
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
-from hf_nullspace.training.loading import DataArguments
+from hf_nullspace.training.base_model import train_base_model
+from hf_nullspace.training.loading import (
+    DataArguments,
+    ModelArguments,
+    evaluation_images,
+    load_classifier,
+    training_images,
+)
+from tiny_training import assert_differs, config
 from torchvision_here import why_missing
 
 PREPROCESSING = Preprocessing.from_processor(make_image_processor(16))  # mean and std 0.5
@@ -210,3 +218,18 @@ def test_greyscale_images_change_and_mix(v2, rows):
 def test_mixing_needs_the_number_of_classes(v2, rows):
     with pytest.raises(ValueError, match=r"num_labels=None: mixup makes class probabilities"):
         image_set(rows, "mixup", num_labels=None)
+
+
+def test_the_option_reaches_the_images_of_a_training_and_no_others(v2, rows, tmp_path):
+    """Also those of the small ViT that a recipe trains first, whose own loss takes no probabilities."""
+    small = ModelArguments(image_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    classifier = load_classifier(small, rows, print)
+    images = training_images(DataArguments(augmentation="trivialaugment+cutmix"), rows, classifier, 1)
+    assert images.transforms == Transforms("trivialaugment+cutmix")
+    assert images[3]["labels"].shape == (CLASSES,)
+    assert training_images(DataArguments(), rows, classifier, 1).transforms is None
+    assert evaluation_images(rows, classifier, None).transforms is None
+    before = {name: value.clone() for name, value in classifier.model.state_dict().items()}
+    train_base_model(classifier, images, tmp_path / "base", config(tmp_path), epochs=1, learning_rate=1e-2,
+                     batch_size=4, say=print)  # fmt: skip
+    assert_differs(before, classifier.model.state_dict())
