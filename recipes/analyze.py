@@ -8,7 +8,8 @@
 For one model: the nullspace of its patch embedding (section 2.2), the LayerNorm direction
 (docs/layer_norm_direction.md), and how far every attention layer is from the conditions of proposition 1. Writes
 analysis.json, patch_embedding.png, proposition_1.png, or table4.json and .png. With --signal: how far the gradients of
-noisy and adversarial views are from the clean one (docs/robustness.md); signal.json and .png.
+noisy and adversarial views are from the clean one (docs/robustness.md); signal.json and .png. A run that was stopped
+goes on at the view where it stopped.
 """
 
 import math
@@ -35,7 +36,7 @@ from hf_nullspace.models.attention import NoAttentionWeightsError, attention_inp
 from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.artifact import model_hash
-from hf_nullspace.robustness.records import versions
+from hf_nullspace.robustness.records import Records, versions
 from hf_nullspace.training.loading import ModelArguments, load_classifier
 
 
@@ -133,14 +134,16 @@ def analyze_signal(args: AnalyzeArguments, output: Path) -> None:
     batches, pool = draw_batches(rows, classifier, args.images or 1024, args.seed)
 
     # Look
-    found = measure_signal(batches, pool, args.epsilons, print)
+    identity = model_hash(classifier.model)
+    kept = partial(Records(output / "points").kept, model=identity)
+    found = measure_signal(batches, pool, args.epsilons, print, kept)
 
     # Keep
     head = {
         "command": {name: without_place(value) for name, value in asdict(args).items()},
         "commit": commit(),
         "versions": versions(),
-        "model_sha256": model_hash(classifier.model),
+        "model_sha256": identity,
         "images": {"split": args.split or "train", "batches": len(batches), "of_a_batch": len(pool)},
         "precision": "float32",
         "learning": LEARNING,

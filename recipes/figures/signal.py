@@ -6,10 +6,11 @@ eval mode. The yardstick is the clean gradient of other images. A third number s
 gradient of other images under attack. A small step against g' lowers their loss by a share that this cosine is.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -230,16 +231,31 @@ def draw_batches(rows: Rows, classifier: Classifier, images: int, seed: int) -> 
 
 
 def measure_signal(
-    batches: Sequence[CleanBatch], pool: Tensor, epsilons: Sequence[float], say: Callable[[str], None]
+    batches: Sequence[CleanBatch],
+    pool: Tensor,
+    epsilons: Sequence[float],
+    say: Callable[[str], None],
+    kept: Callable[..., dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """A row for every view, said as it comes: its name, its epsilon or radius, and ``MEASURES`` as a list over batches.
 
     The first row is the clean view, the last one the yardstick: the clean gradient of another batch. Learned noises are
     learned once for all batches, and like the others scaled on each. Where no length of a noise has the influence
-    epsilon, the row is of the length that comes nearest.
+    epsilon, the row is of the length that comes nearest. ``kept`` is :meth:`Records.kept`: rows of an earlier run are
+    not measured again.
     """
+    digest = hashlib.sha256()
+    for each in (pool, *(part for one in batches for part in (one.images, one.labels))):
+        digest.update(each.cpu().numpy().tobytes())
+    known: dict[str, Any] = {"images": digest.hexdigest(), "seeds": [one.seed for one in batches]}
+    known |= {"learning": LEARNING, "attack": ATTACK, "scaled_on": _SCALED_ON}
+
+    def measured(make: Callable[[CleanBatch, float], View], value: float) -> dict[str, Any]:
+        attacked = [added(other.attacked for other in batches if other is not one) for one in batches]
+        each = [one.measure(make(one, value), others) for one, others in zip(batches, attacked, strict=True)]
+        return {name: [one[name] for one in each] for name in MEASURES}
+
     found: list[dict[str, Any]] = []
-    attacked = [added(other.attacked for other in batches if other is not one) for one in batches]
     learned = cache(lambda epsilon: learn(batches[0], epsilon, pool))
     views: list[tuple[str, str, Sequence[float], Callable[[CleanBatch, float], View]]] = [
         (CLEAN, "epsilon", [0.0], lambda batch, _: View(batch.images)),
@@ -252,8 +268,8 @@ def measure_signal(
         say(line)
     for view, scale, values, make in views:
         for value in values:
-            each = [one.measure(make(one, value), others) for one, others in zip(batches, attacked, strict=True)]
-            found.append({"view": view, scale: value} | {name: [one[name] for one in each] for name in MEASURES})
+            row = {"view": view, scale: value}
+            found.append(row | kept(partial(measured, make, value), **row, **known))
             say(line_of(found[-1]))
     apart = [compare(one.clean[0], batches[index - 1].clean[0]) for index, one in enumerate(batches)]
     cosines, differences = zip(*apart, strict=True)

@@ -11,7 +11,20 @@ import torch
 from PIL import Image
 from torch.nn.functional import cross_entropy
 
-from figures.signal import BATCHES, FGSM, GRADIENT, HEAD, LEARNED, MEASURES, RADII, RANDOM, CleanBatch, cell, line_of
+from figures.signal import (
+    BATCHES,
+    FGSM,
+    GRADIENT,
+    HEAD,
+    LEARNED,
+    LEARNING,
+    MEASURES,
+    RADII,
+    RANDOM,
+    CleanBatch,
+    cell,
+    line_of,
+)
 from hf_nullspace.core import text
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
@@ -116,7 +129,8 @@ def places(tmp_path_factory):
     return saved_model(tiny_model(), root / "vit"), root / "images"
 
 
-def test_the_recipe_measures_every_view(places, tmp_path, capsys):
+def test_the_recipe_measures_every_view_and_goes_on_where_it_stopped(places, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(LEARNING, "steps", 5)
     model, images = places
     options = ["--signal", "--model_name_or_path", model, "--dataset_name", images, "--output_dir", tmp_path]
     call_recipe("analyze", *options, "--images", 10, "--epsilons", 0.05)
@@ -127,6 +141,15 @@ def test_the_recipe_measures_every_view(places, tmp_path, capsys):
     assert all(len(row[name]) == BATCHES for row in found["rows"][:-1] for name in MEASURES)
     assert all(line_of(row) in said for row in found["rows"])
     assert found["command"]["model_name_or_path"] == "vit"  # no folder of this machine
+    points = sorted((tmp_path / "points").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(points) == len(views) - 1
+    kept = {path.name: path.stat().st_mtime_ns for path in points[:-1]}
+    points[-1].unlink()  # stopped before the last view
+    (tmp_path / "signal.json").unlink()
+    call_recipe("analyze", *options, "--images", 10, "--epsilons", 0.05)
+    assert json.loads((tmp_path / "signal.json").read_text()) == found
+    assert kept.items() < {path.name: path.stat().st_mtime_ns for path in points}.items()
+    capsys.readouterr()
     with Image.open(tmp_path / "signal.png") as picture:
         assert picture.width > 1000
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
