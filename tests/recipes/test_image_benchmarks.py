@@ -1,4 +1,4 @@
-"""benchmarks/invisible_images.py and benchmarks/ownership.py on tiny models: their counts are those of other code."""
+"""Benchmarks of images: their counts are those of other code, and a page has the numbers of its results."""
 
 import json
 import runpy
@@ -14,9 +14,18 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_nullspace.invisible.images import Judge
 from hf_nullspace.models.preprocessing import make_image_processor
+from hf_nullspace.robustness.corruptions import CORRUPTIONS
 from recipe_calls import saved_model
 from tiny_models import IMAGE, SIZES, numpy_patches, numpy_projection, tiny_model
 
+GROUPS = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "snow, frost": ("snow", "frost"),
+    "elastic": ("elastic_transform",),
+    "jpeg": ("jpeg_compression",),
+}
+"""Columns of docs/augmentation.md that are means over several corruptions, or short names."""
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -99,3 +108,25 @@ def test_copies_and_innocent_models_are_counted(tmp_path, capsys):
     assert "innocent: 0 of 6 at most 0.1 [0.0%, 39.0%]" in said
     with Image.open(tmp_path / "scores.png") as picture:
         assert picture.width > 500
+
+
+def test_the_nearest_sample_of_an_augmentation():
+    """Of samples at distances 5, 3 and 13 from a corruption that is 10 away from the unchanged images."""
+    nearest, target = load("augmentation_overlap")["nearest"], torch.tensor([1.0, 2.0])
+    drawn = target + torch.tensor([[3.0, 4.0], [0.0, 3.0], [5.0, 12.0]])
+    assert nearest(drawn, target + torch.tensor([6.0, 8.0]), target) == 0.3
+    assert nearest(drawn[2:], target + torch.tensor([6.0, 8.0]), target) == 1.0, "no sample is nearer"
+
+
+def test_the_page_has_the_distances_of_the_results():
+    root = BENCHMARKS.parent
+    distances = json.loads((root / "benchmarks" / "results" / "augmentation_overlap.json").read_text())["distance"]
+    text = (root / "docs" / "augmentation.md").read_text(encoding="utf-8")
+    lines = text[text.index("| as the model sees it |") :].partition("\n\n")[0].splitlines()
+    table = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    columns = [GROUPS.get(name, (name.replace(" ", "_"),)) for name in table[0][1:]]
+    assert sorted(name for column in columns for name in column) == sorted(CORRUPTIONS)
+    assert [row[0] for row in table[2:]] == list(distances)
+    for name, *cells in table[2:]:
+        for cell, column in zip(cells, columns, strict=True):
+            assert float(cell) == pytest.approx(statistics.mean(distances[name][each] for each in column), abs=0.00501)
