@@ -24,13 +24,14 @@ from hf_nullspace.cards.run_folder import INTERPOLATION_NAME
 from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.files import only_run_in, read_json
 from hf_nullspace.core.settings import check_numbers, fraction
+from hf_nullspace.core.text import escape
 from hf_nullspace.core.uploads import check_ready
 from hf_nullspace.data.image_set import collate
 from hf_nullspace.noise.pictures import plot_history
 from hf_nullspace.robustness.attacks.gradient import FGSM
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.plans import lacks
-from hf_nullspace.robustness.report import terminal_table, write_report
+from hf_nullspace.robustness.report import terminal_table, verdict, write_report
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, evaluate
 from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
@@ -43,6 +44,7 @@ from hf_nullspace.training.loading import (
     load_rows,
     training_images,
 )
+from hf_nullspace.training.objectives import check_objective
 from hf_nullspace.training.preflight import check_images, disk_space_warning
 from hf_nullspace.training.run_settings import check_folder, claim_folder
 from hf_nullspace.training.selection import selection_images, selection_rows
@@ -61,6 +63,9 @@ class FinetuneArguments:
 
     control: bool = option(
         True, "Also fine-tune without noise (same steps, batches, learning rate): what does the noise add?"
+    )
+    beside: list[str] = option(
+        [], "Other objectives to fine-tune with in the same way and to measure beside it, for example nullspace."
     )
     base_epochs: float = option(20, "Small ViT: epochs of its training.")
     base_learning_rate: float = option(2e-3, "Small ViT: learning rate of its training.")
@@ -84,6 +89,8 @@ class FinetuneArguments:
     def __post_init__(self) -> None:
         check_numbers(self, BASE_RANGES | RANGES)
         self.conditions()  # raises on a name or a severity that does not exist
+        for objective in self.beside:
+            check_objective(objective)
 
     def conditions(self) -> list[Condition]:
         """What is measured before and after."""
@@ -157,7 +164,9 @@ def run_all(
         raise UsageError(f"{missing[0]}; or leave that condition out")
     if not data_args.streaming:
         check_images(config, len(train_set))
-    if warning := disk_space_warning(classifier.model, config, trainings=2 if recipe.control else 1):
+    others = {"plain": output / "control"} if recipe.control else {}
+    others |= {name: output / "beside" / name for name in recipe.beside if name not in (config.objective, *others)}
+    if warning := disk_space_warning(classifier.model, config, trainings=1 + len(others)):
         say(warning)
     contents = {"training images": train_set.content_fingerprint(), "test images": eval_set.content_fingerprint()}
     if classifier.weights is not None:
@@ -196,7 +205,7 @@ def run_all(
             f"{config.global_batch_size} images")  # fmt: skip
         args = copy.copy(config)
         args.objective, args.output_dir = objective, str(folder)
-        args.push_to_hub = config.push_to_hub and folder == output  # the control stays here
+        args.push_to_hub = config.push_to_hub and folder == output  # the others stay here
         trainer = NullspaceTrainer(
             copy.deepcopy(classifier.model),
             args,
@@ -223,13 +232,14 @@ def run_all(
         results = {}  # a head that was not trained has no accuracy worth a column
     else:
         results = {"before": measure(model_args.model_name_or_path, model_args.model_revision)}
-    if recipe.control:
-        finetune("plain", output / "control")
-        results["plain"] = measure(output / "control")
+    for name, folder in others.items():
+        finetune(name, folder)
+        results[name] = measure(folder)
     trainer = finetune(config.objective, output)
-    results[config.objective] = measure(output)
+    title = config.preset if config.preset == "robust" else config.objective
+    results[title] = measure(output)
     if trainer.ema is not None:
-        results[f"{config.objective}, EMA"] = measure(output / "ema")
+        results[f"{title}, EMA"] = measure(output / "ema")
 
     # Report
     remarks = ""
@@ -240,14 +250,19 @@ def run_all(
             "rounds": [{key: value for key, value in entry.items() if key != "trace"} for entry in trainer.history],
         }
         if selection is not None:
-            places = {"plain": output / "control", config.objective: output, f"{config.objective}, EMA": output / "ema"}
+            places = others | {title: output, f"{title}, EMA": output / "ema"}
             chosen = {name: read_json(places[name] / INTERPOLATION_NAME) for name in results if name in places}
             context["alpha"] = {name: each["alpha"] for name, each in chosen.items()}
             remarks = remarks_on(chosen)
-        paths = write_report(results, output, context=context, remarks=remarks)
+        judged = verdict(results, title)
+        paths = write_report(
+            results, output, context=context, remarks=remarks + (f"\n{escape(judged)}\n" if judged else "")
+        )
         if trainer.history:
             paths["noise"] = plot_history(trainer.history, config.epsilon, output / "noise.png")
         say("\n" + terminal_table(results) + "\n")
+        if judged:
+            say(f"{judged}\n")
         say(f"Model, image processor and noises: {output}. Numbers: {paths['json']}. Picture: {paths['png']}")
         say(f"Use it: pipeline('image-classification', model={str(output)!r})")
 

@@ -149,9 +149,10 @@ class RunFolder:
         if not results:
             raise RunFolderError(f"{self.path / name} has no results; measure again, or delete it")
         context = content.get("context", {})
-        # The checkpoint of this folder is named after its objective or after the folder; else it is the last one.
+        # The checkpoint of this folder is named after its preset, its objective or the folder; else it is the last one.
         checkpoints = list(results)
-        names = (context.get("settings", {}).get("training", {}).get("objective"), self.name)
+        training = context.get("settings", {}).get("training", {})
+        names = (training.get("preset"), training.get("objective"), self.name)
         return Report(
             file=name,
             context=context,

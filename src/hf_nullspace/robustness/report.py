@@ -204,6 +204,32 @@ def average_difference(results: Results, before: str, after: str, weights: Mappi
     return paired_mean_difference(first, second, weights=list(weights.values()))
 
 
+def verdict(results: Results, subject: str) -> str:
+    """Whether ``subject`` is more robust than each of the others, in one sentence that follows from the intervals.
+
+    By the mean of clean accuracy, the mean over attacks and the mean over corruptions, on the same images. "" if there
+    is nothing to compare with, or neither attacks nor corruptions were measured.
+    """
+    kinds: dict[str, list[str]] = {}
+    for row in results[subject]:
+        kind = "attacks" if "attack" in row.protocol else "corruptions" if "corruption" in row.protocol else "clean"
+        kinds.setdefault(kind, []).append(row.condition)
+    others = [name for name in results if name != subject]
+    if not others or not kinds.keys() - {"clean"}:
+        return ""
+    weights = {title: 1 / len(kinds) / len(titles) for titles in kinds.values() for title in titles}
+    words = []
+    for other in others:
+        change = average_difference(results, other, subject, weights)
+        word = "more robust than" if change.low > 0 else "less robust than" if change.high < 0 else "no different from"
+        detail = f"average {signed(change)}"
+        if "clean" in kinds:
+            clean = average_difference(results, other, subject, dict.fromkeys(kinds["clean"], 1 / len(kinds["clean"])))
+            detail += f", clean {signed(clean)}"
+        words.append(f"{word} {other} ({detail})")
+    return f"Verdict, in points: {subject} is {', '.join(words)}; the average is over {', '.join(kinds)}."
+
+
 def signed(change: Interval) -> str:
     return with_interval(100 * change.value, 100 * change.low, 100 * change.high)
 

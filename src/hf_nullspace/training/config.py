@@ -27,6 +27,8 @@ register_objective("pyramid", pyramid)
 register_objective("universal", universal)
 
 _PAPER: dict[str, Any] = {
+    "objective": "nullspace",
+    "attack_eps": None,
     "rounds": 20,
     "steps_per_round": 40,
     "global_batch_size": 128,
@@ -62,10 +64,26 @@ _BOUNDARY = _DESCENT | {
     "noise_pool_images": 1024,
 }
 
-PRESETS: dict[str, dict[str, Any]] = {"boundary": _BOUNDARY, "descent": _DESCENT, "paper": _PAPER}
+_ROBUST = _BOUNDARY | {
+    "objective": "fast",
+    "attack_eps": "2/255",
+    "rounds": 6,
+    "steps_per_round": 160,
+    "learning_rate": 5e-4,
+    "interpolate": True,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "boundary": _BOUNDARY,
+    "descent": _DESCENT,
+    "paper": _PAPER,
+    "robust": _ROBUST,
+}
 """Defaults of unset fields. "paper" is Algorithm 1 with the settings of appendix A.3. "descent" differs where these do
 not guarantee epsilon: no decay of the noise, epsilon is tested on held-out images, and after T steps the noise is
-scaled into it. "boundary", the default, follows the edge of epsilon, for less than the fine-tuning itself costs."""
+scaled into it. "boundary", the default, follows the edge of epsilon, for less than the fine-tuning itself costs.
+"robust" is not the paper's: an adversarial view of a single step in the place of the noise, and then part of the way
+back to the checkpoint (docs/robustness.md)."""
 
 
 Settings = TypeVar("Settings", NoiseSettings, BoundarySettings)
@@ -92,10 +110,10 @@ class NullspaceConfig(TrainingArguments):
 
     preset: str = option(
         "boundary",
-        "Where unset fields come from: 'boundary', 'descent' (Algorithm 1, epsilon on held-out images) or 'paper'.",
+        "Where unset fields come from: 'boundary', 'descent' (Algorithm 1, epsilon on held-out images), 'paper', or "
+        "'robust' (no learned noise: 'fast', then 'interpolate').",
     )
-    objective: str = option(
-        "nullspace",
+    objective: str = _preset(
         "What a batch becomes: 'nullspace' (a second view with learned noise), the controls 'plain' (the "
         "same view twice), 'random' and 'permuted' (noise of the same influence), 'madry', 'trades' (adversarial "
         "training), 'fast' (a clean view and one of a single attack step), 'pyramid' (a clean view and one "
@@ -172,6 +190,9 @@ class NullspaceConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_choices(self, {"preset": PRESETS, "noise_distribution": DISTRIBUTIONS})
+        for name in ("objective", "attack_eps"):
+            if getattr(self, name) is None:
+                setattr(self, name, PRESETS[self.preset][name])
         check_objective(self.objective)
         check_numbers(self, RANGES)
         attack_settings(self), pyramid_settings(self)  # raise on values out of range

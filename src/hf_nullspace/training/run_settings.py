@@ -36,6 +36,7 @@ WRITTEN = (
     "base",
     "base.part",
     "control",
+    "beside",
     "ema",
     "model*.safetensors*",
     "adapter_model.safetensors",
