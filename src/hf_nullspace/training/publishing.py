@@ -51,8 +51,8 @@ _FOR_RESUMING = (
 )  # fmt: skip
 _PICKLES = ("training_args.bin", "*/training_args.bin")
 _STAYS = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"*/{PREFIX_CHECKPOINT_DIR}-*", "base/*", "base.part/*", "control/*",
-          "beside/*", "run-*/*", "runs/*", "records/*", "*/records/*", "per_sample/*", "*/per_sample/*", "*.lock", "*.lock.json",
-          MANIFEST_NAME, STATE_NAME, *_PICKLES)  # fmt: skip
+          "beside/*", "run-*/*", "runs/*", "records/*", "*/records/*", "per_sample/*", "*/per_sample/*", "*.lock",
+          "*.lock.json", MANIFEST_NAME, STATE_NAME, *_PICKLES)  # fmt: skip
 """What a run writes for itself: it stays here without a word."""
 _NAMED = 5
 REPLACED = ("noises/round-*.safetensors", "model*-of-*.safetensors", "model.safetensors.index.json")
