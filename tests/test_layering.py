@@ -81,6 +81,7 @@ ORDER = [
     "cards.card",
     "cards.staging",
     "training.rounds",
+    "training.losses",
     "training.objectives",
     "training.pyramid",
     "training.adversarial",

@@ -13,14 +13,10 @@ from hf_nullspace.command_line import option
 from hf_nullspace.core.settings import check_choices, check_numbers, check_output_dir
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
-from hf_nullspace.training.adversarial import attack_settings, fast, madry, pyramid, pyramid_settings, trades
-from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, register_objective
+from hf_nullspace.training.adversarial import attack_settings, pyramid_settings
+from hf_nullspace.training.losses import DIVERGENCES
+from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, make_objective
 from hf_nullspace.training.preflight import RANGES, check_trackers
-
-register_objective("madry", madry)
-register_objective("trades", trades)
-register_objective("fast", fast)
-register_objective("pyramid", pyramid)
 
 _PAPER: dict[str, Any] = {
     "rounds": 20,
@@ -136,6 +132,12 @@ class NullspaceConfig(TrainingArguments):
         [20.0, 10.0, 1.0], "Objective 'pyramid': by what the changes at each scale are multiplied."
     )
     trades_beta: float = option(6.0, "Objective 'trades': weight of the divergence (beta).")
+    consistency: float = option(
+        0.0,
+        "Objectives with a view with noise, 'fast', 'pyramid': weight of the divergence between the predictions of "
+        "that view and the clean one, added to the loss.",
+    )
+    consistency_loss: str = option("kl", "That divergence: 'kl' (as in TRADES) or 'js' (as in AugMix).")
     ema_decay: float | None = option(
         None, "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."
     )
@@ -159,7 +161,7 @@ class NullspaceConfig(TrainingArguments):
     num_train_epochs: float = option(None, "Not used: the length of a run is rounds x steps_per_round.")
 
     def __post_init__(self) -> None:
-        check_choices(self, {"preset": PRESETS, "noise_distribution": DISTRIBUTIONS})
+        check_choices(self, {"preset": PRESETS, "noise_distribution": DISTRIBUTIONS, "consistency_loss": DIVERGENCES})
         check_objective(self.objective)
         check_numbers(self, RANGES)
         attack_settings(self), pyramid_settings(self)  # raise on values out of range
@@ -173,6 +175,7 @@ class NullspaceConfig(TrainingArguments):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.noise_settings()  # raises on values out of range
+        make_objective(self.objective, self)  # raises on what its parts cannot do
         if self.needs_held_out():
             self._check("held_out_images", self.held_out_images >= 1, "at least 1: epsilon is tested on them")
         self.per_device_train_batch_size = self.per_device_train_batch_size or 1
