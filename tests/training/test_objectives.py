@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
-from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
 from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.noise.influence import centre, centred_norm
 from hf_nullspace.training import objectives
@@ -18,7 +17,6 @@ from hf_nullspace.training.objectives import (
     View,
     check_labels,
     check_objective,
-    forward_views,
     register_objective,
 )
 from tiny_attacks import EPS, Pictures, agree, divergence_pgd, pgd, trained
@@ -79,26 +77,6 @@ def test_a_sum_is_the_union_of_the_views_and_the_sum_of_the_losses(tmp_path):
         return both + cross_entropy(adversarial, y) + trades_loss(vit, x, y, step)
 
     agree(trainer, loss, tmp_path)
-
-
-@pytest.mark.parametrize("noises", [0, 1, 5])
-def test_views_in_one_forward_pass_are_views_in_turn(noises):
-    """The way of a GPU and that of a CPU: the same logits and gradients, and only the noisy view has the noise."""
-    found = []
-    for together in (False, True):
-        vit, generator = tiny_model().double(), torch.Generator().manual_seed(0)
-        images, other = torch.randn(2, 5, 3, 16, 16, generator=generator, dtype=torch.float64)
-        noise = torch.randn(noises, 16, 24, generator=generator, dtype=torch.float64) if noises else None
-        views = {"noisy": View(images, noise), "clean": View(images), "other": View(other)}
-        inputs = {"pixel_values": images, "labels": torch.arange(5), "interpolate_pos_encoding": True}
-        hook = PatchEmbeddingNoise(vit)
-        logits = forward_views(vit, hook, inputs, views, "pixel_values", together=together)
-        assert list(logits)[-1] == "noisy" or not noises
-        for name, x, v in [("clean", images, 0.0), ("other", other, 0.0), ("noisy", images, noise if noises else 0.0)]:
-            torch.testing.assert_close(logits[name], logits_of(vit, x, v))
-        sum(index * each.square().sum() for index, each in enumerate(logits.values())).backward()
-        found.append({name: parameter.grad for name, parameter in vit.named_parameters()})
-    assert_same(*found, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("objective", "distribution"), [("random", "uniform"), ("random", "normal"), ("permuted", "")])
@@ -190,15 +168,9 @@ def test_the_attack_leaves_nothing_behind(tmp_path):
 
 def test_bf16_trains(tmp_path):
     """Autocast keeps no copy of the weights from the frozen attack: the parameters get their gradients and move."""
-    trainer = trained(
-        tmp_path,
-        tiny_model(),
-        Pictures(dtype=torch.float32),
-        objective="nullspace+madry+trades+fast+pyramid",
-        consistency=2.0,
-        consistency_loss="js",
-        bf16=True,
-    )
+    objective = "nullspace+madry+trades+fast+pyramid+fgm+universal"
+    given = {"objective": objective, "consistency": 2.0, "consistency_loss": "js", "bf16": True}
+    trainer = trained(tmp_path, tiny_model(), Pictures(dtype=torch.float32), **given)
     before = parameters_of(tiny_model())
     moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
     assert len(moved) == len(before)
@@ -207,7 +179,7 @@ def test_bf16_trains(tmp_path):
 
 def test_resumed_within_a_run_it_ends_with_the_same_weights_and_cost(tmp_path):
     given = {
-        "objective": "permuted+trades+fast+pyramid",
+        "objective": "permuted+trades+fast+pyramid+fgm+universal",
         "consistency": 2.0,
         "epsilon": 0.003,
         "rounds": 3,
@@ -244,11 +216,11 @@ class Passes(torch.nn.Module):
         self.to_input += 0 if trains else images
 
 
-ATTACKED = {"madry": 3, "trades": 4, "nullspace+madry": 3, "fast": 1, "random+fast": 1, "pyramid": 3}
+ATTACKED = {"madry": 3, "trades": 4, "nullspace+madry": 3, "fast": 1, "random+fast": 1, "pyramid": 3, "madry+fgm": 3}
 """Forward passes of the attack, per image."""
 
 
-@pytest.mark.parametrize("objective", ["plain", "nullspace", "random", "permuted", *ATTACKED])
+@pytest.mark.parametrize("objective", ["plain", "nullspace", "random", "permuted", "universal", *ATTACKED])
 def test_the_cost_is_what_passes_through_the_model(tmp_path, objective):
     model = tiny_model().double()
     passes = Passes(model)
@@ -258,7 +230,7 @@ def test_the_cost_is_what_passes_through_the_model(tmp_path, objective):
     assert cost["backward_to_parameters"] == passes.to_parameters
     assert cost["backward_to_input"] == passes.to_input
     assert cost["forward_equivalents"] == passes.forwards + passes.to_input + 2 * passes.to_parameters
-    views = {"madry": 1, "nullspace+madry": 3, "random+fast": 3}.get(objective, 2)
+    views = {"madry": 1, "nullspace+madry": 3, "random+fast": 3, "madry+fgm": 3}.get(objective, 2)
     assert (
         cost["stages"]["training"]["forward"] == cost["stages"]["training"]["backward_to_parameters"] == 4 * 8 * views
     )

@@ -13,10 +13,19 @@ from hf_nullspace.command_line import option
 from hf_nullspace.core.settings import check_choices, check_numbers, check_output_dir
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
-from hf_nullspace.training.adversarial import attack_settings, pyramid_settings
+from hf_nullspace.training.adversarial import attack_settings, fast, madry, pyramid, pyramid_settings, trades
+from hf_nullspace.training.gradient_views import fgm
 from hf_nullspace.training.losses import DIVERGENCES
-from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, make_objective
+from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, make_objective, register_objective
 from hf_nullspace.training.preflight import RANGES, check_trackers
+from hf_nullspace.training.universal import universal
+
+register_objective("madry", madry)
+register_objective("trades", trades)
+register_objective("fast", fast)
+register_objective("fgm", fgm)
+register_objective("pyramid", pyramid)
+register_objective("universal", universal)
 
 _PAPER: dict[str, Any] = {
     "rounds": 20,
@@ -91,7 +100,8 @@ class NullspaceConfig(TrainingArguments):
         "What a batch becomes: 'nullspace' (a second view with learned noise), the controls 'plain' (the "
         "same view twice), 'random' and 'permuted' (noise of the same influence), 'madry', 'trades' (adversarial "
         "training), 'fast' (a clean view and one of a single attack step), 'pyramid' (a clean view and one "
-        "attacked at several scales), or several joined by '+'.",
+        "attacked at several scales), 'fgm' (noise along the gradient at the patch embeddings), 'universal' (one "
+        "adversarial noise for all images), or several joined by '+'.",
     )
     rounds: int = _preset("K: how often a new noise is learned.")
     steps_per_round: int = _preset("S: optimizer steps between two noises.")
@@ -134,10 +144,16 @@ class NullspaceConfig(TrainingArguments):
     trades_beta: float = option(6.0, "Objective 'trades': weight of the divergence (beta).")
     consistency: float = option(
         0.0,
-        "Objectives with a view with noise, 'fast', 'pyramid': weight of the divergence between the predictions of "
-        "that view and the clean one, added to the loss.",
+        "Weight of the divergence between the predictions of the clean view and of the one with noise or an attack.",
     )
     consistency_loss: str = option("kl", "That divergence: 'kl' (as in TRADES) or 'js' (as in AugMix).")
+    fgm_share: float = option(
+        0.03, "Objective 'fgm': L2 norm of the noise of an image, as a share of its patch embeddings' centred norm."
+    )
+    universal_share: float = option(
+        0.2, "Objective 'universal': L2 norm of the noise at most, as a share of the patch embeddings' centred norm."
+    )
+    universal_step: float = option(0.25, "Objective 'universal': how far the noise moves per step, as a share of that.")
     ema_decay: float | None = option(
         None, "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."
     )
