@@ -38,6 +38,8 @@ RANDOM = {
     "epsilon": 0.005,
     "attack_steps": 2,
     "held_out_images": 21,
+    "consistency": 2.0,
+    "consistency_loss": "js",
 }
 BANK = {"preset": "boundary", "noise_max_steps": 5, "noise_pool_images": 14, "noises_at_once": 2, "noise_bank_size": 3,
         "noise_mix": "convex", "epsilon": 0.005}  # fmt: skip

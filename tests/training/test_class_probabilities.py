@@ -10,7 +10,8 @@ from torch.utils.data import default_collate
 from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.robustness.attacks.carlini_wagner import CW
 from hf_nullspace.robustness.attacks.gradient import FGSM
-from hf_nullspace.training.objectives import check_labels, mean_over_images, view_loss
+from hf_nullspace.training.losses import mean_over_images, view_loss
+from hf_nullspace.training.objectives import check_labels
 from tiny_attacks import EPS, Pictures, agree, divergence_pgd, pgd, trained
 from tiny_models import tiny_model
 from tiny_training import assert_differs, assert_same, parameters_of
@@ -71,7 +72,8 @@ def test_one_hot_probabilities_are_classes(tmp_path):
             super().__init__()
             self.labels = torch.eye(5)[self.labels]
 
-    runs = [trained(tmp_path / type(data).__name__, data=data, objective="fast") for data in (Pictures(), OneHot())]
+    given = {"objective": "fast+pyramid"}
+    runs = [trained(tmp_path / type(data).__name__, data=data, **given) for data in (Pictures(), OneHot())]
     assert_same(*(parameters_of(run.model) for run in runs), rtol=1e-7, atol=1e-9)
     watched = [[entry for entry in run.state.log_history if "fast/pgd_accuracy" in entry] for run in runs]
     assert watched[0] == watched[1], "of probabilities the watch takes the largest"

@@ -18,7 +18,8 @@ from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.attacks.base import Attack, seeded_like
 from hf_nullspace.robustness.attacks.gradient import PGD, BoundedAttack
 from hf_nullspace.robustness.pixel_model import PixelModel
-from hf_nullspace.training.objectives import Batch, Objective, View
+from hf_nullspace.training.losses import divergence
+from hf_nullspace.training.objectives import Batch, BesideClean, Objective, View, consistency_of
 from hf_nullspace.training.pyramid import PyramidPGD
 
 _OUTSIDE = 0.01  # how far from [0, 1] pixels may be rounded that came in bfloat16
@@ -94,18 +95,18 @@ class Madry(Adversarial):
         return batch.cross_entropy(logits["adversarial"])
 
 
-class BesideClean(Adversarial):
-    """CE(z, y) + CE(z_adv, y): the clean view and an adversarial one, which ``name`` names."""
+class AttackedBesideClean(Adversarial, BesideClean):
+    """CE(z, y) + CE(z_adv, y): the clean view and an adversarial one, which ``name`` names.
 
-    def __init__(self, attack: Attack, name: str) -> None:
-        super().__init__(attack)
-        self.name = name
+    ``consistency`` are the settings of :class:`BesideClean`.
+    """
 
-    def views(self, batch: Batch) -> dict[str, View]:
-        return {"clean": View(batch.images), self.name: View(self.adversarial(batch))}
+    def __init__(self, attack: Attack, name: str, **consistency: Any) -> None:
+        Adversarial.__init__(self, attack)
+        BesideClean.__init__(self, name, **consistency)
 
-    def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        return batch.cross_entropy(logits["clean"]) + batch.cross_entropy(logits[self.name])
+    def other(self, batch: Batch) -> View:
+        return View(self.adversarial(batch))
 
 
 class Trades(Adversarial):
@@ -119,10 +120,8 @@ class Trades(Adversarial):
         return {"clean": View(batch.images), "divergent": View(self.adversarial(batch))}
 
     def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        dtype = torch.promote_types(torch.float32, logits["clean"].dtype)
-        clean, adversarial = (log_softmax(logits[name].to(dtype), -1) for name in ("clean", "divergent"))
-        divergence = kl_div(adversarial, clean, reduction="none", log_target=True).sum(-1)
-        return batch.cross_entropy(logits["clean"]) + self.beta * batch.mean(divergence)
+        apart = divergence(logits["clean"], logits["divergent"])
+        return batch.cross_entropy(logits["clean"]) + self.beta * batch.mean(apart)
 
 
 def pixels_of(images: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -184,9 +183,11 @@ def trades(args: Any) -> Objective:
 
 def fast(args: Any) -> Objective:
     """``objective="fast"``: a clean view, and one step of FGSM from a random start, at the radius of the settings."""
-    return BesideClean(RandomStartFGSM(**attack_settings(args) | {"steps": 1}), "fast")
+    attack = RandomStartFGSM(**attack_settings(args) | {"steps": 1})
+    return AttackedBesideClean(attack, "fast", **consistency_of(args))
 
 
 def pyramid(args: Any) -> Objective:
     """``objective="pyramid"``: L(x) + lambda L(x_adv) (equation 3 of Herrmann et al. 2022) with lambda = 1."""
-    return BesideClean(PyramidPGD(**attack_settings(args), **pyramid_settings(args)), "pyramid")
+    attack = PyramidPGD(**attack_settings(args), **pyramid_settings(args))
+    return AttackedBesideClean(attack, "pyramid", **consistency_of(args))

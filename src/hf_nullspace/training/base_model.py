@@ -22,7 +22,7 @@ from hf_nullspace.core.files import (
 from hf_nullspace.data.image_set import ImageSet, collate
 from hf_nullspace.training.checkpoints import last_complete_checkpoint, load_weights
 from hf_nullspace.training.loading import Classifier
-from hf_nullspace.training.objectives import view_loss
+from hf_nullspace.training.losses import view_loss
 
 BASE_RANGES = {"base_epochs": "(0, inf)", "base_learning_rate": "(0, inf)", "base_batch_size": "int [1, inf)"}
 """Of the options of the recipes that train one (:mod:`~hf_nullspace.core.settings`)."""

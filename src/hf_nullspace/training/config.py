@@ -15,8 +15,10 @@ from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
 from hf_nullspace.training.adversarial import attack_settings, fast, madry, pyramid, pyramid_settings, trades
 from hf_nullspace.training.gradient_views import fgm
-from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, register_objective
+from hf_nullspace.training.losses import DIVERGENCES
+from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, make_objective, register_objective
 from hf_nullspace.training.preflight import RANGES, check_trackers
+from hf_nullspace.training.presets import PRESETS
 from hf_nullspace.training.universal import universal
 
 register_objective("madry", madry)
@@ -25,66 +27,6 @@ register_objective("fast", fast)
 register_objective("fgm", fgm)
 register_objective("pyramid", pyramid)
 register_objective("universal", universal)
-
-_PAPER: dict[str, Any] = {
-    "objective": "nullspace",
-    "attack_eps": None,
-    "rounds": 20,
-    "steps_per_round": 40,
-    "global_batch_size": 128,
-    "learning_rate": 1e-5,
-    "weight_decay": 0.01,
-    "max_grad_norm": 0.0,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0,
-    "epsilon": 0.03,
-    "noise_limit": 3.0,
-    "noise_learning_rate": 0.1,
-    "noise_max_steps": 3000,
-    "noise_weight_decay": 0.01,
-    "noise_loss": "l2",
-    "noise_stop_on": "minibatch",
-    "noise_on_limit": "use",
-    "noise_batch_size": 128,
-    "noise_learner": "descent",
-    "noise_pool_images": 0,
-    "noises_at_once": 1,
-    "noise_bank_size": 1,
-    "noise_mix": "one",
-    "noise_warm_start": False,
-    "interpolate": False,
-}
-
-_DESCENT = _PAPER | {"noise_weight_decay": 0.0, "noise_stop_on": "held_out", "noise_on_limit": "rescale"}
-
-_BOUNDARY = _DESCENT | {
-    "noise_learner": "boundary",
-    "noise_learning_rate": 0.4,
-    "noise_max_steps": 60,
-    "noise_pool_images": 1024,
-}
-
-_ROBUST = _BOUNDARY | {
-    "objective": "fast",
-    "attack_eps": "2/255",
-    "rounds": 6,
-    "steps_per_round": 160,
-    "learning_rate": 5e-4,
-    "interpolate": True,
-}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "boundary": _BOUNDARY,
-    "descent": _DESCENT,
-    "paper": _PAPER,
-    "robust": _ROBUST,
-}
-"""Defaults of unset fields. "paper" is Algorithm 1 with the settings of appendix A.3. "descent" differs where these do
-not guarantee epsilon: no decay of the noise, epsilon is tested on held-out images, and after T steps the noise is
-scaled into it. "boundary", the default, follows the edge of epsilon, for less than the fine-tuning itself costs.
-"robust" is not the paper's: an adversarial view of a single step in the place of the noise, and then part of the way
-back to the checkpoint (docs/robustness.md)."""
-
 
 Settings = TypeVar("Settings", NoiseSettings, BoundarySettings)
 
@@ -159,6 +101,11 @@ class NullspaceConfig(TrainingArguments):
         [20.0, 10.0, 1.0], "Objective 'pyramid': by what the changes at each scale are multiplied."
     )
     trades_beta: float = option(6.0, "Objective 'trades': weight of the divergence (beta).")
+    consistency: float = option(
+        0.0,
+        "Weight of the divergence between the predictions of the clean view and of the one with noise or an attack.",
+    )
+    consistency_loss: str = option("kl", "That divergence: 'kl' (as in TRADES) or 'js' (as in AugMix).")
     fgm_share: float = option(
         0.03, "Objective 'fgm': L2 norm of the noise of an image, as a share of its patch embeddings' centred norm."
     )
@@ -189,7 +136,7 @@ class NullspaceConfig(TrainingArguments):
     num_train_epochs: float = option(None, "Not used: the length of a run is rounds x steps_per_round.")
 
     def __post_init__(self) -> None:
-        check_choices(self, {"preset": PRESETS, "noise_distribution": DISTRIBUTIONS})
+        check_choices(self, {"preset": PRESETS, "noise_distribution": DISTRIBUTIONS, "consistency_loss": DIVERGENCES})
         for name in ("objective", "attack_eps"):
             if getattr(self, name) is None:
                 setattr(self, name, PRESETS[self.preset][name])
@@ -206,6 +153,7 @@ class NullspaceConfig(TrainingArguments):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.noise_settings()  # raises on values out of range
+        make_objective(self.objective, self)  # raises on what its parts cannot do
         if self.needs_held_out():
             self._check("held_out_images", self.held_out_images >= 1, "at least 1: epsilon is tested on them")
         self.per_device_train_batch_size = self.per_device_train_batch_size or 1

@@ -15,6 +15,7 @@ RANGES = {
     "noise_batch_size": "int [1, inf)",
     "held_out_images": "int [0, inf)",
     "trades_beta": "[0, inf)",
+    "consistency": "[0, inf)",
     "attack_steps": "int [1, inf)",
     "fgm_share": "[0, inf)",
     "pyramid_scales": "int [1, inf)",
