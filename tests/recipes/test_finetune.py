@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ num_hidden_layers: 1
 num_attention_heads: 2
 intermediate_size: 16
 base_epochs: 1
+beside: [fast]
 rounds: 2
 steps_per_round: 2
 global_batch_size: 16
@@ -68,7 +70,9 @@ def test_results_are_those_of_the_saved_model(finished):
     folder = finished[0] / "out"
     rows = load_image_dataset("digits", "test").select(range(40))
     records = json.loads((folder / "results.json").read_text())["results"]
-    for name, place in (("before", folder / "base"), ("plain", folder / "control"), ("nullspace", folder)):
+    places = {"before": "base", "plain": "control", "fast": "beside/fast", "nullspace": "."}
+    assert list(dict.fromkeys(record["checkpoint"] for record in records)) == list(places)
+    for name, place in ((name, folder / place) for name, place in places.items()):
         model = AutoModelForImageClassification.from_pretrained(place).eval()
         processor = AutoImageProcessor.from_pretrained(place, backend="pil")
         with torch.no_grad():
@@ -76,6 +80,15 @@ def test_results_are_those_of_the_saved_model(finished):
         correct = sum(int(a == row["label"]) for a, row in zip(predicted.tolist(), rows, strict=True))
         record = next(r for r in records if r["checkpoint"] == name and r["condition"] == "clean")
         assert (record["correct"], record["n"]) == (correct, 40)
+
+
+def test_it_ends_with_a_verdict(finished):
+    folder, said = finished
+    verdict = next(line for line in said.splitlines() if line.startswith("Verdict, in points: nullspace is "))
+    report = (folder / "out" / "results.md").read_text()
+    for name in ("before", "plain", "fast"):
+        (words,) = re.findall(rf"(?:more robust than|less robust than|no different from) {name} \([^)]*\)", verdict)
+        assert words in report
 
 
 def test_a_token_of_the_command_line_lands_in_no_file(finished):

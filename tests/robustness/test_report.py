@@ -149,6 +149,26 @@ def test_averages_over_the_same_images_have_intervals():
     assert image_averages([r.condition for r in before[:-1]]) == {}
 
 
+def test_the_verdict_is_what_the_intervals_say():
+    def measured(clean, fgsm, fog, snow):
+        kinds = ({"split": "test"}, {"attack": "FGSM"}, {"corruption": "fog"}, {"corruption": "snow"})
+        counts = (clean, fgsm, fog, snow)
+        return [result(str(k), n, **kind) for k, (n, kind) in enumerate(zip(counts, kinds, strict=True))]
+
+    runs = {"before": measured(45, 10, 30, 20), "plain": measured(45, 40, 30, 20), "same": measured(44, 25, 30, 26)}
+    found = report.verdict(runs | {"robust": measured(44, 25, 30, 26)}, "robust")
+    more, less, same = found.split(" is ", 1)[1].split("), ")
+    assert more.startswith("more robust than before (average +11.33 [+")  # (-2 + 30 + (0 + 12) / 2) / 3
+    assert ", clean -2.00 [" in more
+    assert less.startswith("less robust than plain (average -8.67 [-")
+    assert (
+        same == "no different from same (average +0.00 [+0.00, +0.00], clean +0.00 [+0.00, +0.00]); the average "
+        "is over clean, attacks, corruptions."
+    )
+    assert report.verdict({"robust": runs["plain"]}, "robust") == ""
+    assert report.verdict({name: rows[:1] for name, rows in runs.items()}, "same") == ""
+
+
 def test_the_nine_columns_come_from_the_sets():
     alexnet = published.ALEXNET_ERRORS
     c = cells(lambda c, s: 25, "imagenet-c/{c}/{s}")
