@@ -40,7 +40,7 @@ from forked_tests import PACKAGE, RECIPES, ROOT, WHOLE, Run, copied, import_libr
 REASONS = Path(__file__).with_name("mutants_reasons.json")
 FILES = (
     *("noise/*.py", "linear/*.py", "cards/*.py", "hub/*.py", "study/analysis.py"),
-    *(f"training/{name}.py" for name in ("objectives", "rounds", "checkpoints", "ema")),
+    *(f"training/{name}.py" for name in ("losses", "objectives", "rounds", "checkpoints", "ema")),
     *(f"robustness/{name}.py" for name in ("scores", "corruptions", "corruption_functions", "suite", "checks")),
     "robustness/attacks/*.py",
 )

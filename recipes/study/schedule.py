@@ -19,10 +19,13 @@ _VIEWS = {
     "madry": ("adversarial",),
     "trades": ("clean", "divergent"),
     "fast": ("clean", "fast"),
+    "pyramid": ("clean", "pyramid"),
     "fgm": ("clean", "fgm"),
     "universal": ("clean", "universal"),
     "plain": ("clean", "again"),
 }
+_ATTACK_STEPS = {"madry": 10, "trades": 10, "pyramid": 5}
+"""Where a run does not set them."""
 
 
 @dataclass
@@ -199,7 +202,8 @@ def work(task: Task, config_of: Callable[[Run], NullspaceConfig]) -> float:
     config: Any = config_of(task)  # its fields are set
     names = set(config.objective.split("+"))
     views = len({view for name in names for view in _VIEWS.get(name, ("clean", "other"))})
-    passes = 3 * views + 2 * config.attack_steps * len(names & {"madry", "trades"}) + 2 * len(names & {"fast"})
+    steps = {name: config.attack_steps or number for name, number in _ATTACK_STEPS.items()} | {"fast": 1}
+    passes = 3 * views + 2 * sum(steps[name] for name in names & set(steps))
     each = 0
     if names & {"nullspace", "permuted"}:
         if config.noise_learner == "boundary":

@@ -8,9 +8,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
-import tiny_training
-from hf_nullspace.core.seeds import derive_seed
-from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.noise.influence import centre, centred_norm
 from hf_nullspace.training import objectives
@@ -20,97 +17,12 @@ from hf_nullspace.training.objectives import (
     View,
     check_labels,
     check_objective,
-    mean_over_images,
     register_objective,
-    view_loss,
 )
+from tiny_attacks import EPS, Pictures, agree, divergence_pgd, pgd, trained
 from tiny_models import cosine, tiny_model
-from tiny_training import (
-    Images,
-    Recorder,
-    assert_differs,
-    assert_same,
-    labelled,
-    logged,
-    parameters_of,
-    train_batches,
-)
-from written_out import fine_tuned, influence_of, logits_of
-
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-EPS = 0.05
-
-
-class Pictures(Images):
-    """Images that were pixels in [0, 1] before the image processor normalised them."""
-
-    def __init__(self, count=40, dtype=torch.float64, **given):
-        super().__init__(count, torch.float64, **given)
-        mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
-        self.pixel_values = ((self.pixel_values.sigmoid() - mean) / std).to(dtype)
-
-
-def trained(folder, model=None, data=None, **given):
-    given = {"max_grad_norm": 0.0, "attack_eps": str(EPS), "attack_steps": 3, "epsilon": 0.01} | given
-    given.setdefault("processing_class", make_image_processor(16, MEAN, STD))
-    return tiny_training.trained(folder, model, data if data is not None else Pictures(), **given)
-
-
-def normalise(pixels):
-    mean, std = (torch.tensor(values, dtype=pixels.dtype).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return (pixels - mean) / std
-
-
-def denormalise(pixel_values):
-    mean, std = (torch.tensor(values, dtype=pixel_values.dtype).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return pixel_values * std + mean
-
-
-def draw(kind, seed, step, count):
-    """The start of an attack: image i of step t from (seed, t, i)."""
-    rows = []
-    for index in range(count):
-        generator = torch.Generator().manual_seed(derive_seed(seed, step, index))
-        rows.append(kind(3, 16, 16, generator=generator))
-    return torch.stack(rows).double()
-
-
-def attack(pixels, start, loss_of, steps=3, step=EPS / 4):
-    """Steps that make ``loss_of(images)`` larger, within EPS of ``pixels``."""
-    adversarial = start.clamp(0, 1)
-    for _ in range(steps):
-        adversarial.requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_of(normalise(adversarial)), [adversarial])
-        moved = adversarial.detach() + step * gradient.sign()
-        adversarial = (pixels + (moved - pixels).clamp(-EPS, EPS)).clamp(0, 1)
-    return normalise(adversarial)
-
-
-def pgd(vit, x, y, seed, t, **steps):
-    """Madry's attack, from a uniform start."""
-    pixels = denormalise(x)
-    start = pixels + EPS * (2 * draw(torch.rand, seed, t, len(x)) - 1)
-    return attack(pixels, start, lambda images: cross_entropy(logits_of(vit, images), y), **steps)
-
-
-def divergence_pgd(vit, x, seed, step):
-    """The attack of TRADES."""
-    pixels = denormalise(x)
-    start = pixels + 0.001 * draw(torch.randn, seed, step, len(x))
-    clean = softmax(logits_of(vit, x), 1).detach()
-    return attack(pixels, start, lambda images: (clean * (clean.log() - log_softmax(logits_of(vit, images), 1))).sum())
-
-
-def agree(trainer, loss_of, tmp_path):
-    """The batches are those of every run here: their order depends on the seed alone, so a plain run shows it."""
-    model, data = tiny_model().double(), Pictures()
-    recorder = Recorder(model)
-    trained(tmp_path / "order", model, data, objective="plain")
-    batches = labelled(train_batches(recorder), data)
-    assert len(batches) == 4
-    theirs, _ = fine_tuned(batches, loss_of)
-    assert_same(parameters_of(trainer.model), parameters_of(theirs), rtol=1e-7, atol=1e-9)
-    assert_differs(parameters_of(theirs), parameters_of(tiny_model().double()))
+from tiny_training import assert_same, logged, parameters_of
+from written_out import influence_of, logits_of
 
 
 def test_madry_is_the_loop_without_the_trainer(tmp_path):
@@ -187,26 +99,13 @@ def test_controls_have_the_influence_epsilon_on_held_out_images(tmp_path, object
         assert values.abs().max() > 2
 
 
-def test_images_labelled_minus_100_count_for_nothing():
-    values, labels = torch.tensor([1.0, float("inf"), 5.0]), torch.tensor([0, -100, 2])
-    assert mean_over_images(values, labels, None) == 3
-    assert mean_over_images(values, labels, 4) == 1.5
-    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-    expected = cross_entropy(logits[[0, 2]], labels[[0, 2]])
-    torch.testing.assert_close(view_loss(logits, labels, None), expected)
-    torch.testing.assert_close(view_loss(logits, labels, 4), expected / 2)
+def test_labels_are_checked():
     model = torch.nn.Identity()
     model.config = SimpleNamespace(num_labels=3)
-    check_labels({"labels": labels}, model)
+    check_labels({"labels": torch.tensor([0, -100, 2])}, model)
     for wrong in (torch.tensor([0, -99]), torch.tensor([3]), torch.tensor([0.0]), torch.tensor([[0]])):
         with pytest.raises(ValueError, match=r"expected one whole number per image, in \[0, 3\)"):
             check_labels({"labels": wrong}, model)
-
-
-def test_the_loss_of_half_precision_logits_is_that_of_float32():
-    logits, labels = 8 * torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).bfloat16(), torch.arange(6) % 5
-    assert torch.equal(view_loss(logits, labels, None), cross_entropy(logits.float(), labels))
-    assert view_loss(logits.double(), labels, None).dtype == torch.float64
 
 
 def test_the_permuted_noise_is_the_learned_one_in_another_order(tmp_path):
@@ -269,8 +168,15 @@ def test_the_attack_leaves_nothing_behind(tmp_path):
 
 def test_bf16_trains(tmp_path):
     """Autocast keeps no copy of the weights from the frozen attack: the parameters get their gradients and move."""
-    objective = "nullspace+madry+trades+fast+fgm+universal"
-    trainer = trained(tmp_path, tiny_model(), Pictures(dtype=torch.float32), objective=objective, bf16=True)
+    trainer = trained(
+        tmp_path,
+        tiny_model(),
+        Pictures(dtype=torch.float32),
+        objective="nullspace+madry+trades+fast+pyramid+fgm+universal",
+        consistency=2.0,
+        consistency_loss="js",
+        bf16=True,
+    )
     before = parameters_of(tiny_model())
     moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
     assert len(moved) == len(before)
@@ -279,7 +185,8 @@ def test_bf16_trains(tmp_path):
 
 def test_resumed_within_a_run_it_ends_with_the_same_weights_and_cost(tmp_path):
     given = {
-        "objective": "permuted+trades+fast+fgm+universal",
+        "objective": "permuted+trades+fast+pyramid+fgm+universal",
+        "consistency": 2.0,
         "epsilon": 0.003,
         "rounds": 3,
         "save_strategy": "steps",
@@ -315,22 +222,11 @@ class Passes(torch.nn.Module):
         self.to_input += 0 if trains else images
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [
-        "plain",
-        "nullspace",
-        "random",
-        "permuted",
-        "madry",
-        "trades",
-        "nullspace+madry",
-        "fast",
-        "random+fast",
-        "madry+fgm",
-        "universal",
-    ],
-)
+ATTACKED = {"madry": 3, "trades": 4, "nullspace+madry": 3, "fast": 1, "random+fast": 1, "pyramid": 3, "madry+fgm": 3}
+"""Forward passes of the attack, per image."""
+
+
+@pytest.mark.parametrize("objective", ["plain", "nullspace", "random", "permuted", "universal", *ATTACKED])
 def test_the_cost_is_what_passes_through_the_model(tmp_path, objective):
     model = tiny_model().double()
     passes = Passes(model)
@@ -344,10 +240,7 @@ def test_the_cost_is_what_passes_through_the_model(tmp_path, objective):
     assert (
         cost["stages"]["training"]["forward"] == cost["stages"]["training"]["backward_to_parameters"] == 4 * 8 * views
     )
-    attacked = {"madry": 3, "trades": 4, "nullspace+madry": 3, "fast": 1, "random+fast": 1, "madry+fgm": 3}.get(
-        objective, 0
-    )
-    assert cost["stages"]["attack"]["forward"] == 4 * 8 * attacked
+    assert cost["stages"]["attack"]["forward"] == 4 * 8 * ATTACKED.get(objective, 0)
     watched = cost["stages"]["watch"]["forward_equivalents"]
     assert watched == (3 * 10 * (2 * 1 + 1 + 2 * 10 + 1) if "fast" in objective else 0), (
         "3 times, a quarter of 40 images"

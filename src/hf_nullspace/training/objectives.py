@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_nullspace.core.seeds import generator_of
 from hf_nullspace.core.settings import nearest
 from hf_nullspace.models.patch_embedding import config_of
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.influence import permuted
+from hf_nullspace.training.losses import divergence
 from hf_nullspace.training.rounds import Round, RoundNoises
 
 DISTRIBUTIONS: dict[str, Callable[..., Tensor]] = {"uniform": torch.rand, "normal": torch.randn}
@@ -120,7 +119,31 @@ class Plain(Objective):
         return batch.cross_entropy(logits["clean"]) + batch.cross_entropy(logits["again"])
 
 
-class NoisyView(Objective):
+class BesideClean(Objective):
+    """CE(z, y) + CE(z', y) + consistency * D(p, p'): the batch as it is, and another view of it, called ``name``.
+
+    D is the mean over images of :func:`divergence`, of which ``kind`` is one.
+    """
+
+    def __init__(self, name: str, *, consistency: float = 0.0, kind: str = "kl") -> None:
+        self.name, self.consistency, self.kind = name, consistency, kind
+
+    @abstractmethod
+    def other(self, batch: Batch) -> View:
+        """The view beside the clean one."""
+
+    def views(self, batch: Batch) -> dict[str, View]:
+        return {"clean": View(batch.images), self.name: self.other(batch)}
+
+    def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        clean, other = logits["clean"], logits[self.name]
+        loss = batch.cross_entropy(clean) + batch.cross_entropy(other)
+        if not self.consistency:
+            return loss
+        return loss + self.consistency * batch.mean(divergence(clean, other, self.kind))
+
+
+class NoisyView(BesideClean):
     """CE(z, y) + CE(z', y) (Algorithm 1, line 19): every batch twice, as it is and with the round's noise.
 
     ``make`` is a function from a :class:`Round` to its noises; ``mix`` says which of them an image gets.
@@ -128,13 +151,15 @@ class NoisyView(Objective):
     A round may have several noises. "one" takes the first for all images; "choice" gives each image one of them at
     random; "convex" gives each image a convex combination of them with random weights (uniform on the simplex), which
     by the closure of the nullspace (A.5) stays within epsilon. What an image gets depends on (seed, step, place).
+    ``consistency`` and ``kind`` are those of :class:`BesideClean`.
     """
 
-    def __init__(self, make: Callable[[Round], RoundNoises], mix: str = "one") -> None:
+    def __init__(self, make: Callable[[Round], RoundNoises], mix: str = "one", **consistency: Any) -> None:
+        super().__init__("noisy", **consistency)
         self.round_noise, self.mix = make, mix
 
-    def views(self, batch: Batch) -> dict[str, View]:
-        return {"clean": View(batch.images), "noisy": View(batch.images, self._noise(batch))}
+    def other(self, batch: Batch) -> View:
+        return View(batch.images, self._noise(batch))
 
     def _noise(self, batch: Batch) -> Tensor | None:
         noises = batch.noises
@@ -146,9 +171,6 @@ class NoisyView(Objective):
         drawn = np.stack([np.random.default_rng(seed).exponential(size=len(noises)) for seed in seeds])
         weights = torch.from_numpy(drawn / drawn.sum(1, keepdims=True)).to(noises)
         return torch.einsum("bm,mnd->bnd", weights, noises)
-
-    def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        return batch.cross_entropy(logits["clean"]) + batch.cross_entropy(logits["noisy"])
 
 
 def random_noise(round: Round, distribution: str = "uniform") -> RoundNoises:
@@ -215,6 +237,11 @@ class Sum(Objective):
             part.end_step()
 
 
+def consistency_of(args: Any) -> dict[str, Any]:
+    """The settings of a run that :class:`BesideClean` takes."""
+    return {"consistency": args.consistency, "kind": args.consistency_loss}
+
+
 _OBJECTIVES: dict[str, Callable[[Any], Objective]] = {}
 
 
@@ -250,44 +277,25 @@ def make_objective(name: str, args: Any) -> Objective:
     """The objective of that name, or the sum of several joined by "+", with the settings of ``args``.
 
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if the name is unknown, two parts make a noise, or there is nothing for ``args.consistency``.
     """
     parts = [_OBJECTIVES[part](args) for part in check_objective(name)]
+    if args.consistency and not any(isinstance(part, BesideClean) for part in parts):
+        raise ValueError(
+            f"consistency={args.consistency} compares a clean view with another one, which objective={name!r} does not "
+            "have: choose nullspace, random, permuted, fast, pyramid or universal, also in a sum, or consistency=0"
+        )
     return parts[0] if len(parts) == 1 else Sum(parts)
 
 
+def _noisy(make: Callable[[Round], RoundNoises], args: Any) -> Objective:
+    return NoisyView(make, args.noise_mix, **consistency_of(args))
+
+
 register_objective("plain", lambda args: Plain())
-register_objective("nullspace", lambda args: NoisyView(Round.learn, args.noise_mix))
-register_objective(
-    "random", lambda args: NoisyView(lambda round: random_noise(round, args.noise_distribution), args.noise_mix)
-)
-register_objective("permuted", lambda args: NoisyView(permuted_noise, args.noise_mix))
-
-
-def view_loss(
-    logits: Tensor,
-    labels: Tensor,
-    count: Tensor | int | None,
-    label_smoothing: float = 0.0,
-    loss_func: Callable[..., Tensor] | None = None,
-) -> Tensor:
-    """Cross-entropy of one view in at least float32: the sum over its images / ``count``, or their mean if ``None``.
-
-    ``loss_func`` is a user's ``compute_loss_func``, used instead of cross-entropy.
-    """
-    if loss_func is not None:
-        return loss_func(ImageClassifierOutput(logits=logits), labels, num_items_in_batch=count)
-    logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
-    reduction = "mean" if count is None else "sum"
-    loss = cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
-    return loss if count is None else loss / count
-
-
-def mean_over_images(values: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
-    """The mean of one number per image (B,), without those labelled -100: the sum / ``count``, or / their number."""
-    counted = labels != -100
-    total = values.masked_fill(~counted, 0).sum()
-    return total / (counted.sum() if count is None else count)
+register_objective("nullspace", lambda args: _noisy(Round.learn, args))
+register_objective("random", lambda args: _noisy(lambda round: random_noise(round, args.noise_distribution), args))
+register_objective("permuted", lambda args: _noisy(permuted_noise, args))
 
 
 def known_preprocessing(objective: Objective, image_processor: Any, name: str) -> Preprocessing | None:

@@ -21,7 +21,7 @@ from hf_nullspace.core.files import make_lasting, one_clear_error
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, config_of, patch_embeddings, unwrap
 from hf_nullspace.noise.artifact import NullspaceNoise, provenance_of
-from hf_nullspace.training import ema, interpolation, objectives, publishing, stages
+from hf_nullspace.training import ema, interpolation, losses, objectives, publishing, stages
 from hf_nullspace.training.checkpoints import checkpoint_to_resume, complete_checkpoint, load_weights
 from hf_nullspace.training.config import NullspaceConfig, changed, usable_config
 from hf_nullspace.training.events import RunEvents, check_loss, check_weights
@@ -148,10 +148,10 @@ class NullspaceTrainer(Trainer):
             labels=labels,
             noises=torch.cat([noise.tensor for noise in self.noises]) if self.noises else None,
             model=self.asked(model),
-            cross_entropy=lambda logits: objectives.view_loss(
+            cross_entropy=lambda logits: losses.view_loss(
                 logits, labels, num_items_in_batch, self.args.label_smoothing_factor, self.compute_loss_func
             ),
-            mean=lambda values: objectives.mean_over_images(values, labels, num_items_in_batch),
+            mean=lambda values: losses.mean_over_images(values, labels, num_items_in_batch),
             seeds=lambda: stages.image_seeds(self.args, *self._micro_step, len(labels)),
             embeddings=lambda: patch_embeddings(self._hook.module, inputs[name]),
             preprocessing=self._preprocessing,

@@ -19,7 +19,7 @@ from hf_nullspace.models.frozen import frozen
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.attacks.gradient import PGD
 from hf_nullspace.robustness.pixel_model import PixelModel
-from hf_nullspace.training.adversarial import BesideClean, RandomStartFGSM, pixels_of
+from hf_nullspace.training.adversarial import Adversarial, RandomStartFGSM, pixels_of
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
 from hf_nullspace.training.objectives import Objective, Sum
 
@@ -89,7 +89,7 @@ class OverfittingWatch(TrainerCallback):
 def add_watch(trainer: Any, objective: Objective, preprocessing: Preprocessing | None) -> None:
     """Let ``trainer`` be watched, if ``objective`` trains with a single attack step."""
     parts = objective.parts if isinstance(objective, Sum) else [objective]
-    attacks = [part.attack for part in parts if isinstance(part, BesideClean)]
+    attacks = [part.attack for part in parts if isinstance(part, Adversarial)]
     for attack in attacks:
         if isinstance(attack, RandomStartFGSM) and preprocessing is not None:
             trainer.add_callback(OverfittingWatch(trainer, attack, preprocessing))

@@ -42,6 +42,8 @@ class Attack(ABC):
             allowed = [repr(choice) for choice in choices]
             if value is None and optional:
                 continue
+            if isinstance(field.default, tuple) and isinstance(value, tuple):
+                continue
             if value is None or isinstance(value, list | tuple) or (allowed and repr(value) not in allowed):
                 expected = " or ".join(allowed) or "a number"
                 raise ValueError(f"{name}: {field.name}={value!r}: expected {expected}")
