@@ -74,9 +74,9 @@ def divergence_pgd(vit, x, seed, step):
     return attack(pixels, start, lambda images: (clean * (clean.log() - log_softmax(logits_of(vit, images), 1))).sum())
 
 
-def agree(trainer, loss_of, tmp_path):
+def agree(trainer, loss_of, tmp_path, data=None):
     """The batches are those of every run here: their order depends on the seed alone, so a plain run shows it."""
-    model, data = tiny_model().double(), Pictures()
+    model, data = tiny_model().double(), data if data is not None else Pictures()
     recorder = Recorder(model)
     trained(tmp_path / "order", model, data, objective="plain")
     batches = labelled(train_batches(recorder), data)

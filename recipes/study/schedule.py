@@ -19,8 +19,8 @@ _VIEWS = {
     "madry": ("adversarial",),
     "trades": ("clean", "divergent"),
     "fast": ("clean", "fast"),
-    "pyramid": ("clean", "pyramid"),
     "fgm": ("clean", "fgm"),
+    "pyramid": ("clean", "pyramid"),
     "universal": ("clean", "universal"),
     "plain": ("clean", "again"),
 }
@@ -171,7 +171,7 @@ def content_of(study: Study, runner: Runner, described: dict[str, Any]) -> dict[
         **described,
         "versions": versions(),
         "study": {
-            "arms": {arm.name: {**arm.settings, "seeds": list(arm.seeds)} for arm in study.arms.values()},
+            "arms": {arm.name: {**arm.settings, **arm.data, "seeds": list(arm.seeds)} for arm in study.arms.values()},
             "control": study.control,
             "learning_rates": list(dict.fromkeys(choice.learning_rate for choice in study.choices)),
             "alphas": list(dict.fromkeys(choice.alpha for choice in study.choices)),

@@ -70,7 +70,7 @@ def parse(
         raise UsageError(f"unknown option {option!r}{nearest(name, valid, most=3, otherwise=_NO_NEAR_NAME)}")
     try:
         return tuple(kind(**{name: getattr(namespace, name) for name in fields[kind]}) for kind in types)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error)) from error
 
 

@@ -25,9 +25,10 @@ from hf_nullspace.data.image_set import ImageSet
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.training.config import NullspaceConfig
+from hf_nullspace.training.interpolation import Selection
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
-from tiny_training import Images
+from tiny_training import CONDITIONS, Images, augmented, pictures
 
 IMAGES = 96
 SETTINGS: dict[str, Any] = {
@@ -98,7 +99,8 @@ def stream_of(dtype: torch.dtype, read: list[int]) -> Any:
 def collate_as(dtype: torch.dtype) -> Any:
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         pixel_values = torch.stack([torch.as_tensor(row["pixel_values"], dtype=torch.float64) for row in rows])
-        return {"pixel_values": pixel_values.to(dtype), "labels": torch.tensor([int(row["labels"]) for row in rows])}
+        labels = torch.utils.data.default_collate([row["labels"] for row in rows])
+        return {"pixel_values": pixel_values.to(dtype), "labels": labels}
 
     return collate
 
@@ -112,7 +114,9 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     read: list[int] = []
     dataset = stream_of(dtype, read) if case.get("streaming") else FixedImages(dtype, case.get("trouble"))
     pixels = case.get("pixels")  # images that were pixels in [0, 1], with the processor that normalised them
-    if pixels:
+    if pixels == "augmented":
+        dataset = augmented("augmix+mixup+cutmix", IMAGES)
+    elif pixels:
         dataset.pixel_values = 2 * dataset.pixel_values.sigmoid() - 1
     trainer = NullspaceTrainer(
         model,
@@ -122,6 +126,8 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         data_collator=collate_as(dtype),
         processing_class=make_image_processor(16) if pixels else None,
     )
+    if config.interpolate:  # 21 images: 11 on one rank, 10 on the other
+        trainer.selection = Selection(copy.deepcopy(model), pictures(21), CONDITIONS, alphas=(0.5, 1.0))
     with counted_messages() as messages:
         trainer.train(resume_from_checkpoint=case.get("resume", False))
     metrics = trainer.evaluate() if case.get("evaluate") else {}
@@ -142,6 +148,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "metrics": metrics,
         "messages": messages,
         "cost": trainer.cost.summary(),
+        "chosen": json.loads((output / "interpolation.json").read_text()) if config.interpolate else None,
         "watched": [entry for entry in trainer.state.log_history if "fast/pgd_accuracy" in entry],
     }
 

@@ -21,6 +21,7 @@ import pytest
 import run_training
 import torch
 
+import torchvision_here
 from forked import start as fork
 from tiny_models import FAMILIES, tiny_model
 
@@ -56,8 +57,10 @@ BOTH: list[dict[str, Any]] = [
     {"name": "bank", "settings": BANK},
     {"name": "minibatch", "settings": {"noise_stop_on": "minibatch", "epsilon": 0.02}},
     {"name": "stream_dispatched", "streaming": True, "settings": {"objective": "plain"}},
+    {"name": "interpolated", "settings": {"interpolate": True, "objective": "nullspace", "ema_decay": 0.9}},
     {"name": "ema", "evaluate": True, "settings": {"ema_decay": 0.9}},
     {"name": "bf16", "dtype": "float32", "settings": {"bf16": True}},
+    *([{"name": "augmented", "pixels": "augmented", "settings": RANDOM}] if torchvision_here.HERE else []),
 ]
 """On one process and on two."""
 BY_SHARDS = {"objective": "plain", "accelerator_config": {"dispatch_batches": False}}
@@ -263,6 +266,30 @@ def test_a_universal_noise_in_pixels_does_not_depend_on_processes(one: Launch, t
         assert difference(first[kind], alone[kind]) < 1e-6
     assert [tuple(each.shape) for each in first["state"].values()] == [(1, 3, 3, 3), (1, 3, 16, 16)]
     assert first["messages"][(3 * 9 + 3 * 256 + 2, 8)] == 6, "once per optimizer step"
+
+
+@pytest.mark.skipif(not torchvision_here.HERE, reason="torchvision is not installed")
+def test_mixed_images_do_not_depend_on_processes(one: Launch, two: Launch) -> None:
+    """AugMix, mixup and CutMix: what is drawn, the attacks on mixed images, and the loss with class probabilities."""
+    alone, (first, second) = one.result("augmented"), two.results("augmented")
+    check_ranks_agree(first, second)
+    check_same_end(first, alone)
+    assert first["watched"] == alone["watched"]
+    ours, theirs = (without_seconds(run["cost"]["stages"].values()) for run in (first, alone))
+    assert ours == theirs
+    assert ours == without_seconds(one.result("adversarial")["cost"]["stages"].values()), "augmentation adds no pass"
+
+
+def test_several_processes_choose_the_same_alpha_as_one(one: Launch, two: Launch) -> None:
+    alone, (first, second) = one.result("interpolated"), two.results("interpolated")
+    check_ranks_agree(first, second)
+    check_same_end(first, alone)
+    assert first["chosen"] == second["chosen"] == alone["chosen"]
+    assert alone["chosen"]["count"] == 21
+    assert difference(first["average"], alone["average"]) < 1e-6
+    torch.testing.assert_close(first["noise"], alone["noise"], rtol=1e-6, atol=1e-9)
+    ours, theirs = (run["cost"]["stages"]["selection"]["forward"] for run in (first, alone))
+    assert ours == theirs == 2 * 3 * 21 * 5  # models, alphas, images, passes
 
 
 def test_noises_learned_at_once_and_kept_do_not_depend_on_processes(one: Launch, two: Launch) -> None:

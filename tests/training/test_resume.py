@@ -15,6 +15,7 @@ from run_for_resume import STEPS, run
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
+import torchvision_here
 from forked import start
 from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
@@ -130,6 +131,29 @@ def test_with_ema(whole, tmp_path):
     assert_same(ours, theirs)
     assert_differs(ours, load_file(folder / "final" / "model.safetensors"))
     assert_same_end(whole_ema, whole)  # averaging changes nothing else
+
+
+@pytest.mark.skipif(not torchvision_here.HERE, reason="torchvision is not installed")
+@pytest.mark.slow
+def test_with_augmentation_also_on_workers(tmp_path):
+    """AugMix, mixup and CutMix, with an attack on mixed images; killed and resumed on two workers, and on none."""
+    given = {"augmentation": "augmix+mixup+cutmix", "objective": "nullspace+fast"}
+    whole, folder = undisturbed(tmp_path / "whole", **given), tmp_path / "run"
+    killed_and_resumed(folder, ("save", 8, "optimizer"), dataloader_num_workers=2, **given)
+    assert_same_end(folder, whole)
+
+
+def test_killed_while_alpha_is_chosen(whole, tmp_path):
+    """At the last of 24 images of the last of four conditions: the same choice, and the same noise beside it."""
+    given = {"interpolate": True, "save_total_limit": 1}
+    undisturbed_one, folder = undisturbed(tmp_path / "whole", **given), tmp_path / "run"
+    assert killed_and_resumed(folder, ("choice", 4 * 24 - 1), **given) == {f"checkpoint-{STEPS}"}
+    assert_same_end(folder, undisturbed_one)
+    for name in ("interpolation.json", "final/nullspace_noise.safetensors", "final/nullspace_noise.json"):
+        assert (folder / name).read_bytes() == (undisturbed_one / name).read_bytes()
+    # Nothing else is changed: the checkpoint has the fine-tuned weights, those of a run that does not go back.
+    last, plain = (load_file(f / f"checkpoint-{STEPS}" / "model.safetensors") for f in (folder, whole))
+    assert_same(last, plain)
 
 
 def test_with_a_universal_noise(whole, tmp_path):

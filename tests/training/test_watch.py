@@ -44,6 +44,7 @@ def test_it_logs_the_accuracies_on_images_of_a_stream_of_its_own(tmp_path):
     trainer = trained(tmp_path, data=data, objective="fast", rounds=2, steps_per_round=3, **given)
     logged = [entry for entry in trainer.state.log_history if SINGLE_STEP in entry]
     assert [entry["step"] for entry in logged] == [0, 3, 6]
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     held_out, _ = noise_stream(data, lambda rows: {"rows": rows}, batch_size=64, held_out_images=64, seed=42, round=0,
                                input_name="rows")  # fmt: skip
     x, y = (torch.stack([row[name] for row in held_out[0]]) for name in ("pixel_values", "labels"))

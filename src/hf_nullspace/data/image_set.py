@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_nullspace.data.augmentation import Augmentation, generator_for
+from hf_nullspace.data.augmentation import Augmentation, generator_for, seed_for
 from hf_nullspace.data.columns import check_label, check_labels, class_names, labels_of
 from hf_nullspace.data.fingerprints import rows_fingerprint, table_digest, table_stamp
 from hf_nullspace.data.image_files import (
@@ -23,6 +23,7 @@ from hf_nullspace.data.image_files import (
     in_shared_memory,
     undecoded,
 )
+from hf_nullspace.data.transforms import Transforms
 from hf_nullspace.models.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,10 @@ class LabelledImages:
         num_labels: the size of the model's head; a label beyond it is an error.
         augmentation: drawn for each image from a key of its own (``seed``, epoch, image): the same for any batch size,
             worker, process and order.
+        transforms: drawn in the same way, after the resize. With mixup or CutMix the labels of training images become
+            class probabilities. A view of ``with_key`` mixes nothing: noises are learned and held to epsilon on cropped
+            and changed images, because those are the ones that a training step adds them to, but not on mixed ones,
+            which are no images of the data.
         on_corrupt: "skip" leaves out images that cannot be decoded, with a warning; by default they are an error.
         name: of a set that is measured; part of the protocol of its results.
         subset: the classes among which the answer is looked for (ImageNet-A and -R). Default: all.
@@ -58,6 +63,7 @@ class LabelledImages:
     remap: Sequence[int] | None = None
     num_labels: int | None = None
     augmentation: Augmentation | None = None
+    transforms: Transforms | None = None
     seed: int = 0
     on_corrupt: Literal["error", "skip"] = "error"
     name: str = ""
@@ -74,6 +80,10 @@ class LabelledImages:
         self.called = self.name or (f"split {self.split!r}" if self.split else "the data")
         self._hint = "" if self.name or self.on_corrupt == "skip" else SKIP_HINT
         self.rows = undecoded(self.rows)
+        if self.transforms is not None and self.transforms.mixes and self.num_labels is None:
+            raise ValueError(
+                f"num_labels=None: {self.transforms.names} makes class probabilities of labels; pass the head's size"
+            )
         self._key: tuple[int | str, ...] | None = None
         self._epoch = in_shared_memory(torch.zeros((), dtype=torch.int64))  # workers that live on see a new epoch, too
 
@@ -129,20 +139,35 @@ class LabelledImages:
     def _randomness(self) -> tuple[int | str, ...]:
         return ("epoch", int(self._epoch)) if self._key is None else ("stream", *self._key)
 
+    @property
+    def _mixes(self) -> bool:
+        return self.transforms is not None and self.transforms.mixes and self._key is None
+
     def _item(self, image: Image.Image, label: int, *key: int | str) -> dict[str, Any]:
         if self.augmentation is None:
             pixels = self.pixels_from_image(image)
         else:  # a crop goes to the model's size as it is: a second one at the centre would narrow the range of scales
             crop = self.augmentation.apply(image, generator_for(self.seed, *key))
             pixels = self.preprocessing.pixels_from_image(crop, self.preprocessing.size)
+        if self.transforms is not None:
+            pixels = self.transforms.change(pixels, seed_for(self.seed, "change", *key))
         return {"pixel_values": self.preprocessing.normalize(pixels), "labels": label}
+
+    def _mixed(self, item: dict[str, Any], partner: dict[str, Any], *key: int | str) -> dict[str, Any]:
+        """``item`` joined with ``partner``; its labels are then probabilities (num_labels,), float32."""
+        assert self.transforms is not None
+        assert self.num_labels is not None
+        images, labels = collate([item, partner]).values()
+        mixed, probabilities = self.transforms.mix(images, labels, self.num_labels, seed_for(self.seed, "mix", *key))
+        return {"pixel_values": mixed, "labels": probabilities}
 
 
 @dataclass(eq=False, repr=False)
 class ImageSet(LabelledImages, torch.utils.data.Dataset[dict[str, Any]]):
     """Images and labels for a Trainer, a DataLoader or ``suite.evaluate``, from any sequence of rows.
 
-    Item ``i`` is ``{"pixel_values": (C, H, W) float32, normalised and augmented, "labels": int}``. With
+    Item ``i`` is ``{"pixel_values": (C, H, W) float32, normalised and augmented, "labels": int}``. With mixup or CutMix
+    its partner is any image of the set, as it is in this epoch, and the labels are probabilities (num_labels,). With
     ``on_corrupt="skip"`` the next good row takes the place of a corrupt one, which is logged once per process.
 
     ``places`` are the places of the images in the whole set, where ``rows`` are a part of it: random corruptions and
@@ -180,8 +205,12 @@ class ImageSet(LabelledImages, torch.utils.data.Dataset[dict[str, Any]]):
         return len(self._chosen)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row, image = self._good_row(self._chosen[index])
-        return self._item(image, self._class_of_row(row), *self._randomness(), self.places[index])
+        item = self._unmixed(index)
+        if not self._mixes:
+            return item
+        key = (*self._randomness(), self.places[index])
+        partner = generator_for(self.seed, "partner", *key).integers(len(self))
+        return self._mixed(item, self._unmixed(int(partner)), *key)
 
     def raw_image(self, index: int) -> Image.Image:
         """The image at its own size: PIL, RGB, neither resized nor augmented. Corruptions act here.
@@ -249,6 +278,10 @@ class ImageSet(LabelledImages, torch.utils.data.Dataset[dict[str, Any]]):
         """The rows found unreadable so far, by this process and its workers (``on_corrupt="skip"``)."""
         return [] if self._corrupt is None else self._corrupt.nonzero().flatten().tolist()
 
+    def _unmixed(self, index: int) -> dict[str, Any]:
+        row, image = self._good_row(self._chosen[index])
+        return self._item(image, self._class_of_row(row), *self._randomness(), self.places[index])
+
     def _decoded(self, row: int) -> Image.Image:
         return decoded_image(self.rows[row]["image"], f"Row {row} of {self.called}", self._hint)
 
@@ -287,10 +320,10 @@ class ArrayRows:
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """A batch of items: ``pixel_values`` (B, C, H, W) float32, ``labels`` (B,) int64."""
+    """A batch of items: ``pixel_values`` (B, C, H, W) float32, ``labels`` (B,) int64 or (B, K) float32."""
     return {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows], dtype=torch.int64),
+        "labels": torch.utils.data.default_collate([row["labels"] for row in rows]),
     }
 
 

@@ -24,9 +24,10 @@ logger = logging.getLogger(__name__)
 class ImageStream(LabelledImages, torch.utils.data.IterableDataset[dict[str, Any]]):
     """The same items from a `datasets.IterableDataset`: nothing is downloaded beforehand, and there is no length.
 
-    An image's crop and flip depend on (``seed``, epoch, the bytes of its file), because a stream has no row numbers;
-    so they do not depend on workers, processes or order. The order depends on ``seed``, the epoch and how the shards
-    fall on processes and workers: keep these numbers when resuming.
+    An image's augmentation depends on (``seed``, epoch, the bytes of its file), because a stream has no row numbers; so
+    it does not depend on workers, processes or order. The order depends on ``seed``, the epoch and how the shards fall
+    on processes and workers: keep these numbers when resuming. With mixup and CutMix an image is joined with the one
+    before it in this order, the first of a pass with itself.
 
     Args:
         shuffle_buffer: so many images are held (encoded) to draw the next from; 0 keeps the order.
@@ -99,8 +100,12 @@ class ImageStream(LabelledImages, torch.utils.data.IterableDataset[dict[str, Any
             kind = "shuffled stream"
         if self._node is not None:
             rows = split_dataset_by_node(rows, *self._node)
+        before: dict[str, Any] | None = None
         for row, image, label in self._decoded(rows, kind):
-            yield self._item(image, label, *key, content_key(row["image"]))
+            own = (*key, content_key(row["image"]))
+            item = self._item(image, label, *own)
+            yield self._mixed(item, before or item, *own) if self._mixes else item
+            before = item
 
     def _decoded(self, rows: Any, kind: str) -> Iterator[tuple[Mapping[str, Any], Image.Image, int]]:
         for position, row in enumerate(readable_stream(rows)):

@@ -18,6 +18,7 @@ from hf_nullspace.data.image_set import ImageSet
 from hf_nullspace.data.image_stream import Images, ImageStream
 from hf_nullspace.data.label_maps import LabelAlignment, align_labels
 from hf_nullspace.data.sources import load_image_dataset
+from hf_nullspace.data.transforms import Transforms
 from hf_nullspace.models.loading import HEAD_NAMES, NoHeadError, load_image_processor, load_model, load_model_config
 from hf_nullspace.models.patch_embedding import find_patch_embedding
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
@@ -77,6 +78,11 @@ class DataArguments:
     shuffle_buffer: int = option(1000, "Streaming: images held to draw the next one from; 0 keeps the order.")
     crop_scale: float = option(0.08, "RandomResizedCrop: smallest area of a crop, in (0, 1]; 1 switches it off.")
     horizontal_flip: bool = option(True, "Mirror half of the training images. Not for digits or text.")
+    augmentation: str | None = option(
+        None,
+        "'augmix', 'trivialaugment', 'mixup', 'cutmix' of torchvision (extra vision), or several joined by '+'; "
+        "docs/augmentation.md says which measured corruption each resembles.",
+    )
     max_train_images: int | None = option(None, "Train on the first so many images only.")
     skip_corrupt_images: bool = option(False, "Leave out images that cannot be decoded, with a warning.")
 
@@ -87,8 +93,13 @@ class DataArguments:
         for name in ("dataset_name", "train_split", "eval_split"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a name")
+        self.transforms()  # raises on a name that is not known, and without torchvision
 
-    def augmentation(self) -> Augmentation | None:
+    def transforms(self) -> Transforms | None:
+        """What ``augmentation`` names; None if nothing."""
+        return None if self.augmentation is None else Transforms(self.augmentation)
+
+    def crop_and_flip(self) -> Augmentation | None:
         """The random crop and flip that these settings ask for; None if neither."""
         if self.crop_scale >= 1 and not self.horizontal_flip:
             return None
@@ -225,7 +236,8 @@ def _small_vit(args: ModelArguments, names: list[str]) -> ViTConfig:
 def training_images(args: DataArguments, rows: Rows, classifier: Classifier, seed: int) -> Images:
     """The training split as the model takes it, augmented; a stream if ``rows`` is one."""
     options: dict[str, Any] = {
-        "augmentation": args.augmentation(),
+        "augmentation": args.crop_and_flip(),
+        "transforms": args.transforms(),
         "seed": seed,
         "remap": classifier.labels.remap,
         "num_labels": classifier.labels.num_labels,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,14 @@ def view_loss(
 ) -> Tensor:
     """Cross-entropy of one view in at least float32: the sum over its images / ``count``, or their mean if ``None``.
 
-    ``loss_func`` is a user's ``compute_loss_func``, used instead of cross-entropy.
+    Labels are classes (B,) or their probabilities (B, K): -sum_k y_k log p_k. ``count`` is that of :func:`images_of`.
+    ``loss_func`` is a user's ``compute_loss_func``, used instead of cross-entropy, and told the same labels and count.
     """
+    count = images_of(count, labels)
     if loss_func is not None:
         return loss_func(ImageClassifierOutput(logits=logits), labels, num_items_in_batch=count)
     logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
+    labels = labels.to(logits.dtype) if labels.is_floating_point() else labels
     reduction = "mean" if count is None else "sum"
     loss = cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
     return loss if count is None else loss / count
@@ -52,6 +56,11 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 def mean_over_images(values: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
     """The mean of one number per image (B,), without those labelled -100: the sum / ``count``, or / their number."""
-    counted = labels != -100
+    counted = labels != -100 if labels.dim() == 1 else labels.new_ones(len(labels), dtype=torch.bool)
     total = values.masked_fill(~counted, 0).sum()
-    return total / (counted.sum() if count is None else count)
+    return total / (counted.sum() if count is None else images_of(count, labels))
+
+
+def images_of(count: Tensor | int | None, labels: Tensor) -> Any:
+    """The images in the Trainer's ``num_items_in_batch``: it counts an image K times whose label is K probabilities."""
+    return count / labels.shape[1] if count is not None and labels.is_floating_point() and labels.dim() == 2 else count

@@ -25,6 +25,7 @@ DISTRIBUTIONS: dict[str, Callable[..., Tensor]] = {"uniform": torch.rand, "norma
 """Distributions of the random control; the scale does not matter."""
 MIXES = ("one", "choice", "convex")
 """How a noise of the round is chosen for an image (:class:`NoisyView`)."""
+_ROUNDED = 0.01  # how far from 1 the sum of class probabilities may be that came in bfloat16
 _PERMUTATION = 1  # a separate random stream for permutations
 
 
@@ -44,7 +45,7 @@ class Batch:
     images: Tensor
     """``pixel_values`` (B, C, H, W)."""
     labels: Tensor
-    """(B,); -100 is ignored."""
+    """(B,), -100 is ignored; or class probabilities (B, K), of mixup and CutMix."""
     noises: Tensor | None
     """The round's noises (M, N, D), usually one, if the objective made any."""
     model: nn.Module
@@ -313,14 +314,16 @@ def known_preprocessing(objective: Objective, image_processor: Any, name: str) -
 def check_labels(inputs: Mapping[str, Any], model: nn.Module, *, soft: bool = False) -> None:
     """Raise a ValueError if there are no labels or one is none of the model's classes; -100 is ignored by the loss.
 
-    On a GPU such a label is an assertion in a kernel that names nothing and ends the process. ``soft``: the user has a
-    loss function, which may want other labels.
+    Class probabilities (B, K) of the model's K classes are labels, too. On a GPU a wrong label is an assertion in a
+    kernel that names nothing and ends the process. ``soft``: the user has a loss function, which may want others.
     """
     if "labels" not in inputs:
         raise ValueError(f"training rows have {sorted(inputs)} but no 'labels'; name the label column")
+    labels, classes = inputs["labels"], getattr(config_of(model), "num_labels", None)
+    if labels.is_floating_point() and labels.dim() == 2 and labels.shape[1] == (classes or labels.shape[1]):
+        soft = soft or bool((labels >= 0).all() and ((labels.sum(1) - 1).abs() < _ROUNDED).all())
     if soft:
         return
-    labels, classes = inputs["labels"], getattr(config_of(model), "num_labels", None)
     wrong = (labels < 0) & (labels != -100)
     if classes is not None:
         wrong |= labels >= classes
@@ -328,8 +331,8 @@ def check_labels(inputs: Mapping[str, Any], model: nn.Module, *, soft: bool = Fa
         shown = f"{labels.dtype} of shape {tuple(labels.shape)}" if not wrong.any() else str(labels[wrong].tolist()[:5])
         raise ValueError(
             f"labels {shown}: expected one whole number per image, in [0, {classes or 'number of classes'}) as the "
-            "model's head has it; map the labels of the data to the model's, or give the model a new head (and pass "
-            "compute_loss_func for soft labels)"
+            "model's head has it, or a probability for each class; map the labels of the data to the model's, or give "
+            "the model a new head (and pass compute_loss_func for other labels)"
         )
 
 

@@ -51,7 +51,9 @@ class OverfittingWatch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % args.steps_per_round == 0:
+            loss_too = control.should_log  # a log of ours would count as the one of this step
             self._look(args, state)
+            control.should_log = loss_too
 
     def _look(self, args: Any, state: Any) -> None:
         with own_randomness(args.seed), self._trainer.cost.during("watch"):
@@ -74,14 +76,15 @@ class OverfittingWatch(TrainerCallback):
             for first in range(0, len(self._rows), size):
                 inputs = collate(self._rows[first : first + size])
                 labels = inputs["labels"].to(args.device)
+                classes = labels.argmax(1) if labels.dim() == 2 else labels  # of a user's own mixup, the larger share
                 pixels = pixels_of(inputs[self._trainer.input_name].to(args.device), self._preprocessing)
                 places = range(rank + first * processes, rank + (first + len(labels)) * processes, processes)
                 seeds = [derive_seed(args.seed, place) for place in places]
-                right[0] += (labels != -100).sum()
+                right[0] += (classes != -100).sum()
                 for index, attack in enumerate(self._attacks.values(), 1):
                     attacked = attack(model, pixels, labels, seeds=seeds)
                     with torch.no_grad():
-                        right[index] += (model(attacked).argmax(1) == labels).sum()
+                        right[index] += (model(attacked).argmax(1) == classes).sum()
         count, *right_counts = over_processes(right).tolist()
         return {name: number / max(count, 1) for name, number in zip(self._attacks, right_counts, strict=True)}
 

@@ -28,6 +28,7 @@ class AutoAttack(BoundedAttack):
     iterations: int = 100
 
     seeded = True
+    soft_labels = False
     batch_dependent = True
 
     def require(self) -> None:

@@ -31,6 +31,7 @@ class Attack(ABC):
     """
 
     seeded = False  # whether it draws random numbers, and so needs one seed per image
+    soft_labels = False  # whether labels may be class probabilities (B, K)
     batch_dependent = False  # whether the result for an image depends on the others of its batch
     steps = 1  # forward and backward passes
 
@@ -62,7 +63,8 @@ class Attack(ABC):
         ignore it. The model's mode and ``requires_grad`` flags are as before, also after an exception, and no
         parameter gets a ``.grad``.
         """
-        if labels.shape != pixels.shape[:1]:
+        soft = self.soft_labels and labels.is_floating_point() and labels.dim() == 2
+        if labels.shape[: 1 if soft else None] != pixels.shape[:1]:
             raise ValueError(f"{tuple(labels.shape)} labels for {pixels.shape[0]} images; expected one label per image")
         if self.seeded and (seeds is None or len(seeds) != len(pixels)):
             got = "none" if seeds is None else len(seeds)

@@ -15,6 +15,7 @@ class BoundedAttack(Attack):
 
     eps: float
     norm: str = "linf"
+    soft_labels = True  # the cross-entropy, which they ascend, takes them
 
     def __post_init__(self) -> None:
         super().__post_init__()
