@@ -72,7 +72,8 @@ def test_one_hot_probabilities_are_classes(tmp_path):
             super().__init__()
             self.labels = torch.eye(5)[self.labels]
 
-    runs = [trained(tmp_path / type(data).__name__, data=data, objective="fast") for data in (Pictures(), OneHot())]
+    given = {"objective": "fast+pyramid"}
+    runs = [trained(tmp_path / type(data).__name__, data=data, **given) for data in (Pictures(), OneHot())]
     assert_same(*(parameters_of(run.model) for run in runs), rtol=1e-7, atol=1e-9)
     watched = [[entry for entry in run.state.log_history if "fast/pgd_accuracy" in entry] for run in runs]
     assert watched[0] == watched[1], "of probabilities the watch takes the largest"

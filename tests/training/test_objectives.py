@@ -168,15 +168,9 @@ def test_the_attack_leaves_nothing_behind(tmp_path):
 
 def test_bf16_trains(tmp_path):
     """Autocast keeps no copy of the weights from the frozen attack: the parameters get their gradients and move."""
-    trainer = trained(
-        tmp_path,
-        tiny_model(),
-        Pictures(dtype=torch.float32),
-        objective="nullspace+madry+trades+fast+pyramid+fgm+universal",
-        consistency=2.0,
-        consistency_loss="js",
-        bf16=True,
-    )
+    objective = "nullspace+madry+trades+fast+pyramid+fgm+universal"
+    given = {"objective": objective, "consistency": 2.0, "consistency_loss": "js", "bf16": True}
+    trainer = trained(tmp_path, tiny_model(), Pictures(dtype=torch.float32), **given)
     before = parameters_of(tiny_model())
     moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
     assert len(moved) == len(before)

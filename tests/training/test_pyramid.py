@@ -81,3 +81,5 @@ def test_targets_are_other_classes_and_come_from_the_seed_alone():
     share = (targets[0::4] == 1).double().mean()
     assert abs(share - 0.5) < 4 * 0.05, "four standard errors of 100 draws"
     assert other_classes(labels[5:6], 3, [5]) == targets[5]
+    mixed = torch.tensor([[0.0, 0.6, 0.4], [0.5, 0.1, 0.4]])
+    assert torch.equal(other_classes(mixed, 3, [3, 4]), other_classes(torch.tensor([1, 0]), 3, [3, 4]))

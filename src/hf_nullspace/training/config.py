@@ -13,11 +13,16 @@ from hf_nullspace.command_line import option
 from hf_nullspace.core.settings import check_choices, check_numbers, check_output_dir
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
-from hf_nullspace.training.adversarial import attack_settings, pyramid_settings
+from hf_nullspace.training.adversarial import attack_settings, fast, madry, pyramid, pyramid_settings, trades
 from hf_nullspace.training.losses import DIVERGENCES
-from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, make_objective
+from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, make_objective, register_objective
 from hf_nullspace.training.preflight import RANGES, check_trackers
 from hf_nullspace.training.universal import PLACES
+
+register_objective("madry", madry)
+register_objective("trades", trades)
+register_objective("fast", fast)
+register_objective("pyramid", pyramid)
 
 _PAPER: dict[str, Any] = {
     "rounds": 20,
@@ -118,9 +123,7 @@ class NullspaceConfig(TrainingArguments):
     )
     noise_distribution: str = option("uniform", "Objective 'random': 'uniform' or 'normal' noise.")
     attack_eps: str | None = option(
-        None,
-        "Adversarial objectives: L-inf radius, for pixels in [0, 1]. Unset: 8/255; 'pyramid' and 'universal': 6/255 at "
-        "each scale.",
+        None, "Adversarial objectives: L-inf radius, pixels in [0, 1]. Unset: 8/255; at each scale of a pyramid 6/255."
     )
     attack_step: str | None = option(
         None, "Adversarial objectives: a step. Unset: a quarter of attack_eps; 'fast': 1.25, 'pyramid': a sixth of it."
@@ -129,13 +132,16 @@ class NullspaceConfig(TrainingArguments):
         None, "Adversarial objectives: steps. Unset: 10; 'pyramid': 5; 'fast' always takes 1."
     )
     pyramid_scales: list[int] = option(
-        [32, 16, 1],
-        "'pyramid', 'universal' in pixels: sides of the squares that change together, in pixels of the model's image.",
+        [32, 16, 1], "'pyramid', 'universal': sides of the squares that change together, pixels of the model's image."
     )
     pyramid_multipliers: list[float] = option(
-        [20.0, 10.0, 1.0], "'pyramid', 'universal' in pixels: by what the changes at each scale are multiplied."
+        [20.0, 10.0, 1.0], "'pyramid', 'universal': by what the changes at each scale are multiplied."
     )
     trades_beta: float = option(6.0, "Objective 'trades': weight of the divergence (beta).")
+    consistency: float = option(
+        0.0, "Weight of the divergence between the predictions of the clean view and of the noisy or attacked one."
+    )
+    consistency_loss: str = option("kl", "That divergence: 'kl' (as in TRADES) or 'js' (as in AugMix).")
     fgm_share: float = option(
         0.03, "Objective 'fgm': L2 norm of the noise of an image, as a share of its patch embeddings' centred norm."
     )
@@ -146,12 +152,6 @@ class NullspaceConfig(TrainingArguments):
         0.2, "'universal' on embeddings: L2 norm of the noise at most, as a share of their centred norm."
     )
     universal_step: float = option(0.25, "'universal': how far the noise moves per step, as a share of its bound.")
-    consistency: float = option(
-        0.0,
-        "Objectives with a view with noise, 'fast', 'pyramid', 'universal': weight of the divergence between the "
-        "predictions of that view and the clean one, added to the loss.",
-    )
-    consistency_loss: str = option("kl", "That divergence: 'kl' (as in TRADES) or 'js' (as in AugMix).")
     ema_decay: float | None = option(
         None, "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."
     )

@@ -35,6 +35,18 @@ def view_loss(
     return loss if count is None else loss / count
 
 
+def mean_over_images(values: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
+    """The mean of one number per image (B,), without those labelled -100: the sum / ``count``, or / their number."""
+    counted = labels != -100 if labels.dim() == 1 else labels.new_ones(len(labels), dtype=torch.bool)
+    total = values.masked_fill(~counted, 0).sum()
+    return total / (counted.sum() if count is None else images_of(count, labels))
+
+
+def images_of(count: Tensor | int | None, labels: Tensor) -> Any:
+    """The images in the Trainer's ``num_items_in_batch``: it counts an image K times whose label is K probabilities."""
+    return count / labels.shape[1] if count is not None and labels.is_floating_point() and labels.dim() == 2 else count
+
+
 def divergence(clean: Tensor, other: Tensor, kind: str = "kl") -> Tensor:
     """How far the predictions p and p' of two views are apart: logits (B, K) each -> one number >= 0 per image (B,).
 
@@ -52,15 +64,3 @@ def divergence(clean: Tensor, other: Tensor, kind: str = "kl") -> Tensor:
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     return kl_div(q, p, reduction="none", log_target=True).sum(-1)
-
-
-def mean_over_images(values: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
-    """The mean of one number per image (B,), without those labelled -100: the sum / ``count``, or / their number."""
-    counted = labels != -100 if labels.dim() == 1 else labels.new_ones(len(labels), dtype=torch.bool)
-    total = values.masked_fill(~counted, 0).sum()
-    return total / (counted.sum() if count is None else images_of(count, labels))
-
-
-def images_of(count: Tensor | int | None, labels: Tensor) -> Any:
-    """The images in the Trainer's ``num_items_in_batch``: it counts an image K times whose label is K probabilities."""
-    return count / labels.shape[1] if count is not None and labels.is_floating_point() and labels.dim() == 2 else count

@@ -33,6 +33,7 @@ class PyramidPGD(Attack):
     scales: tuple[int, ...] = (32, 16, 1)
     multipliers: tuple[float, ...] = (20.0, 10.0, 1.0)
     seeded = True
+    soft_labels = True
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"step": self.eps / 6 if self.step is None else self.step}
@@ -68,6 +69,10 @@ def enlarged(delta: Tensor, scale: int, size: Sequence[int]) -> Tensor:
 
 
 def other_classes(labels: Tensor, classes: int, seeds: Sequence[int]) -> Tensor:
-    """A class for each of ``labels`` (B,) that is not its own, uniform over the others, image b from ``seeds[b]``."""
+    """A class for each image that is not its own, uniform over the others, image b from ``seeds[b]``.
+
+    ``labels`` are classes (B,), or their probabilities (B, K), of which the most likely one is the image's own.
+    """
+    own = labels.argmax(1) if labels.dim() == 2 else labels
     draws = [torch.randint(1, classes, (), generator=generator_of(int(seed))) for seed in seeds]
-    return (labels + torch.stack(draws).to(labels.device)) % classes
+    return (own + torch.stack(draws).to(own.device)) % classes
