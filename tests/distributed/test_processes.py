@@ -45,8 +45,15 @@ BANK = {"preset": "boundary", "noise_max_steps": 5, "noise_pool_images": 14, "no
         "noise_mix": "convex", "epsilon": 0.005}  # fmt: skip
 ADVERSARIAL = {"name": "adversarial", "pixels": True, "settings": RANDOM}
 ACCUMULATED = ADVERSARIAL | {"name": "adversarial_accumulated", "settings": RANDOM | {"gradient_accumulation_steps": 2}}
+UNIVERSAL = {
+    "objective": "universal",
+    "universal_in": "pixels",
+    "pyramid_scales": [6, 1],
+    "pyramid_multipliers": [5, 1],
+}
 BOTH: list[dict[str, Any]] = [
     ADVERSARIAL,
+    {"name": "universal", "pixels": True, "settings": UNIVERSAL},
     {"name": "bank", "settings": BANK},
     {"name": "minibatch", "settings": {"noise_stop_on": "minibatch", "epsilon": 0.02}},
     {"name": "stream_dispatched", "streaming": True, "settings": {"objective": "plain"}},
@@ -250,6 +257,15 @@ def test_attacks_and_controls_do_not_depend_on_processes_or_accumulation(one: La
         assert difference(other["state"], alone["state"]) < 1e-6
     assert alone["cost"]["stages"]["training"]["forward"] == 6 * 8 * 8
     assert alone["cost"]["stages"]["attack"]["backward_to_input"] == 6 * 8 * (2 + 2 + 1 + 2)
+
+
+def test_a_universal_noise_in_pixels_does_not_depend_on_processes(one: Launch, two: Launch) -> None:
+    alone, (first, second) = one.result("universal"), two.results("universal")
+    for kind in ("parameters", "state"):
+        assert same_bits(first[kind], second[kind])
+        assert difference(first[kind], alone[kind]) < 1e-6
+    assert [tuple(each.shape) for each in first["state"].values()] == [(1, 3, 3, 3), (1, 3, 16, 16)]
+    assert first["messages"][(3 * 9 + 3 * 256 + 2, 8)] == 6, "once per optimizer step"
 
 
 @pytest.mark.skipif(not torchvision_here.HERE, reason="torchvision is not installed")

@@ -14,19 +14,16 @@ from hf_nullspace.core.settings import check_choices, check_numbers, check_outpu
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
 from hf_nullspace.training.adversarial import attack_settings, fast, madry, pyramid, pyramid_settings, trades
-from hf_nullspace.training.gradient_views import fgm
 from hf_nullspace.training.losses import DIVERGENCES
 from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, make_objective, register_objective
 from hf_nullspace.training.preflight import RANGES, check_trackers
 from hf_nullspace.training.presets import PRESETS
-from hf_nullspace.training.universal import universal
+from hf_nullspace.training.universal import PLACES
 
 register_objective("madry", madry)
 register_objective("trades", trades)
 register_objective("fast", fast)
-register_objective("fgm", fgm)
 register_objective("pyramid", pyramid)
-register_objective("universal", universal)
 
 Settings = TypeVar("Settings", NoiseSettings, BoundarySettings)
 
@@ -85,8 +82,7 @@ class NullspaceConfig(TrainingArguments):
     )
     noise_distribution: str = option("uniform", "Objective 'random': 'uniform' or 'normal' noise.")
     attack_eps: str | None = option(
-        None,
-        "Adversarial objectives: L-inf radius, for pixels in [0, 1]. Unset: 8/255; 'pyramid': 6/255 at each scale.",
+        None, "Adversarial objectives: L-inf radius, pixels in [0, 1]. Unset: 8/255; at each scale of a pyramid 6/255."
     )
     attack_step: str | None = option(
         None, "Adversarial objectives: a step. Unset: a quarter of attack_eps; 'fast': 1.25, 'pyramid': a sixth of it."
@@ -95,24 +91,26 @@ class NullspaceConfig(TrainingArguments):
         None, "Adversarial objectives: steps. Unset: 10; 'pyramid': 5; 'fast' always takes 1."
     )
     pyramid_scales: list[int] = option(
-        [32, 16, 1], "Objective 'pyramid': sides of the squares that change together, in pixels of the model's image."
+        [32, 16, 1], "'pyramid', 'universal': sides of the squares that change together, pixels of the model's image."
     )
     pyramid_multipliers: list[float] = option(
-        [20.0, 10.0, 1.0], "Objective 'pyramid': by what the changes at each scale are multiplied."
+        [20.0, 10.0, 1.0], "'pyramid', 'universal': by what the changes at each scale are multiplied."
     )
     trades_beta: float = option(6.0, "Objective 'trades': weight of the divergence (beta).")
     consistency: float = option(
-        0.0,
-        "Weight of the divergence between the predictions of the clean view and of the one with noise or an attack.",
+        0.0, "Weight of the divergence between the predictions of the clean view and of the noisy or attacked one."
     )
     consistency_loss: str = option("kl", "That divergence: 'kl' (as in TRADES) or 'js' (as in AugMix).")
     fgm_share: float = option(
         0.03, "Objective 'fgm': L2 norm of the noise of an image, as a share of its patch embeddings' centred norm."
     )
-    universal_share: float = option(
-        0.2, "Objective 'universal': L2 norm of the noise at most, as a share of the patch embeddings' centred norm."
+    universal_in: str = option(
+        "embeddings", "'universal': noise on the patch 'embeddings', or in 'pixels', at the scales of 'pyramid'."
     )
-    universal_step: float = option(0.25, "Objective 'universal': how far the noise moves per step, as a share of that.")
+    universal_share: float = option(
+        0.2, "'universal' on embeddings: L2 norm of the noise at most, as a share of their centred norm."
+    )
+    universal_step: float = option(0.25, "'universal': how far the noise moves per step, as a share of its bound.")
     ema_decay: float | None = option(
         None, "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."
     )
@@ -136,7 +134,8 @@ class NullspaceConfig(TrainingArguments):
     num_train_epochs: float = option(None, "Not used: the length of a run is rounds x steps_per_round.")
 
     def __post_init__(self) -> None:
-        check_choices(self, {"preset": PRESETS, "noise_distribution": DISTRIBUTIONS, "consistency_loss": DIVERGENCES})
+        check_choices(self, {"preset": PRESETS, "noise_distribution": DISTRIBUTIONS})
+        check_choices(self, {"consistency_loss": DIVERGENCES, "universal_in": PLACES})
         for name in ("objective", "attack_eps"):
             if getattr(self, name) is None:
                 setattr(self, name, PRESETS[self.preset][name])

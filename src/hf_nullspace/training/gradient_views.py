@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_nullspace.noise.influence import centre
-from hf_nullspace.training.objectives import Batch, Objective, View
+from hf_nullspace.training.objectives import Batch, Objective, View, register_objective
 
 
 def along(gradient: Tensor, norms: Tensor) -> Tensor:
@@ -64,3 +64,6 @@ class AlongGradient(Objective):
 def fgm(args: Any) -> Objective:
     """``objective="fgm"``, with the share of the run's settings."""
     return FGM(args.fgm_share)
+
+
+register_objective("fgm", fgm)

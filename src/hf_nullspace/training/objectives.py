@@ -284,7 +284,7 @@ def make_objective(name: str, args: Any) -> Objective:
     if args.consistency and not any(isinstance(part, BesideClean) for part in parts):
         raise ValueError(
             f"consistency={args.consistency} compares a clean view with another one, which objective={name!r} does not "
-            "have: choose nullspace, random, permuted, fast or pyramid, also in a sum, or consistency=0"
+            "have: choose nullspace, random, permuted, fast, pyramid or universal, also in a sum, or consistency=0"
         )
     return parts[0] if len(parts) == 1 else Sum(parts)
 
