@@ -1,12 +1,14 @@
-"""See the exact nullspaces of any image classifier with a patch embedding; of table 4's models, or of your own.
+"""See the exact nullspaces of any image classifier with a patch embedding, and what noise changes in its gradient.
 
     python recipes/analyze.py --model_name_or_path M --output_dir outputs/analysis/M
     python recipes/analyze.py --model_name_or_path M --dataset_name D --split test
     python recipes/analyze.py --table4 192:16 768:32 M --output_dir outputs/table4
+    python recipes/analyze.py --signal --model_name_or_path M --dataset_name D --output_dir outputs/signal/M
 
 For one model: the nullspace of its patch embedding (section 2.2), the LayerNorm direction
 (docs/layer_norm_direction.md), and how far every attention layer is from the conditions of proposition 1. Writes
-analysis.json, patch_embedding.png, proposition_1.png, or table4.json and .png.
+analysis.json, patch_embedding.png, proposition_1.png, or table4.json and .png. With --signal: how far the gradients of
+noisy and adversarial views are from the clean one (docs/robustness.md); signal.json and .png.
 """
 
 import math
@@ -18,6 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from figures.setting import commit
+from figures.signal import LEARNING, draw_batches, measure_signal, plot_signal
 from figures.table_4 import plot_table_4, remark, table_4
 from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.canvas import canvas, save_png
@@ -30,6 +34,9 @@ from hf_nullspace.linear.patch import PatchNullspace
 from hf_nullspace.models.attention import NoAttentionWeightsError, attention_inputs, attention_weights, prefix_tokens
 from hf_nullspace.models.loading import load_image_processor, load_model
 from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.noise.artifact import model_hash
+from hf_nullspace.robustness.records import versions
+from hf_nullspace.training.loading import ModelArguments, load_classifier
 
 
 @dataclass
@@ -44,15 +51,20 @@ class AnalyzeArguments:
     output_dir: str = option("outputs/analysis", "Folder for the JSON and the PNGs.")
     stored_dtype: str | None = option(None, "Precision of the checkpoint (bfloat16, ...), if it was loaded as another.")
     dataset_name: str | None = option(None, "Images to try: Hub id, folder, or 'digits'. Unset: random pixels.")
-    split: str = option("test", "Split of the data set.")
-    images: int = option(8, "How many images.")
+    split: str | None = option(None, "Split of the data set. Default: test; --signal: train.")
+    images: int | None = option(None, "How many images. Default: 8; --signal: 1024, in each of its batches.")
+    signal: bool = option(False, "Instead of the nullspaces: compare the gradients of noisy and clean images.")
+    epsilons: list[float] = option([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0], "Signal: influences of the noises.")
     norm: float = option(1000.0, "Norm of the noise that tries the LayerNorm direction.")
     seed: int = option(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.table4 is None):
             raise UsageError("name what to look at: either --model_name_or_path M, or --table4 with models or D:patch")
-        check_numbers(self, {"images": "int [1, inf)", "norm": "(0, inf)", "seed": "int [0, 4294967295]"})
+        if self.signal and (self.table4 is not None or self.dataset_name is None):
+            raise UsageError("--signal compares gradients of labelled images: expected a model and --dataset_name D")
+        ranges = {"images": "int [1, inf)", "norm": "(0, inf)", "seed": "int [0, 4294967295]", "epsilons": "(0, 2]"}
+        check_numbers(self, ranges)
         check_output_dir(self.output_dir)
         self.dtype()
 
@@ -68,7 +80,9 @@ def main() -> None:
     (args,) = parse((AnalyzeArguments,), str(__doc__))
     output = Path(args.output_dir)
     with only_run_in(output):
-        if args.table4 is None:
+        if args.signal:
+            analyze_signal(args, output)
+        elif args.table4 is None:
             analyze(args, output)
         else:
             analyze_table_4(args, output)
@@ -108,7 +122,40 @@ def analyze_table_4(args: AnalyzeArguments, output: Path) -> None:
     print(f"table4.json and table4.png are in {output}")
 
 
+def analyze_signal(args: AnalyzeArguments, output: Path) -> None:
+    """One row for each noisy or adversarial view, printed as it comes."""
+    # Load
+    rows: Any = load_image_dataset(str(args.dataset_name), args.split or "train")
+    classifier = load_classifier(ModelArguments(args.model_name_or_path, args.model_revision), rows, print)
+    if classifier.labels.new_head:
+        raise UsageError("the model's head is not for these classes; name a model that was trained on them")
+    classifier.model.float().to("cuda" if torch.cuda.is_available() else "cpu")
+    batches, pool = draw_batches(rows, classifier, args.images or 1024, args.seed)
+
+    # Look
+    found = measure_signal(batches, pool, args.epsilons, print)
+
+    # Keep
+    head = {
+        "command": {name: without_place(value) for name, value in asdict(args).items()},
+        "commit": commit(),
+        "versions": versions(),
+        "model_sha256": model_hash(classifier.model),
+        "images": {"split": args.split or "train", "batches": len(batches), "of_a_batch": len(pool)},
+        "precision": "float32",
+        "learning": LEARNING,
+    }
+    write_json(output / "signal.json", head | {"rows": found})
+    plot_signal(found, output / "signal.png")
+    print(f"signal.json and signal.png are in {output}")
+
+
 # ---- load
+
+
+def without_place(value: Any) -> Any:
+    """A folder of this machine by its last name alone."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def load_images(args: AnalyzeArguments, model: nn.Module) -> Tensor:
@@ -117,10 +164,10 @@ def load_images(args: AnalyzeArguments, model: nn.Module) -> Tensor:
     preprocessing.check_fits(model.config)
     if args.dataset_name is None:
         generator = torch.Generator().manual_seed(args.seed)
-        pixels = torch.rand(args.images, preprocessing.channels, *preprocessing.size, generator=generator)
+        pixels = torch.rand(args.images or 8, preprocessing.channels, *preprocessing.size, generator=generator)
     else:
-        rows = load_image_dataset(args.dataset_name, args.split)
-        count = min(args.images, len(rows))
+        rows = load_image_dataset(args.dataset_name, args.split or "test")
+        count = min(args.images or 8, len(rows))
         pixels = torch.stack([preprocessing.pixels_from_image(rows[index]["image"]) for index in range(count)])
     return preprocessing.normalize(pixels).to(next(model.parameters()).dtype)
 

@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,11 @@ def work_on(
         except (TypeError, ValueError) as error:
             raise UsageError(f"arm {one.arm!r}: {error}") from error
 
-    def images_of(seed: int) -> Any:
-        return training_images(data_args, train_rows, classifier, seed)
+    def data_of(arm: str) -> DataArguments:
+        try:
+            return replace(data_args, **study.arms[arm].data)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"arm {arm!r}: {error}") from error
 
     def trainer_of(one: Run, folder: Path) -> NullspaceTrainer:
         config = config_of(one, folder)
@@ -97,14 +100,16 @@ def work_on(
         return NullspaceTrainer(
             copy.deepcopy(classifier.model),
             config,
-            train_dataset=images_of(config.seed),
+            train_dataset=training_images(data_of(one.arm), train_rows, classifier, config.seed),
             data_collator=collate,
             processing_class=classifier.image_processor,
         )
 
     runs = study.report_runs(dict.fromkeys(study.arms, study.choices[0]))[1:]
     configs = [config_of(one, output / "base") for one in runs]
-    images = images_of(args.seeds[0])
+    images = training_images(data_args, train_rows, classifier, args.seeds[0])
+    for arm in study.arms:
+        data_of(arm)  # raises on a setting that is out of range
     for config in configs:
         check_images(config, len(images))
     if warning := disk_space_warning(classifier.model, configs[0], trainings=len(configs)):
@@ -120,7 +125,7 @@ def work_on(
         ImageStore(output / "images", test_set, args.eval_seed),
         trainer_of,
         lambda: copy.deepcopy(classifier.model),
-        shared_settings={"base": base, "data": asdict(data_args)},
+        lambda one: {"base": base, **asdict(data_of(one.arm))},
         device=configs[0].device,
         dtype="bf16" if args.eval_bf16 else "float32",
         batch_size=args.eval_batch_size,

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from transformers import AutoModelForImageClassification, set_seed
 
 from hf_nullspace import NullspaceConfig, NullspaceTrainer
+from hf_nullspace.cards.run_folder import INTERPOLATION_NAME
 from hf_nullspace.command_line import UsageError, option, parse, run
 from hf_nullspace.core.files import only_run_in, read_json
 from hf_nullspace.core.settings import check_numbers, fraction
@@ -33,8 +34,7 @@ from hf_nullspace.robustness.report import terminal_table, write_report
 from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, evaluate
 from hf_nullspace.training.base_model import BASE_RANGES, train_base_model
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
-from hf_nullspace.training.interpolation import GRID, Selection
-from hf_nullspace.training.interpolation import NAME as INTERPOLATION
+from hf_nullspace.training.interpolation import GRID, Selection, remarks_on
 from hf_nullspace.training.loading import (
     DataArguments,
     ModelArguments,
@@ -213,7 +213,7 @@ def run_all(
         trainer.save_model(_internal_call=True)  # not pushed: that comes when it has been measured
         trainer.accelerator.wait_for_everyone()
         if selection is not None:
-            say(f"Interpolated ({objective}), {read_json(folder / INTERPOLATION)['chosen']}")
+            say(f"Interpolated ({objective}), {read_json(folder / INTERPOLATION_NAME)['chosen']}")
         return trainer
 
     say(f"Measuring before: {len(eval_set)} images, {len(conditions)} conditions")
@@ -232,6 +232,7 @@ def run_all(
         results[f"{config.objective}, EMA"] = measure(output / "ema")
 
     # Report
+    remarks = ""
     if state.is_main_process:
         context = {
             "images": f"{data_args.dataset_name}, split {data_args.eval_split}, first {len(eval_set)}",
@@ -240,9 +241,10 @@ def run_all(
         }
         if selection is not None:
             places = {"plain": output / "control", config.objective: output, f"{config.objective}, EMA": output / "ema"}
-            chosen = {name: read_json(places[name] / INTERPOLATION) for name in results if name in places}
+            chosen = {name: read_json(places[name] / INTERPOLATION_NAME) for name in results if name in places}
             context["alpha"] = {name: each["alpha"] for name, each in chosen.items()}
-        paths = write_report(results, output, context=context)
+            remarks = remarks_on(chosen)
+        paths = write_report(results, output, context=context, remarks=remarks)
         if trainer.history:
             paths["noise"] = plot_history(trainer.history, config.epsilon, output / "noise.png")
         say("\n" + terminal_table(results) + "\n")

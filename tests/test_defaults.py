@@ -24,7 +24,7 @@ from hf_nullspace.noise import (
 )
 from hf_nullspace.robustness import checks, scores, suite
 from hf_nullspace.robustness.attacks import auto, base, carlini_wagner, gradient, patch_fool
-from hf_nullspace.training import objectives, rounds
+from hf_nullspace.training import adversarial, objectives, pyramid, rounds, stages
 from study import analysis
 
 TENTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # A.5
@@ -44,11 +44,15 @@ SIGNATURES = [  # what may be given without its name ("": anything), and default
     (closure.scaling, "model batches noises factors", {"factors": TENTHS}),
     (closure.combinations, "model batches pairs alphas_1 alphas_2", {"alphas_1": TENTHS, "alphas_2": TENTHS}),
     (rounds.Round, "", {"warm_start": False, "bank_size": 1, "previous": (), "chunk_size": None}),
-    (objectives.forward_views, "model hook inputs views input_name", {"together": True}),
+    (stages.forward_views, "model hook inputs views input_name", {"together": True}),
     (objectives.view_loss, "", {"label_smoothing": 0.0}),
     # The attacks' papers; the paper's columns for FGSM and MIM
     (gradient.FGSM, "", {"eps": 1 / 255}),
     (gradient.PGD, "", {"eps": 8 / 255, "step": None, "steps": 10, "norm": "linf", "random_start": True}),
+    (adversarial.RandomStartFGSM, "", {"eps": 8 / 255, "step": None, "steps": 1, "norm": "linf", "random_start": True}),
+    (adversarial.DivergencePGD, "", {"eps": 8 / 255, "step": None, "steps": 10, "start": 0.001}),
+    (pyramid.PyramidPGD, "", {"eps": 6 / 255, "step": None, "steps": 5, "scales": (32, 16, 1),
+                              "multipliers": (20.0, 10.0, 1.0)}),
     (gradient.MIM, "", {"eps": 1 / 255, "step": None, "steps": 10, "decay": 1.0}),
     (carlini_wagner.CW, "", {"c": 1.0, "kappa": 0.0, "steps": 50, "lr": 0.01, "binary_search_steps": 1,
                              "abort_early": False}),

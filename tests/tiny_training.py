@@ -2,12 +2,15 @@
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_nullspace.data.augmentation import Augmentation
 from hf_nullspace.data.image_set import ImageSet
 from hf_nullspace.data.transforms import Transforms
 from hf_nullspace.models.preprocessing import Preprocessing, make_image_processor
+from hf_nullspace.robustness.attacks.gradient import FGSM
+from hf_nullspace.robustness.suite import Attacked, Clean, Corrupted
 from hf_nullspace.training.config import NullspaceConfig
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
@@ -46,6 +49,19 @@ def augmented(names, count=40):
     rows = [{"image": random.integers(0, 256, (18, 20, 3), np.uint8), "label": i % 5} for i in range(count)]
     processing = Preprocessing.from_processor(make_image_processor(16))
     return ImageSet(rows, processing, augmentation=Augmentation(), transforms=Transforms(names), num_labels=5, seed=2)
+
+
+CONDITIONS = [Clean(), Attacked(FGSM(4 / 255)), Corrupted("contrast", 3), Corrupted("contrast", 5)]
+"""What a tiny model can be measured under."""
+
+
+def pictures(count, labels=None, kind=ImageSet):
+    """Drawn images of 16 pixels as a set to measure on; the labels are drawn, too, unless they are given."""
+    random = np.random.default_rng(5)
+    labels = random.integers(5, size=count) if labels is None else labels
+    pixels = random.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    rows = [{"image": Image.fromarray(p), "label": int(label)} for p, label in zip(pixels, labels, strict=True)]
+    return kind(rows, Preprocessing((0.5,) * 3, (0.5,) * 3, (16, 16), None))
 
 
 class Recorder(torch.nn.Module):

@@ -15,7 +15,11 @@ class CompareArguments:
     _group_title: ClassVar[str] = "Study"
 
     output_dir: str = option("outputs/study", "Folder of the study; started again it goes on there.")
-    arms: str = option("{}", "Name -> fields of NullspaceConfig, and 'seeds' or 'learning_rate_of' (mapping, or JSON).")
+    arms: str = option(
+        "{}",
+        "Name -> fields of NullspaceConfig, 'crop_scale', 'horizontal_flip', 'augmentation' of its images, and 'seeds' "
+        "or 'learning_rate_of' (mapping, or JSON).",
+    )
     control: str = option("plain", "The arm that the others are compared with.")
     training: str = option("{}", "Fields of NullspaceConfig for all arms (mapping, or JSON).")
     seeds: list[int] = option([0, 1, 2], "Seeds of every arm; the first also chooses the learning rate.")

@@ -20,6 +20,7 @@ BEFORE = "before"
 """The checkpoint that every run starts from, measured like an arm."""
 CLEAN = str(Clean())
 _OWN_KEYS = ("seeds", "learning_rate_of")
+_DATA_KEYS = ("crop_scale", "horizontal_flip", "augmentation")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Arm:
 
     name: str
     settings: Mapping[str, Any]
+    data: Mapping[str, Any]
+    """How its training images are augmented, where that differs from the study's (fields of DataArguments)."""
     seeds: tuple[int, ...]
     learning_rate_of: str | None = None
     """Takes the learning rate that was chosen for another arm instead of one of its own."""
@@ -279,10 +282,11 @@ def _plan(conditions: Iterable[str], limit: int | None) -> tuple[tuple[Planned, 
 def _arm(name: str, entry: Mapping[str, Any], seeds: tuple[int, ...]) -> Arm:
     if not isinstance(entry, Mapping):
         raise UsageError(f"arm {name!r}: {entry!r}; expected a mapping with an objective")
-    settings = {key: value for key, value in entry.items() if key not in _OWN_KEYS}
+    settings = {key: value for key, value in entry.items() if key not in _OWN_KEYS + _DATA_KEYS}
+    data = {key: entry[key] for key in _DATA_KEYS if key in entry}
     if "objective" not in settings or "learning_rate" in settings or "seed" in settings:
         raise UsageError(f"arm {name!r}: {dict(entry)}: expected an objective, and neither learning_rate nor seed")
-    return Arm(name, settings, tuple(entry.get("seeds", seeds)), entry.get("learning_rate_of"))
+    return Arm(name, settings, data, tuple(entry.get("seeds", seeds)), entry.get("learning_rate_of"))
 
 
 def _weights(average: Sequence[str], titles: Sequence[str], cells: Sequence[str]) -> dict[str, float]:

@@ -19,8 +19,13 @@ _VIEWS = {
     "madry": ("adversarial",),
     "trades": ("clean", "divergent"),
     "fast": ("clean", "fast"),
+    "fgm": ("clean", "fgm"),
+    "pyramid": ("clean", "pyramid"),
+    "universal": ("clean", "universal"),
     "plain": ("clean", "again"),
 }
+_ATTACK_STEPS = {"madry": 10, "trades": 10, "pyramid": 5}
+"""Where a run does not set them."""
 
 
 @dataclass
@@ -166,7 +171,7 @@ def content_of(study: Study, runner: Runner, described: dict[str, Any]) -> dict[
         **described,
         "versions": versions(),
         "study": {
-            "arms": {arm.name: {**arm.settings, "seeds": list(arm.seeds)} for arm in study.arms.values()},
+            "arms": {arm.name: {**arm.settings, **arm.data, "seeds": list(arm.seeds)} for arm in study.arms.values()},
             "control": study.control,
             "learning_rates": list(dict.fromkeys(choice.learning_rate for choice in study.choices)),
             "alphas": list(dict.fromkeys(choice.alpha for choice in study.choices)),
@@ -197,7 +202,8 @@ def work(task: Task, config_of: Callable[[Run], NullspaceConfig]) -> float:
     config: Any = config_of(task)  # its fields are set
     names = set(config.objective.split("+"))
     views = len({view for name in names for view in _VIEWS.get(name, ("clean", "other"))})
-    passes = 3 * views + 2 * config.attack_steps * len(names & {"madry", "trades"}) + 2 * len(names & {"fast"})
+    steps = {name: config.attack_steps or number for name, number in _ATTACK_STEPS.items()} | {"fast": 1}
+    passes = 3 * views + 2 * sum(steps[name] for name in names & set(steps))
     each = 0
     if names & {"nullspace", "permuted"}:
         if config.noise_learner == "boundary":

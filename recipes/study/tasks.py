@@ -48,8 +48,8 @@ class Runner:
     """Makes the trainer of a run, with a copy of the checkpoint, for the run's folder."""
     load_base: Callable[[], Any]
     """Gives a copy of the checkpoint that all runs start from."""
-    shared_settings: Mapping[str, Any]
-    """What all runs have in common besides the trainer's settings; another value is another study."""
+    settings_of: Callable[[Run], Mapping[str, Any]]
+    """What determines a run besides the trainer's settings: the checkpoint and the data; other values, another run."""
     device: torch.device
     dtype: str = "float32"
     """What evaluation computes in: "float32", or "bf16" for autocast."""
@@ -113,7 +113,7 @@ class Runner:
         if run.seed is None or run != run.trained:
             return
         folder = self.folder / run.folder
-        settings = {"study": self.shared_settings, "training": self.trainer_of(run, folder).args.to_dict()}
+        settings = {"study": self.settings_of(run), "training": self.trainer_of(run, folder).args.to_dict()}
         try:
             self._run_ids[run] = claim_folder(folder, settings)
         except ValueError:

@@ -71,13 +71,13 @@ def soup(models: Sequence[Source], coefficients: Sequence[float] | None = None) 
     """
     weights = _convex(len(models), coefficients)
     first = _loaded(models[0])
-    total = {name: value.double() * weights[0] for name, value in first.state_dict().items() if _averaged(value)}
+    total = {name: _wide(value) * weights[0] for name, value in first.state_dict().items() if _averaged(value)}
     for place, (source, weight) in enumerate(zip(models[1:], weights[1:], strict=True), start=1):
         other = _loaded(source)
         check_same(first, other, f"{_called(source, place)} cannot be averaged with {_called(models[0], 0)}")
         for name, value in other.state_dict().items():
             if _averaged(value):
-                total[name] += weight * value.to(total[name])
+                total[name] += weight * _wide(value)
     result = copy.deepcopy(first)
     state = result.state_dict()
     result.load_state_dict({name: total[name].to(value) if name in total else value for name, value in state.items()})
@@ -127,8 +127,13 @@ def _loaded(source: Any) -> PreTrainedModel:
     raise NotAveragedError(f"{type(source).__name__}: expected a transformers model, or the folder or Hub id of one")
 
 
+def _wide(value: Tensor) -> Tensor:
+    """On the CPU: the same bits whatever the models are on, and some devices have no float64."""
+    return value.detach().cpu().double()
+
+
 def _averaged(value: Tensor) -> bool:
-    return value.is_floating_point() or value.is_complex()
+    return value.is_floating_point()
 
 
 def _called(source: Source, place: int) -> str:

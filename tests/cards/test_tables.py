@@ -91,6 +91,18 @@ def test_settings_in_words(tmp_path, given, precision, crop, flip, augmentation)
     assert f"| augmentation | {more} |" in text
 
 
+def test_which_alpha_was_chosen_and_which_for_the_others(tmp_path):
+    run = RunFolder(finetuned(tmp_path, results(plain=answers(0), nullspace=answers(0))))
+    assert "interpolated" not in tables.settings_table(run)
+    points = [{"alpha": 0.0}, {"alpha": 0.4}, {"alpha": 1.0}]
+    run.interpolation = {"alpha": 0.4, "alphas": points, "count": 143, "images": "digits, held out", "rule": "the best"}
+    run.reports[0].context["alpha"] = {"plain": 0.2, "nullspace": 0.4, "nullspace, EMA": 1.0}
+    assert (
+        "| interpolated with the checkpoint | alpha = 0.4 (0 is the checkpoint, 1 the fine-tuned weights), chosen from "
+        "0, 0.4, 1 on 143 images (digits, held out): the best. By the same rule: plain 0.2, nullspace, EMA 1 |"
+    ) in tables.settings_table(run)
+
+
 def test_a_folder_of_weights_alone_has_no_tables(tmp_path):
     for section in (tables.settings_table, tables.cost_table, tables.settings_yaml):
         assert section(RunFolder(tmp_path)) == ""

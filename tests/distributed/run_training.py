@@ -25,9 +25,10 @@ from hf_nullspace.data.image_set import ImageSet
 from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.training.config import NullspaceConfig
+from hf_nullspace.training.interpolation import Selection
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
-from tiny_training import Images, augmented
+from tiny_training import CONDITIONS, Images, augmented, pictures
 
 IMAGES = 96
 SETTINGS: dict[str, Any] = {
@@ -125,6 +126,8 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         data_collator=collate_as(dtype),
         processing_class=make_image_processor(16) if pixels else None,
     )
+    if config.interpolate:  # 21 images: 11 on one rank, 10 on the other
+        trainer.selection = Selection(copy.deepcopy(model), pictures(21), CONDITIONS, alphas=(0.5, 1.0))
     with counted_messages() as messages:
         trainer.train(resume_from_checkpoint=case.get("resume", False))
     metrics = trainer.evaluate() if case.get("evaluate") else {}
@@ -135,6 +138,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "kind": type(next(trainer.model.parameters())).__name__ + type(next(trainer.model.parameters()).data).__name__,
         "parameters": full_parameters(trainer.model),
         "average": full_parameters(trainer.ema.model) if trainer.ema is not None else {},
+        "state": trainer.record.objective.state(),
         "noise": trainer.noise and trainer.noise.tensor,
         "provenance": trainer.noise and asdict(trainer.noise.provenance),
         "read": read,
@@ -144,6 +148,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "metrics": metrics,
         "messages": messages,
         "cost": trainer.cost.summary(),
+        "chosen": json.loads((output / "interpolation.json").read_text()) if config.interpolate else None,
         "watched": [entry for entry in trainer.state.log_history if "fast/pgd_accuracy" in entry],
     }
 

@@ -33,15 +33,22 @@ LIMIT_S = 240
 
 N_D = 16 * 24  # patches x features of the tiny model
 
-RANDOM = {"objective": "random+madry+trades+fast", "epsilon": 0.005, "attack_steps": 2, "held_out_images": 21}
+RANDOM = {
+    "objective": "random+madry+trades+fast+pyramid+fgm+universal",
+    "epsilon": 0.005,
+    "attack_steps": 2,
+    "held_out_images": 21,
+}
 BANK = {"preset": "boundary", "noise_max_steps": 5, "noise_pool_images": 14, "noises_at_once": 2, "noise_bank_size": 3,
         "noise_mix": "convex", "epsilon": 0.005}  # fmt: skip
 ADVERSARIAL = {"name": "adversarial", "pixels": True, "settings": RANDOM}
+ACCUMULATED = ADVERSARIAL | {"name": "adversarial_accumulated", "settings": RANDOM | {"gradient_accumulation_steps": 2}}
 BOTH: list[dict[str, Any]] = [
     ADVERSARIAL,
     {"name": "bank", "settings": BANK},
     {"name": "minibatch", "settings": {"noise_stop_on": "minibatch", "epsilon": 0.02}},
     {"name": "stream_dispatched", "streaming": True, "settings": {"objective": "plain"}},
+    {"name": "interpolated", "settings": {"interpolate": True, "objective": "nullspace", "ema_decay": 0.9}},
     {"name": "ema", "evaluate": True, "settings": {"ema_decay": 0.9}},
     {"name": "bf16", "dtype": "float32", "settings": {"bf16": True}},
     *([{"name": "augmented", "pixels": "augmented", "settings": RANDOM}] if torchvision_here.HERE else []),
@@ -50,6 +57,7 @@ BOTH: list[dict[str, Any]] = [
 BY_SHARDS = {"objective": "plain", "accelerator_config": {"dispatch_batches": False}}
 SEVERAL: list[dict[str, Any]] = [
     *BOTH,
+    ACCUMULATED,
     {"name": "every_step_saved", "settings": {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}},
     {"name": "stream", "streaming": True, "settings": {"noise_on_limit": "rescale"}},
     {"name": "stream_by_shards", "streaming": True, "settings": BY_SHARDS},
@@ -60,7 +68,7 @@ SEVERAL: list[dict[str, Any]] = [
 ]
 ALONE: list[dict[str, Any]] = [
     *BOTH,
-    ADVERSARIAL | {"name": "adversarial_accumulated", "settings": RANDOM | {"gradient_accumulation_steps": 2}},
+    ACCUMULATED,
     {"name": "one_by_eight"},
     {"name": "accumulated", "settings": {"gradient_accumulation_steps": 2}},
 ]
@@ -198,6 +206,7 @@ def check_ranks_agree(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert curves(first) == curves(second)
     assert same_bits(first["parameters"], second["parameters"])
     assert same_bits(first["average"], second["average"])
+    assert same_bits(first["state"], second["state"])
 
 
 def check_same_end(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -228,15 +237,17 @@ def test_one_process_two_processes_and_accumulation_end_with_the_same_parameters
 def test_attacks_and_controls_do_not_depend_on_processes_or_accumulation(one: Launch, two: Launch) -> None:
     alone, (first, second) = one.result("adversarial"), two.results("adversarial")
     check_ranks_agree(first, second)
-    for other in (one.result("adversarial_accumulated"), first):
+    assert first["messages"][(N_D + 2, 8)] == 6, "the universal noise's gradient, once per optimizer step"
+    for other in (one.result("adversarial_accumulated"), two.result("adversarial_accumulated"), first):
         check_same_end(other, alone)
         assert [entry["stopped"] for entry in other["history"]] == ["calibrated"] * 3
         ours, theirs = (without_seconds(run["cost"]["stages"].values()) for run in (other, alone))
         assert ours == theirs
         assert [entry["step"] for entry in other["watched"]] == [0, 2, 4, 6]
         assert other["watched"] == alone["watched"]
-    assert alone["cost"]["stages"]["training"]["forward"] == 6 * 8 * 5
-    assert alone["cost"]["stages"]["attack"]["backward_to_input"] == 6 * 8 * (2 + 2 + 1)
+        assert difference(other["state"], alone["state"]) < 1e-6
+    assert alone["cost"]["stages"]["training"]["forward"] == 6 * 8 * 8
+    assert alone["cost"]["stages"]["attack"]["backward_to_input"] == 6 * 8 * (2 + 2 + 1 + 2)
 
 
 @pytest.mark.skipif(not torchvision_here.HERE, reason="torchvision is not installed")
@@ -249,6 +260,18 @@ def test_mixed_images_do_not_depend_on_processes(one: Launch, two: Launch) -> No
     ours, theirs = (without_seconds(run["cost"]["stages"].values()) for run in (first, alone))
     assert ours == theirs
     assert ours == without_seconds(one.result("adversarial")["cost"]["stages"].values()), "augmentation adds no pass"
+
+
+def test_several_processes_choose_the_same_alpha_as_one(one: Launch, two: Launch) -> None:
+    alone, (first, second) = one.result("interpolated"), two.results("interpolated")
+    check_ranks_agree(first, second)
+    check_same_end(first, alone)
+    assert first["chosen"] == second["chosen"] == alone["chosen"]
+    assert alone["chosen"]["count"] == 21
+    assert difference(first["average"], alone["average"]) < 1e-6
+    torch.testing.assert_close(first["noise"], alone["noise"], rtol=1e-6, atol=1e-9)
+    ours, theirs = (run["cost"]["stages"]["selection"]["forward"] for run in (first, alone))
+    assert ours == theirs == 2 * 3 * 21 * 5  # models, alphas, images, passes
 
 
 def test_noises_learned_at_once_and_kept_do_not_depend_on_processes(one: Launch, two: Launch) -> None:
@@ -397,16 +420,21 @@ def test_fsdp2_ends_with_the_same_parameters_as_one_process(one: Launch, tmp_pat
     config = tmp_path / "fsdp2_cpu.yaml"
     config.write_text(text)
     killed = KILLED | {"trouble": KILLED["trouble"] | {"round": 2}}
-    begun = launch(accelerate(config), [{"name": "sharded", "save": True}, ADVERSARIAL, killed], tmp_path)
+    attacked = {"name": "attacked", "pixels": True, "settings": RANDOM | {"objective": "random+madry+trades"}}
+    whole = [{"name": name, "fails": True, "settings": {"objective": name}} for name in ("fgm", "universal")]
+    begun = launch(accelerate(config), [{"name": "sharded", "save": True}, attacked, *whole, killed], tmp_path)
     first, second = begun.results("sharded")
     check_ranks_agree(first, second)
     assert "DTensor" in first["kind"]
     assert steps(first) == steps(one.result("one_by_eight"))
     assert difference(first["parameters"], one.result("one_by_eight")["parameters"]) < 1e-6
-    attacked, alone = begun.result("adversarial"), one.result("adversarial")
-    assert difference(attacked["parameters"], alone["parameters"]) < 1e-6
+    run_training.run_all([attacked], one.folder)
+    sharded, alone = begun.result("attacked"), one.result("attacked")
+    assert difference(sharded["parameters"], alone["parameters"]) < 1e-6
     for stage in ("training", "attack"):
-        assert attacked["cost"]["stages"][stage]["forward"] == alone["cost"]["stages"][stage]["forward"]
+        assert sharded["cost"]["stages"][stage]["forward"] == alone["cost"]["stages"][stage]["forward"]
+    for result in (*begun.results("fgm"), *begun.results("universal")):
+        assert "not supported with FSDP and DeepSpeed; use DDP" in result["error"]
 
     from transformers import AutoModelForImageClassification
 

@@ -155,6 +155,23 @@ def test_changed_settings_are_errors(whole, tmp_path, capsys):
     assert "--overwrite" in said
 
 
+def test_changed_images_of_an_arm_are_errors(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "study")
+    shutil.rmtree(tmp_path / "study" / "runs" / "plain")  # another arm's images: the runs of this one stay good
+    for arm, image_settings, expected in (
+        ("nullspace", {"crop_scale": 0.5}, "1.0 there, 0.5 now"),
+        ("plain", {"crop_scale": 7}, "crop_scale=7: expected a number in (0, 1]"),
+    ):
+        arms = yaml.safe_load(TINY)["arms"]
+        arms[arm] = arms[arm] | image_settings
+        with pytest.raises(SystemExit):
+            call_recipe("compare", *settings(tmp_path, arms=arms), f"--only={arm}")
+        assert expected in capsys.readouterr().err
+    arms["plain"]["crop_scale"] = 0.5
+    call_recipe("compare", *settings(tmp_path, arms=arms), "--dry_run")
+    assert "train nullspace, lr 0.003, seed 0: finished" in capsys.readouterr().out
+
+
 def test_tables_and_pictures_again_from_the_json_alone(whole, tmp_path):
     call_recipe("compare", f"--render={whole / 'results.json'}", f"--output_dir={tmp_path}", "--resamples=200")
     for name in ("results.json", "results.md", "cost.png", "conditions.png"):

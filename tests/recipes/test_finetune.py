@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_nullspace import NullspaceNoise
+from forked import kill_when
+from hf_nullspace import NullspaceNoise, interpolate
 from hf_nullspace.models.preprocessing import make_image_processor
 from recipe_calls import SHORT_RUN, call_recipe
 from tiny_models import tiny_model
@@ -147,6 +148,56 @@ def test_own_model_and_own_data(own, tmp_path, capsys, streaming, count):
     assert "The data has 3 of the model's 5 classes; the head is kept" in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["id2label"]["3"] == "dog"
     assert {record["n"] for record in results_of(tmp_path)} == {count}
+
+
+def test_part_of_the_way_back_on_images_held_out_of_the_training_split(own, tmp_path, capsys):
+    """Own data without a validation split; the checkpoint of the last step has the fine-tuned weights."""
+    words = ["--interpolate=true", "--control=true", "--save_strategy=steps", "--save_steps=2", "--learning_rate=1e-2"]
+    grid = ["--interpolate_grid", "0.4", "1"]
+    call_recipe("finetune", *words_of(own, tmp_path), *SHORT_RUN, *words, *grid)
+    chosen = json.loads((tmp_path / "interpolation.json").read_text())
+    note = f"{own / 'images'}, 3 of 36 images of split train, held out; the checkpoint may have been trained on them"
+    assert (chosen["count"], chosen["images"]) == (3, note)
+    assert [point["alpha"] for point in chosen["alphas"]] == [0, 0.4, 1]
+    assert chosen["rule"].startswith("the best average among those that keep clean accuracy within 0.5 points")
+    assert f"Interpolated (nullspace), {chosen['chosen']}" in capsys.readouterr().out
+    for folder in (tmp_path, tmp_path / "control"):
+        alpha = json.loads((folder / "interpolation.json").read_text())["alpha"]
+        saved, wanted = (
+            model.state_dict()
+            for model in (
+                AutoModelForImageClassification.from_pretrained(folder),
+                interpolate(own / "model", folder / "checkpoint-2", alpha),
+            )
+        )
+        assert all(torch.equal(saved[name], wanted[name]) for name in wanted)
+    results = json.loads((tmp_path / "results.json").read_text())["context"]["alpha"]
+    assert results == {"plain": alpha, "nullspace": chosen["alpha"]}
+    report = (tmp_path / "results.md").read_text()
+    assert "* nullspace: alpha = " in report
+    assert "](interpolation.png)" in report
+    with Image.open(tmp_path / "interpolation.png") as image:
+        assert min(image.size) > 200
+
+
+@pytest.mark.slow
+def test_killed_while_alpha_is_chosen_on_the_digits(tmp_path):
+    """Slow: three runs. One is killed after its last checkpoint, before it has chosen; the next goes on from there."""
+    (tmp_path / "small.yaml").write_text(SMALL)
+    words = ["--config", tmp_path / "small.yaml", "--interpolate", "true", "--learning_rate", "0.01"]
+    call_recipe("finetune", *words, "--output_dir", tmp_path / "whole")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    last = again / "checkpoint-4" / "manifest.json"
+    kill_when(last.exists, "finetune", *words, "--output_dir", again, log=tmp_path / "log")
+    assert not (again / "interpolation.json").exists()
+    assert (again / "control" / "interpolation.json").exists()
+    call_recipe("finetune", *words, "--output_dir", again)
+    names = ("model.safetensors", "nullspace_noise.safetensors", "interpolation.json", "control/model.safetensors")
+    for name in names:
+        wanted = (whole / name).read_bytes().replace(str(whole).encode(), str(again).encode())  # as long
+        assert (again / name).read_bytes() == wanted, name
+    chosen = json.loads((again / "interpolation.json").read_text())
+    assert chosen["images"] == "digits, 143 of 1438 images of split train, held out of all training"
 
 
 def test_a_new_head_is_new_and_reported(own, tmp_path, capsys):

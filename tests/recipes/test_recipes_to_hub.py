@@ -43,6 +43,7 @@ def test_finetune_pushes_the_run_with_its_results(hub_here, published, tmp_path,
         *published,
         *SHORT_RUN,
         *SAVED,
+        "--interpolate=true",
         f"--output_dir={tmp_path / 'run'}",
         "--push_to_hub=true",
         "--hub_model_id=lab/robust",
@@ -59,7 +60,7 @@ def test_finetune_pushes_the_run_with_its_results(hub_here, published, tmp_path,
     assert hub_here.history("models", "lab/robust") == ["End of training", "initial commit"]
     files = hub_here.files("models", "lab/robust")
     results = {"results.json", "results.md", "results.csv", "results.png", "noise.png", "run.json", "cost.json"}
-    assert results <= set(files)
+    assert results | {"interpolation.json", "interpolation.png"} <= set(files)
     assert {name.partition("/")[0] for name in files if "/" in name} == {"noises", ".eval_results"}
     for name in ("results.png", "noise.png", "model.safetensors", "noises/round-001.safetensors"):
         assert files[name] == (tmp_path / "run" / name).read_bytes(), name
@@ -68,6 +69,9 @@ def test_finetune_pushes_the_run_with_its_results(hub_here, published, tmp_path,
         assert json.loads(files[name]) == json.loads(here), name
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
     card = ModelCard.load("lab/robust")
+    alpha = json.loads(files["interpolation.json"])["alpha"]
+    assert f"| interpolated with the checkpoint | alpha = {alpha:g} (0 is the checkpoint" in str(card)
+    assert "](interpolation.png)" in str(card)
     assert card.data.base_model == "someone/vit"
     assert {entry["checkpoint"] for entry in json.loads(files["results.json"])["results"]} >= {"before", "plain"}
     AutoModelForImageClassification.from_pretrained("lab/robust")

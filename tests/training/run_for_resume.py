@@ -15,17 +15,21 @@ from pathlib import Path
 
 import torch
 
-from hf_nullspace.data.image_set import collate
+from hf_nullspace.data.image_set import ImageSet, collate
 from hf_nullspace.models.preprocessing import make_image_processor
+from hf_nullspace.training.interpolation import Selection
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
-from tiny_training import Images, augmented, config
+from tiny_training import CONDITIONS, Images, augmented, config, pictures
 
 STEPS = 9
 
 
 class DyingTrainer(NullspaceTrainer):
-    """Kills its process: at a forward pass, in a round's noise learning, or within the writing of a checkpoint."""
+    """Kills its process: at a forward pass, in a round's noise learning, or within the writing of a checkpoint.
+
+    While alpha is chosen :class:`DyingImages` does it.
+    """
 
     def __init__(self, *args, die, **named):
         super().__init__(*args, **named)
@@ -75,6 +79,18 @@ class DyingTrainer(NullspaceTrainer):
         self._stage("rng", output_dir)
 
 
+class DyingImages(ImageSet):
+    """Selection images; with ``left`` so many are read before the process is killed."""
+
+    left = None
+
+    def raw_image(self, index):
+        if self.left == 0:
+            kill_this_process()
+        self.left = self.left and self.left - 1
+        return super().raw_image(index)
+
+
 def kill_this_process():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -104,8 +120,11 @@ def _train(folder, resume, die, given):
             module.p = 0.1
     model.config.hidden_dropout_prob = 0.1
     args = config(folder, noise_max_steps=6, epsilon=0.01, **settings)
+    images = pictures(24, kind=DyingImages)
+    images.left = die[1] if die and die[0] == "choice" else None
     data = augmented(names) if names else Images(jitter=0.5)
     trainer = DyingTrainer(model, args, die=die, train_dataset=data, **own)
+    trainer.selection = Selection(tiny_model(), images, CONDITIONS, alphas=(0.4, 0.8))
     begin = time.perf_counter()
     if die and die[0] == "clock":
         threading.Timer(die[1], kill_this_process).start()

@@ -8,10 +8,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax, softmax
 
-import tiny_training
-from hf_nullspace.core.seeds import derive_seed
-from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
-from hf_nullspace.models.preprocessing import make_image_processor
 from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.noise.influence import centre, centred_norm
 from hf_nullspace.training import objectives
@@ -21,98 +17,14 @@ from hf_nullspace.training.objectives import (
     View,
     check_labels,
     check_objective,
-    forward_views,
     mean_over_images,
     register_objective,
     view_loss,
 )
+from tiny_attacks import EPS, Pictures, agree, divergence_pgd, pgd, trained
 from tiny_models import cosine, tiny_model
-from tiny_training import (
-    Images,
-    Recorder,
-    assert_differs,
-    assert_same,
-    labelled,
-    logged,
-    parameters_of,
-    train_batches,
-)
-from written_out import fine_tuned, influence_of, logits_of
-
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-EPS = 0.05
-
-
-class Pictures(Images):
-    """Images that were pixels in [0, 1] before the image processor normalised them."""
-
-    def __init__(self, count=40, dtype=torch.float64, **given):
-        super().__init__(count, torch.float64, **given)
-        mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
-        self.pixel_values = ((self.pixel_values.sigmoid() - mean) / std).to(dtype)
-
-
-def trained(folder, model=None, data=None, **given):
-    given = {"max_grad_norm": 0.0, "attack_eps": str(EPS), "attack_steps": 3, "epsilon": 0.01} | given
-    given.setdefault("processing_class", make_image_processor(16, MEAN, STD))
-    return tiny_training.trained(folder, model, data if data is not None else Pictures(), **given)
-
-
-def normalise(pixels):
-    mean, std = (torch.tensor(values, dtype=pixels.dtype).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return (pixels - mean) / std
-
-
-def denormalise(pixel_values):
-    mean, std = (torch.tensor(values, dtype=pixel_values.dtype).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return pixel_values * std + mean
-
-
-def draw(kind, seed, step, count):
-    """The start of an attack: image i of step t from (seed, t, i)."""
-    rows = []
-    for index in range(count):
-        generator = torch.Generator().manual_seed(derive_seed(seed, step, index))
-        rows.append(kind(3, 16, 16, generator=generator))
-    return torch.stack(rows).double()
-
-
-def attack(pixels, start, loss_of, steps=3, step=EPS / 4):
-    """Steps that make ``loss_of(images)`` larger, within EPS of ``pixels``."""
-    adversarial = start.clamp(0, 1)
-    for _ in range(steps):
-        adversarial.requires_grad_()
-        (gradient,) = torch.autograd.grad(loss_of(normalise(adversarial)), [adversarial])
-        moved = adversarial.detach() + step * gradient.sign()
-        adversarial = (pixels + (moved - pixels).clamp(-EPS, EPS)).clamp(0, 1)
-    return normalise(adversarial)
-
-
-def pgd(vit, x, y, seed, t, **steps):
-    """Madry's attack, from a uniform start."""
-    pixels = denormalise(x)
-    start = pixels + EPS * (2 * draw(torch.rand, seed, t, len(x)) - 1)
-    return attack(pixels, start, lambda images: cross_entropy(logits_of(vit, images), y), **steps)
-
-
-def divergence_pgd(vit, x, seed, step):
-    """The attack of TRADES."""
-    pixels = denormalise(x)
-    start = pixels + 0.001 * draw(torch.randn, seed, step, len(x))
-    clean = softmax(logits_of(vit, x), 1).detach()
-    return attack(pixels, start, lambda images: (clean * (clean.log() - log_softmax(logits_of(vit, images), 1))).sum())
-
-
-def agree(trainer, loss_of, tmp_path, data=None):
-    """The batches are those of every run here: their order depends on the seed alone, so a plain run shows it."""
-    model, data = tiny_model().double(), data if data is not None else Pictures()
-    recorder = Recorder(model)
-    trained(tmp_path / "order", model, data, objective="plain")
-    batches = labelled(train_batches(recorder), data)
-    assert len(batches) == 4
-    theirs, _ = fine_tuned(batches, loss_of)
-    assert_same(parameters_of(trainer.model), parameters_of(theirs), rtol=1e-7, atol=1e-9)
-    assert_differs(parameters_of(theirs), parameters_of(tiny_model().double()))
+from tiny_training import assert_same, logged, parameters_of
+from written_out import influence_of, logits_of
 
 
 def test_madry_is_the_loop_without_the_trainer(tmp_path):
@@ -167,26 +79,6 @@ def test_a_sum_is_the_union_of_the_views_and_the_sum_of_the_losses(tmp_path):
         return both + cross_entropy(adversarial, y) + trades_loss(vit, x, y, step)
 
     agree(trainer, loss, tmp_path)
-
-
-@pytest.mark.parametrize("noises", [0, 1, 5])
-def test_views_in_one_forward_pass_are_views_in_turn(noises):
-    """The way of a GPU and that of a CPU: the same logits and gradients, and only the noisy view has the noise."""
-    found = []
-    for together in (False, True):
-        vit, generator = tiny_model().double(), torch.Generator().manual_seed(0)
-        images, other = torch.randn(2, 5, 3, 16, 16, generator=generator, dtype=torch.float64)
-        noise = torch.randn(noises, 16, 24, generator=generator, dtype=torch.float64) if noises else None
-        views = {"noisy": View(images, noise), "clean": View(images), "other": View(other)}
-        inputs = {"pixel_values": images, "labels": torch.arange(5), "interpolate_pos_encoding": True}
-        hook = PatchEmbeddingNoise(vit)
-        logits = forward_views(vit, hook, inputs, views, "pixel_values", together=together)
-        assert list(logits)[-1] == "noisy" or not noises
-        for name, x, v in [("clean", images, 0.0), ("other", other, 0.0), ("noisy", images, noise if noises else 0.0)]:
-            torch.testing.assert_close(logits[name], logits_of(vit, x, v))
-        sum(index * each.square().sum() for index, each in enumerate(logits.values())).backward()
-        found.append({name: parameter.grad for name, parameter in vit.named_parameters()})
-    assert_same(*found, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("objective", "distribution"), [("random", "uniform"), ("random", "normal"), ("permuted", "")])
@@ -291,9 +183,8 @@ def test_the_attack_leaves_nothing_behind(tmp_path):
 
 def test_bf16_trains(tmp_path):
     """Autocast keeps no copy of the weights from the frozen attack: the parameters get their gradients and move."""
-    trainer = trained(
-        tmp_path, tiny_model(), Pictures(dtype=torch.float32), objective="nullspace+madry+trades+fast", bf16=True
-    )
+    objective = "nullspace+madry+trades+fast+pyramid+fgm+universal"
+    trainer = trained(tmp_path, tiny_model(), Pictures(dtype=torch.float32), objective=objective, bf16=True)
     before = parameters_of(tiny_model())
     moved = [name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])]
     assert len(moved) == len(before)
@@ -302,7 +193,7 @@ def test_bf16_trains(tmp_path):
 
 def test_resumed_within_a_run_it_ends_with_the_same_weights_and_cost(tmp_path):
     given = {
-        "objective": "permuted+trades+fast",
+        "objective": "permuted+trades+fast+pyramid+fgm+universal",
         "epsilon": 0.003,
         "rounds": 3,
         "save_strategy": "steps",
@@ -338,10 +229,11 @@ class Passes(torch.nn.Module):
         self.to_input += 0 if trains else images
 
 
-@pytest.mark.parametrize(
-    "objective",
-    ["plain", "nullspace", "random", "permuted", "madry", "trades", "nullspace+madry", "fast", "random+fast"],
-)
+ATTACKED = {"madry": 3, "trades": 4, "nullspace+madry": 3, "fast": 1, "random+fast": 1, "pyramid": 3, "madry+fgm": 3}
+"""Forward passes of the attack, per image."""
+
+
+@pytest.mark.parametrize("objective", ["plain", "nullspace", "random", "permuted", "universal", *ATTACKED])
 def test_the_cost_is_what_passes_through_the_model(tmp_path, objective):
     model = tiny_model().double()
     passes = Passes(model)
@@ -351,12 +243,11 @@ def test_the_cost_is_what_passes_through_the_model(tmp_path, objective):
     assert cost["backward_to_parameters"] == passes.to_parameters
     assert cost["backward_to_input"] == passes.to_input
     assert cost["forward_equivalents"] == passes.forwards + passes.to_input + 2 * passes.to_parameters
-    views = {"madry": 1, "nullspace+madry": 3, "random+fast": 3}.get(objective, 2)
+    views = {"madry": 1, "nullspace+madry": 3, "random+fast": 3, "madry+fgm": 3}.get(objective, 2)
     assert (
         cost["stages"]["training"]["forward"] == cost["stages"]["training"]["backward_to_parameters"] == 4 * 8 * views
     )
-    attacked = {"madry": 3, "trades": 4, "nullspace+madry": 3, "fast": 1, "random+fast": 1}.get(objective, 0)
-    assert cost["stages"]["attack"]["forward"] == 4 * 8 * attacked
+    assert cost["stages"]["attack"]["forward"] == 4 * 8 * ATTACKED.get(objective, 0)
     watched = cost["stages"]["watch"]["forward_equivalents"]
     assert watched == (3 * 10 * (2 * 1 + 1 + 2 * 10 + 1) if "fast" in objective else 0), (
         "3 times, a quarter of 40 images"

@@ -19,6 +19,7 @@ import torchvision_here
 from forked import start
 from hf_nullspace.noise.artifact import load_noise_bank
 from hf_nullspace.training.checkpoints import last_complete_checkpoint
+from hf_nullspace.training.record import STATE_NAME
 from hf_nullspace.training.trainer import NullspaceTrainer
 from tiny_models import tiny_model
 from tiny_training import Images, assert_differs, assert_same, config, trained
@@ -140,6 +141,30 @@ def test_with_augmentation_also_on_workers(tmp_path):
     whole, folder = undisturbed(tmp_path / "whole", **given), tmp_path / "run"
     killed_and_resumed(folder, ("save", 8, "optimizer"), dataloader_num_workers=2, **given)
     assert_same_end(folder, whole)
+
+
+def test_killed_while_alpha_is_chosen(whole, tmp_path):
+    """At the last of 24 images of the last of four conditions: the same choice, and the same noise beside it."""
+    given = {"interpolate": True, "save_total_limit": 1}
+    undisturbed_one, folder = undisturbed(tmp_path / "whole", **given), tmp_path / "run"
+    assert killed_and_resumed(folder, ("choice", 4 * 24 - 1), **given) == {f"checkpoint-{STEPS}"}
+    assert_same_end(folder, undisturbed_one)
+    for name in ("interpolation.json", "final/nullspace_noise.safetensors", "final/nullspace_noise.json"):
+        assert (folder / name).read_bytes() == (undisturbed_one / name).read_bytes()
+    # Nothing else is changed: the checkpoint has the fine-tuned weights, those of a run that does not go back.
+    last, plain = (load_file(f / f"checkpoint-{STEPS}" / "model.safetensors") for f in (folder, whole))
+    assert_same(last, plain)
+
+
+def test_with_a_universal_noise(whole, tmp_path):
+    """It is ascended at every step: the checkpoint has what step 6 left."""
+    given = {"objective": "nullspace+universal", "save_total_limit": 1}
+    undisturbed_run, folder = undisturbed(tmp_path / "whole", **given), tmp_path / "run"
+    killed_and_resumed(folder, ("save", 8, "optimizer"), **given)
+    assert_same_end(folder, undisturbed_run)
+    ours, theirs = (load_file(path / "final" / STATE_NAME) for path in (folder, undisturbed_run))
+    assert_same(ours, theirs)
+    assert ours["universal.00"].norm() > 0
 
 
 @pytest.mark.slow

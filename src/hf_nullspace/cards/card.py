@@ -23,7 +23,7 @@ PLOTS = {
     "severity.png": "Accuracy against severity",
     "strength.png": "Accuracy against the strength of the attack",
 }
-NOISE_PLOT = "noise.png"
+NOISE_PLOT, INTERPOLATION_PLOT = "noise.png", "interpolation.png"
 TAGS = ["image-classification", "vision", "robustness", "nullspace-noise", "hf-nullspace"]
 _MARK = "# Written by hf-nullspace from results.json; accuracies in [0, 1].\n"
 
@@ -66,6 +66,7 @@ def model_card(
         reports=[report_section(found, report) for report in found.reports],
         settings=tables.settings_table(found),
         noise_plot=NOISE_PLOT if (found.path / NOISE_PLOT).is_file() else None,
+        interpolation_plot=INTERPOLATION_PLOT if (found.path / INTERPOLATION_PLOT).is_file() else None,
         cost=tables.cost_table(found),
         not_measured=tables.attacks_not_measured(found.reports),
         yaml=block(settings, "yaml") if settings else "",

@@ -21,6 +21,7 @@ from hf_nullspace.robustness.suite import ConditionResult
 
 REPORTS = ("results.json", "robustness/results.json")  # of a fine-tuning, and of a longer evaluation put beside it
 HISTORY_NAME, SETTINGS_NAME, COST_NAME = "nullspace_history.json", "run.json", "cost.json"
+INTERPOLATION_NAME = "interpolation.json"
 CONTROLS = ("plain", "control")  # how the fine-tuning without noise is called in reports
 BUILT_IN = {"digits": "scikit-learn's handwritten digits (built in)"}
 LOCAL = "/path/to/"
@@ -103,6 +104,7 @@ class RunFolder:
         self.history: list[dict[str, Any]] = self.read(HISTORY_NAME) or []  # an entry per round
         self.noise: dict[str, Any] = self.read(NOISE_NAME) or {}  # provenance and norm of the last noise
         self.cost: dict[str, Any] = self.read(COST_NAME) or {}  # passes and seconds, if they were counted
+        self.interpolation: dict[str, Any] = self.read(INTERPOLATION_NAME) or {}  # alpha, and what all others had
         training, model, data = (self.settings.get(group, {}) for group in ("training", "model", "data"))
         learned_on = self.noise.get("provenance", {})
         # What was trained: "nullspace", "plain", ...; None where nothing says so.

@@ -182,6 +182,8 @@ def settings_table(run: RunFolder) -> str:
         if training.get("ema_decay"):
             start = f", started from {shown['ema_from']}" if training.get("ema_from") else ""
             rows["averaged weights (EMA), in `ema/`"] = f"decay {shown['ema_decay']} per step{start}"
+    if run.interpolation:
+        rows["interpolated with the checkpoint"] = interpolated(run)
     if data:
         crop = data.get("crop_scale", 1)
         augmentation = [f"random crop of at least {crop:g} of the area"] if crop < 1 else []
@@ -205,6 +207,19 @@ def settings_table(run: RunFolder) -> str:
     if noise and training.get("noise_mix", "one") != "one":
         rows["noises of a round"] = "{noise_bank_size}, mixed by {noise_mix}".format(**_shown(training))
     return _table(["setting", "value"], rows.items()) if rows else ""
+
+
+def interpolated(run: RunFolder) -> str:
+    """Which alpha was chosen, from which, on which images; and which for the report's other models."""
+    found = run.interpolation
+    grid = ", ".join(f"{point['alpha']:g}" for point in found["alphas"])
+    text = (
+        f"alpha = {found['alpha']:g} (0 is the checkpoint, 1 the fine-tuned weights), chosen from {grid} on "
+        f"{found['count']} images ({found['images']}): {found['rule']}"
+    )
+    all_alphas = {name: alpha for report in run.reports for name, alpha in report.context.get("alpha", {}).items()}
+    others = [f"{name} {alpha:g}" for name, alpha in all_alphas.items() if name != run.objective]
+    return cell(f"{text}. By the same rule: {', '.join(others)}" if others else text)
 
 
 def _shown(values: Mapping[str, Any]) -> dict[str, str]:

@@ -210,6 +210,19 @@ def patches_and_features(embeddings: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
+def patch_embeddings(patch_embedding: nn.Module, pixel_values: Tensor) -> Tensor:
+    """The patch embeddings u (B, N, D) of images (B, C, H, W), from the module that :func:`find_patch_embedding` gives.
+
+    Without a gradient, in at least float32.
+    """
+    output = patch_embedding(pixel_values.to(next(patch_embedding.parameters())))
+    embeddings = output[0] if isinstance(output, tuple) else output
+    if embeddings.dim() == 4:
+        embeddings = embeddings.flatten(2).transpose(1, 2)
+    return embeddings.to(torch.promote_types(torch.float32, embeddings.dtype))
+
+
+@torch.no_grad()
 def embedding_shape(model: nn.Module, pixel_values: Tensor, patch_embedding: nn.Module | None = None) -> EmbeddingShape:
     """Shape of the patch embeddings for images like ``pixel_values`` (B, C, H, W); only the first image is used.
 

@@ -31,14 +31,15 @@ def write_report(
     missing: Missing = NOTHING,
     checks: Checks = NOTHING,
     published: bool = False,
+    remarks: str = "",
 ) -> dict[str, Path]:
     """Write results.json, .md, .csv and pictures into ``folder``; returns their paths.
 
-    ``context`` goes into the JSON (set, checkpoint, settings of the run). severity.png and strength.png exist where
-    there is something to draw. Call it on the main process only.
+    ``context`` goes into the JSON (set, checkpoint, settings of the run); ``remarks`` is Markdown for the end of
+    results.md. severity.png and strength.png exist where there is something to draw. Call it on the main process only.
     """
     folder = Path(folder)
-    text = markdown(results, missing=missing, checks=checks, published=published)
+    text = markdown(results, missing=missing, checks=checks, published=published) + remarks
     paths = {
         "json": write_json(folder / "results.json", as_json(results, context, missing, checks)),
         "md": write_text(folder / "results.md", text),

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
+from hf_nullspace.core.settings import fraction
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.robustness.attacks.base import Attack, seeded_like
 from hf_nullspace.robustness.attacks.gradient import PGD, BoundedAttack
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.training.objectives import Batch, Objective, View
+from hf_nullspace.training.pyramid import PyramidPGD
 
 _OUTSIDE = 0.01  # how far from [0, 1] pixels may be rounded that came in bfloat16
 
@@ -140,16 +142,51 @@ def pixels_of(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     return pixels.clamp(0, 1)
 
 
+def attack_settings(args: Any) -> dict[str, Any]:
+    """What a run sets of ``eps``, ``step`` and ``steps`` of its attack, as numbers for pixels in [0, 1].
+
+    Raises:
+        ValueError: if one is no number, or out of range.
+    """
+    numbers: dict[str, Any] = {} if args.attack_steps is None else {"steps": args.attack_steps}
+    for name in ("attack_eps", "attack_step"):
+        value = getattr(args, name)
+        try:
+            numbers |= {} if value is None else {name.removeprefix("attack_"): fraction(value)}
+        except ValueError as error:
+            raise ValueError(f"{name}={error}") from None
+    if not 0 <= numbers.get("eps", 0) <= 1:
+        raise ValueError(f"attack_eps={args.attack_eps!r}: expected a radius for pixels in [0, 1], such as 8/255")
+    if not numbers.get("step", 1) > 0:
+        raise ValueError(f"attack_step={args.attack_step!r}: expected a positive number")
+    return numbers
+
+
+def pyramid_settings(args: Any) -> dict[str, Any]:
+    """Scales and multipliers of the objective "pyramid". Raises a ValueError if they are not as many."""
+    found = {"scales": args.pyramid_scales, "multipliers": args.pyramid_multipliers}
+    lists = [value for value in found.values() if isinstance(value, list | tuple) and value]
+    if len(lists) < 2 or len(lists[0]) != len(lists[1]):
+        given = ", ".join(f"pyramid_{name}={value!r}" for name, value in found.items())
+        raise ValueError(f"{given}: expected two lists, with one multiplier for each scale")
+    return {name: tuple(value) for name, value in found.items()}
+
+
 def madry(args: Any) -> Objective:
     """``objective="madry"``, with the attack of the run's settings."""
-    return Madry(PGD(**args.attack_settings()))
+    return Madry(PGD(**attack_settings(args)))
 
 
 def trades(args: Any) -> Objective:
     """``objective="trades"``, with the attack of the run's settings."""
-    return Trades(DivergencePGD(**args.attack_settings()), args.trades_beta)
+    return Trades(DivergencePGD(**attack_settings(args)), args.trades_beta)
 
 
 def fast(args: Any) -> Objective:
     """``objective="fast"``: a clean view, and one step of FGSM from a random start, at the radius of the settings."""
-    return BesideClean(RandomStartFGSM(**args.attack_settings() | {"steps": 1}), "fast")
+    return BesideClean(RandomStartFGSM(**attack_settings(args) | {"steps": 1}), "fast")
+
+
+def pyramid(args: Any) -> Objective:
+    """``objective="pyramid"``: L(x) + lambda L(x_adv) (equation 3 of Herrmann et al. 2022) with lambda = 1."""
+    return BesideClean(PyramidPGD(**attack_settings(args), **pyramid_settings(args)), "pyramid")

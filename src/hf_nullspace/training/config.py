@@ -10,16 +10,21 @@ import torch
 from transformers import TrainingArguments
 
 from hf_nullspace.command_line import option
-from hf_nullspace.core.settings import check_choices, check_numbers, check_output_dir, fraction
+from hf_nullspace.core.settings import check_choices, check_numbers, check_output_dir
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
-from hf_nullspace.training.adversarial import fast, madry, trades
+from hf_nullspace.training.adversarial import attack_settings, fast, madry, pyramid, pyramid_settings, trades
+from hf_nullspace.training.gradient_views import fgm
 from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, register_objective
 from hf_nullspace.training.preflight import RANGES, check_trackers
+from hf_nullspace.training.universal import universal
 
 register_objective("madry", madry)
 register_objective("trades", trades)
 register_objective("fast", fast)
+register_objective("fgm", fgm)
+register_objective("pyramid", pyramid)
+register_objective("universal", universal)
 
 _PAPER: dict[str, Any] = {
     "rounds": 20,
@@ -93,7 +98,9 @@ class NullspaceConfig(TrainingArguments):
         "nullspace",
         "What a batch becomes: 'nullspace' (a second view with learned noise), the controls 'plain' (the "
         "same view twice), 'random' and 'permuted' (noise of the same influence), 'madry', 'trades' (adversarial "
-        "training), 'fast' (a clean view and one of a single attack step), or several joined by '+'.",
+        "training), 'fast' (a clean view and one of a single attack step), 'pyramid' (a clean view and one "
+        "attacked at several scales), 'fgm' (noise along the gradient at the patch embeddings), 'universal' (one "
+        "adversarial noise for all images), or several joined by '+'.",
     )
     rounds: int = _preset("K: how often a new noise is learned.")
     steps_per_round: int = _preset("S: optimizer steps between two noises.")
@@ -117,12 +124,30 @@ class NullspaceConfig(TrainingArguments):
         512, "Training images per round that the noise is not learned on, but its influence measured."
     )
     noise_distribution: str = option("uniform", "Objective 'random': 'uniform' or 'normal' noise.")
-    attack_eps: str = option("8/255", "Adversarial objectives: L-inf radius, for pixels in [0, 1].")
-    attack_step: str | None = option(
-        None, "Adversarial objectives: step of the attack. Unset: a quarter of attack_eps; 'fast': 1.25 of it."
+    attack_eps: str | None = option(
+        None,
+        "Adversarial objectives: L-inf radius, for pixels in [0, 1]. Unset: 8/255; 'pyramid': 6/255 at each scale.",
     )
-    attack_steps: int = option(10, "Objectives 'madry', 'trades': steps of the attack.")
+    attack_step: str | None = option(
+        None, "Adversarial objectives: a step. Unset: a quarter of attack_eps; 'fast': 1.25, 'pyramid': a sixth of it."
+    )
+    attack_steps: int | None = option(
+        None, "Adversarial objectives: steps. Unset: 10; 'pyramid': 5; 'fast' always takes 1."
+    )
+    pyramid_scales: list[int] = option(
+        [32, 16, 1], "Objective 'pyramid': sides of the squares that change together, in pixels of the model's image."
+    )
+    pyramid_multipliers: list[float] = option(
+        [20.0, 10.0, 1.0], "Objective 'pyramid': by what the changes at each scale are multiplied."
+    )
     trades_beta: float = option(6.0, "Objective 'trades': weight of the divergence (beta).")
+    fgm_share: float = option(
+        0.03, "Objective 'fgm': L2 norm of the noise of an image, as a share of its patch embeddings' centred norm."
+    )
+    universal_share: float = option(
+        0.2, "Objective 'universal': L2 norm of the noise at most, as a share of the patch embeddings' centred norm."
+    )
+    universal_step: float = option(0.25, "Objective 'universal': how far the noise moves per step, as a share of that.")
     ema_decay: float | None = option(
         None, "Keep an exponential moving average of the weights with this decay per step, in (0, 1)."
     )
@@ -149,7 +174,7 @@ class NullspaceConfig(TrainingArguments):
         check_choices(self, {"preset": PRESETS, "noise_distribution": DISTRIBUTIONS})
         check_objective(self.objective)
         check_numbers(self, RANGES)
-        self.attack_settings()  # raises on values out of range
+        attack_settings(self), pyramid_settings(self)  # raise on values out of range
         check_output_dir(self.output_dir)
         if self.ema_from is not None:
             self._check("ema_from", bool(self.ema_from), "a folder or an id on the Hub")
@@ -243,23 +268,6 @@ class NullspaceConfig(TrainingArguments):
         if isinstance(settings, NoiseSettings) and not settings.needs_held_out and not self.interpolate:
             with_noise -= {"nullspace"}
         return bool(with_noise)
-
-    def attack_settings(self) -> dict[str, Any]:
-        """Radius, step and steps of the attack in adversarial training, as numbers for pixels in [0, 1].
-
-        Raises:
-            ValueError: if one is no number, or out of range.
-        """
-        numbers: dict[str, Any] = {"steps": self.attack_steps}
-        for name in ("attack_eps", "attack_step"):
-            value = getattr(self, name)
-            try:
-                numbers[name.removeprefix("attack_")] = None if value is None else fraction(value)
-            except ValueError as error:
-                raise ValueError(f"{name}={error}") from None
-        self._check("attack_eps", 0 <= numbers["eps"] <= 1, "a radius for pixels in [0, 1], such as 8/255")
-        self._check("attack_step", numbers["step"] is None or numbers["step"] > 0, "a positive number")
-        return numbers
 
     def noise_settings(self) -> NoiseSettings | BoundarySettings:
         """The settings of one round's noise, for the learner that is chosen. Raises a ValueError out of range."""

@@ -33,6 +33,12 @@ def check_loss(loss: float, step: int, model: nn.Module, inputs: dict[str, Any] 
     raise FloatingPointError(f"optimizer step {step}: the loss is {loss}: {culprit}")
 
 
+def tell_epoch(data: Any, epoch: float | None) -> None:
+    """Of map-style data sets accelerate 1.15 tells it only if there is one process and nothing was skipped."""
+    if hasattr(data, "set_epoch") and hasattr(data, "__len__"):
+        data.set_epoch(int(epoch or 0))
+
+
 class RunEvents(TrainerCallback):
     """Tells the trainer when a run begins and ends, and the data set which epoch it is; ends a run with a NaN loss."""
 
@@ -41,6 +47,9 @@ class RunEvents(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.begin_run()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.record.objective.end_step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.end_run()
@@ -51,7 +60,4 @@ class RunEvents(TrainerCallback):
             check_loss(loss, state.global_step, self._trainer.model)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # accelerate 1.15 tells it to a map-style data set only if there is one process and nothing was skipped.
-        data: Any = self._trainer.train_dataset
-        if hasattr(data, "set_epoch") and hasattr(data, "__len__"):
-            data.set_epoch(int(state.epoch or 0))
+        tell_epoch(self._trainer.train_dataset, state.epoch)

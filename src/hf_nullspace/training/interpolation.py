@@ -6,7 +6,7 @@ point of the checkpoint's. Test images have no part in it.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_nullspace.averaging import NotAveragedError, check_same, interpolate
+from hf_nullspace.cards.card import INTERPOLATION_PLOT
+from hf_nullspace.cards.run_folder import INTERPOLATION_NAME
 from hf_nullspace.core.canvas import canvas, save_png
 from hf_nullspace.core.files import one_clear_error, write_json
+from hf_nullspace.core.processes import rank_and_world_size
 from hf_nullspace.core.seeds import derive_seed
+from hf_nullspace.core.text import escape
 from hf_nullspace.data.image_set import ImageSet
+from hf_nullspace.models.frozen import frozen
 from hf_nullspace.noise.artifact import NullspaceNoise
 from hf_nullspace.noise.calibration import calibrate
 from hf_nullspace.noise.provenance import model_hash
 from hf_nullspace.robustness.pixel_model import PixelModel
-from hf_nullspace.robustness.suite import Attacked, Clean, Condition, ConditionResult, Corrupted, evaluate
+from hf_nullspace.robustness.progress import Progress
+from hf_nullspace.robustness.suite import Attacked, Batch, Clean, Condition, Corrupted, batches, gather, judge
 from hf_nullspace.training.ema import FOLDER as EMA
+from hf_nullspace.training.events import tell_epoch
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
 from hf_nullspace.training.rounds import as_noise
 
-NAME, PICTURE = "interpolation.json", "interpolation.png"
 GRID = tuple(step / 10 for step in range(11))
 KEPT_POINTS = 0.5
 """Clean accuracy may fall below the checkpoint's by so many points."""
@@ -64,40 +70,43 @@ class Selection:
             raise ValueError(f"interpolate_grid={list(self.alphas)}: expected numbers in [0, 1], and one above 0")
         if not {Attacked, Corrupted} & set(map(type, self.conditions)):
             raise ValueError("interpolate weighs clean accuracy against robustness: give an attack or a corruption")
-        clean = [each for each in self.conditions if isinstance(each, Clean)]
-        object.__setattr__(self, "conditions", [*(clean or [Clean()]), *(c for c in self.conditions if c not in clean)])
+        object.__setattr__(self, "conditions", list(dict.fromkeys([Clean(), *self.conditions])))
         object.__setattr__(self, "alphas", given)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One alpha with its results, clean first; accuracies in [0, 1]."""
+    """One alpha, and how many of ``count`` images it has right under each condition, clean first."""
 
     alpha: float
-    results: Sequence[ConditionResult]
+    count: int
+    correct: Mapping[Condition, int]
 
     @property
     def clean(self) -> float:
-        return self.results[0].score.value
+        """Accuracy in [0, 1]."""
+        return self._mean(Clean)[0]
 
     @property
     def robustness(self) -> float:
         """The mean over attacks and the mean over corruptions, averaged where there are both."""
-        return _mean(self._kinds())
+        return _mean([*self._mean(Attacked), *self._mean(Corrupted)])
 
     @property
     def average(self) -> float:
-        return _mean([self.clean, *self._kinds()])
+        return _mean([*self._mean(Clean), *self._mean(Attacked), *self._mean(Corrupted)])
 
-    def _kinds(self) -> list[float]:
-        attacks = [result.score.value for result in self.results[1:] if "attack" in result.protocol]
-        others = [result.score.value for result in self.results[1:] if "attack" not in result.protocol]
-        return [_mean(kind) for kind in (attacks, others) if kind]
+    def _mean(self, kind: type) -> list[float]:
+        values = [correct / self.count for condition, correct in self.correct.items() if isinstance(condition, kind)]
+        return [_mean(values)] if values else []
 
     def keeps(self, base: "Point") -> bool:
         """Whether clean accuracy is within :data:`KEPT_POINTS` of the checkpoint's, counted in whole images."""
-        lost = int(base.results[0].correct.sum()) - int(self.results[0].correct.sum())
-        return 100 * lost <= KEPT_POINTS * self.results[0].n
+        return 100 * (base.correct[Clean()] - self.correct[Clean()]) <= KEPT_POINTS * self.count
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 @dataclass(frozen=True)
@@ -116,21 +125,20 @@ class Choice:
         """What was chosen, in words."""
         first, best = self.points[0], self.best
         text = (
-            f"alpha = {best.alpha:g}: on {best.results[0].n} selection images the average is {100 * best.average:.2f}% "
+            f"alpha = {best.alpha:g}: on {best.count} selection images the average is {100 * best.average:.2f}% "
             f"(the checkpoint's {100 * first.average:.2f}%), clean accuracy {100 * best.clean:.2f}% "
             f"({100 * first.clean:.2f}%)"
         )
         return text if best.alpha else f"{text}; no alpha above 0 is better, so the model is the checkpoint again"
 
-    def as_json(self, selection: Selection) -> dict[str, Any]:
-        """Ready for a file: accuracies in %."""
+    def as_json(self, note: str) -> dict[str, Any]:
+        """Ready for a file: accuracies in %; ``note`` says where the images come from."""
         return {
             "alpha": self.best.alpha,
             "chosen": self.sentence(),
             "rule": RULE,
-            "images": selection.note,
-            "count": self.best.results[0].n,
-            "seed": self.best.results[0].seed,
+            "images": note,
+            "count": self.best.count,
             "alphas": [
                 {
                     "alpha": point.alpha,
@@ -138,15 +146,11 @@ class Choice:
                     "robustness": 100 * point.robustness,
                     "average": 100 * point.average,
                     "keeps_clean": point.keeps(self.points[0]),
-                    "correct": {result.condition: int(result.correct.sum()) for result in point.results},
+                    "correct": {str(condition): count for condition, count in point.correct.items()},
                 }
                 for point in self.points
             ],
         }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def choose_alpha(
@@ -161,19 +165,39 @@ def choose_alpha(
 ) -> Choice:
     """Measure every alpha between ``selection.base`` and ``tuned``; every process gets the same.
 
-    ``seed`` is that of the corruptions; ``counted`` wraps each model, to count its passes.
+    ``seed`` is that of the corruptions; ``counted`` wraps each model, to count its passes. The images of a condition
+    are prepared once, for all alphas.
 
     Raises:
         NotAveragedError: if the two have no average.
     """
-    preprocessing = selection.images.preprocessing
-    points = []
-    for alpha in selection.alphas:
-        model: nn.Module = interpolate(selection.base, tuned, alpha)
-        pixel_model = PixelModel(counted(model.to(device).eval()), preprocessing.mean, preprocessing.std)
-        given: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
-        points.append(Point(alpha, evaluate(pixel_model, selection.images, selection.conditions, **given)))
-    return Choice(points)
+    images, (rank, world) = selection.images, rank_and_world_size()
+    correct: dict[float, dict[Condition, int]] = {alpha: {} for alpha in selection.alphas}
+    with Progress(shown=progress and rank == 0) as bar:
+        for condition in selection.conditions:
+            bar.expect(condition, len(images) / world * len(selection.alphas) * condition.cost)
+        for condition in selection.conditions:
+            prepared = [_in_8_bits(batch) for batch in batches(images, condition, batch_size, seed, workers=0)]
+            for alpha in selection.alphas:
+                bar.begin(f"alpha {alpha:g}, {condition}")
+                network: nn.Module = interpolate(selection.base, tuned, alpha)
+                model = PixelModel(
+                    counted(network.to(device).eval()), images.preprocessing.mean, images.preprocessing.std
+                )
+                judged = []
+                with frozen(model):
+                    for places, pixels, labels in prepared:
+                        judged.append(judge(model, pixels, labels, places, condition, seed))
+                        bar.advance(len(labels) * condition.cost)
+                correct[alpha][condition] = int(gather(judged)["correct"].sum())
+    return Choice([Point(alpha, len(images), correct[alpha]) for alpha in selection.alphas])
+
+
+def _in_8_bits(batch: Batch) -> Batch:
+    """The batch in a quarter of the memory, where its pixels are 8-bit ones."""
+    places, pixels, labels = batch
+    small = (pixels * 255).round().to(torch.uint8)
+    return (places, small, labels) if torch.equal(small / 255, pixels) else batch
 
 
 def plot(choice: Choice, path: Path) -> Path:
@@ -189,9 +213,22 @@ def plot(choice: Choice, path: Path) -> Path:
     least = 100 * choice.points[0].clean - KEPT_POINTS
     axes.axvline(least, color="black", linestyle="--", linewidth=1, label=f"checkpoint - {KEPT_POINTS:g} points")
     axes.set(xlabel="clean accuracy in %", ylabel="mean accuracy under attacks and corruptions in %")
+    axes.margins(x=0.1)  # room for the last name
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return save_png(figure, path)
+
+
+def remarks_on(chosen: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown for a report: what was chosen for each model (its interpolation.json), and the picture of the run's."""
+    first = next(iter(chosen.values()))
+    lines = [f"* {escape(name)}: {escape(each['chosen'])}" for name, each in chosen.items()]
+    return (
+        "\nThe weights are (1 - alpha) * checkpoint + alpha * fine-tuned. alpha is chosen on "
+        f"{first['count']} selection images ({escape(first['images'])}): {first['rule']}.\n\n"
+        + "\n".join(lines)
+        + f"\n\n![Accuracy against robustness on the selection images, a point per alpha]({INTERPOLATION_PLOT})\n"
+    )
 
 
 def check(trainer: Any) -> None:
@@ -239,8 +276,8 @@ def go_back(trainer: Any, folder: Path) -> None:
         model.load_state_dict(interpolate(selection.base, tuned, choice.best.alpha).state_dict())
         if args.should_save:
             with one_clear_error(place):
-                write_json(place / NAME, choice.as_json(selection))
-                plot(choice, place / PICTURE)
+                write_json(place / INTERPOLATION_NAME, choice.as_json(selection.note))
+                plot(choice, place / INTERPOLATION_PLOT)
     if trainer.noises:
         trainer.record.noises = _scaled_again(trainer)
 
@@ -249,6 +286,7 @@ def _scaled_again(trainer: Any) -> tuple[NullspaceNoise, ...]:
     """The noises of the last round with the influence epsilon on the weights of now, on the round's held-out images."""
     args, noises, number = trainer.args, trainer.noises, trainer.record.round
     images = args.stream_settings() | {"round": number, "input_name": trainer.input_name}
+    tell_epoch(trainer.train_dataset, trainer.state.epoch)  # a resumed run may have had no epoch left
     with own_randomness(derive_seed(images["seed"], number)), trainer.cost.during("noise"):
         held_out, _ = noise_stream(*trainer.training_rows(), **images)
         scaled = calibrate(

@@ -6,7 +6,6 @@ views into a loss. "a+b" is the union of the views of a and b and the sum of the
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_nullspace.core.seeds import generator_of
 from hf_nullspace.core.settings import nearest
-from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, config_of
+from hf_nullspace.models.patch_embedding import config_of
 from hf_nullspace.models.preprocessing import Preprocessing
 from hf_nullspace.noise.influence import permuted
 from hf_nullspace.training.rounds import Round, RoundNoises
@@ -58,6 +57,11 @@ class Batch:
     """One number per image (B,) -> their mean, normalised in the same way."""
     seeds: Callable[[], list[int]]
     """One seed per image, from (seed, step, the image's place in the whole batch of all processes)."""
+    embeddings: Callable[[], Tensor]
+    """The clean patch embeddings u (B, N, D), without a gradient."""
+    gradient: Tensor | None = None
+    """Of the loss of the views before, with respect to the patch embeddings of their view "clean" (B, N, D), one per
+    image and up to a positive factor; only for an objective that is the ``then`` of another."""
     preprocessing: Preprocessing | None = None
     """Between pixels in [0, 1] and the model's inputs, for an objective with ``needs_pixels``."""
 
@@ -68,17 +72,40 @@ class Objective(ABC):
     needs_pixels = False
     """Whether it needs to know how images are normalised (the trainer then asks for the image processor)."""
 
+    needs_whole_model = False
+    """Whether it asks for :attr:`Batch.embeddings`, which needs all weights of the model in every process."""
+
     round_noise: Callable[[Round], RoundNoises | None] | None = None
     """Gives the noises of a round that begins, with their history; ``None`` without noises. May be a method."""
 
+    then: "Objective | None" = None
+    """Views and a loss that follow after the backward pass of these, which have a view "clean", and know its gradient
+    (:attr:`Batch.gradient`). A step's loss is the sum of both."""
+
     @abstractmethod
     def views(self, batch: Batch) -> dict[str, View]:
-        """What the batch becomes, by name; at most one view has a noise. Objectives of a sum share a
-        view by its name, which has to mean the same images and noise."""
+        """What the batch becomes, by name. Objectives of a sum share a view by its name, which has to mean the same
+        images and noise."""
 
     @abstractmethod
     def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """The scalar loss, from the logits (B, K) of the views."""
+
+    # What an objective carries from one optimizer step to the next beside the weights, usually nothing.
+
+    def state(self) -> dict[str, Tensor]:
+        """It, by name, as checkpoints have it."""
+        return {}
+
+    def begin(self, state: Mapping[str, Tensor] | None) -> None:  # noqa: B027  (most have none)
+        """A run begins: from nothing (``None``), or goes on from what :meth:`state` gave.
+
+        Raises:
+            ValueError: if ``state`` lacks something.
+        """
+
+    def end_step(self) -> None:  # noqa: B027
+        """An optimizer step has been taken, after the backward passes of its micro-batches; on every process."""
 
 
 class Plain(Objective):
@@ -160,10 +187,13 @@ class Sum(Objective):
     def __init__(self, parts: list[Objective]) -> None:
         self.parts = parts
         self.needs_pixels = any(part.needs_pixels for part in parts)
+        self.needs_whole_model = any(part.needs_whole_model for part in parts)
         makers = [part.round_noise for part in parts if part.round_noise is not None]
         if len(makers) > 1:
             raise ValueError(f"{len(makers)} objectives of a sum make a noise; a batch has one noisy view: choose one")
         self.round_noise = makers[0] if makers else None
+        following = [part.then for part in parts if part.then is not None]
+        self.then = Sum(following) if following else None
 
     def views(self, batch: Batch) -> dict[str, View]:
         found: dict[str, View] = {}
@@ -173,6 +203,17 @@ class Sum(Objective):
 
     def loss(self, logits: Mapping[str, Tensor], batch: Batch) -> Tensor:
         return torch.stack([part.loss(logits, batch) for part in self.parts]).sum()
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor for part in self.parts for name, tensor in part.state().items()}
+
+    def begin(self, state: Mapping[str, Tensor] | None) -> None:
+        for part in self.parts:
+            part.begin(state)
+
+    def end_step(self) -> None:
+        for part in self.parts:
+            part.end_step()
 
 
 _OBJECTIVES: dict[str, Callable[[Any], Objective]] = {}
@@ -222,49 +263,6 @@ register_objective(
     "random", lambda args: NoisyView(lambda round: random_noise(round, args.noise_distribution), args.noise_mix)
 )
 register_objective("permuted", lambda args: NoisyView(permuted_noise, args.noise_mix))
-
-
-def forward_views(
-    model: nn.Module,
-    hook: PatchEmbeddingNoise,
-    inputs: dict[str, Any],
-    views: Mapping[str, View],
-    input_name: str,
-    *,
-    together: bool = True,
-) -> dict[str, Tensor]:
-    """The logits (B, K) of every view, in one joint pass or one pass per view; the noisy view comes last.
-
-    One pass keeps a GPU busy; on a CPU it was not the faster way (``benchmarks/train_step.py``). Whatever else of
-    ``inputs`` has one entry per image goes with every view; the labels are left out.
-
-    Raises:
-        ValueError: if more than one view has a noise.
-    """
-    names = sorted(views, key=lambda name: views[name].noise is not None)
-    noises = [view.noise for view in views.values() if view.noise is not None]
-    if len(noises) > 1:
-        raise ValueError(f"{len(noises)} of the views {', '.join(views)} have a noise; one forward pass adds one")
-    others = {name: value for name, value in inputs.items() if name not in ("labels", input_name)}
-    if not together:
-        logits = {}
-        for name in names:
-            noise, images = views[name].noise, views[name].images
-            with nullcontext() if noise is None else hook.adding(noise.to(images.device)):
-                logits[name] = model(**others, **{input_name: images}).logits
-        return logits
-    count, copies = len(inputs["labels"]), len(names)
-    repeated = {
-        name: torch.cat([value] * copies)
-        if isinstance(value, Tensor) and value.dim() and len(value) == count
-        else value
-        for name, value in others.items()
-    }
-    repeated[input_name] = torch.cat([views[name].images for name in names])
-    device = repeated[input_name].device
-    with hook.adding(noises[0].to(device), copies) if noises else nullcontext():
-        chunks = model(**repeated).logits.chunk(copies)
-    return dict(zip(names, chunks, strict=True))
 
 
 def view_loss(

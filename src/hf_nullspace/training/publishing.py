@@ -19,16 +19,15 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
-from hf_nullspace.cards.card import CARD_NAME, EVAL_RESULTS, NOISE_PLOT, PLOTS, write_card
-from hf_nullspace.cards.run_folder import COST_NAME
+from hf_nullspace.cards.card import CARD_NAME, EVAL_RESULTS, INTERPOLATION_PLOT, NOISE_PLOT, PLOTS, write_card
+from hf_nullspace.cards.run_folder import COST_NAME, INTERPOLATION_NAME
 from hf_nullspace.cards.staging import linked_copy, published_copy
 from hf_nullspace.core.files import MANIFEST_NAME
 from hf_nullspace.core.uploads import files_to_push, left_behind, open_repository, push_folder, whole_name
 from hf_nullspace.noise.artifact import CONFIG_NAME, WEIGHTS_NAME
 from hf_nullspace.training.checkpoints import HISTORY_NAME, NOISES
 from hf_nullspace.training.ema import FOLDER as EMA
-from hf_nullspace.training.interpolation import NAME as INTERPOLATION_NAME
-from hf_nullspace.training.interpolation import PICTURE
+from hf_nullspace.training.record import STATE_NAME
 from hf_nullspace.training.run_settings import SETTINGS_NAME
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ _MODEL = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model
           "adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json",
           "processor_config.json")  # fmt: skip
 _REPORT = ("results.json", "results.md", "results.csv", "results.png", *PLOTS)
-_CHOICE = (INTERPOLATION_NAME, PICTURE)
+_CHOICE = (INTERPOLATION_NAME, INTERPOLATION_PLOT)
 PUBLISHED = (
     *_MODEL, *(f"{EMA}/{name}" for name in _MODEL), WEIGHTS_NAME, CONFIG_NAME, f"{NOISES}/round-*.safetensors",
     HISTORY_NAME, COST_NAME, SETTINGS_NAME, *_REPORT, *(f"robustness/{name}" for name in _REPORT), NOISE_PLOT,
@@ -48,12 +47,12 @@ PUBLISHED = (
 _FOR_RESUMING = (
     "optimizer.pt", "optimizer.bin", "optimizer_*/*", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_*.pth",
     "trainer_state.json", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_*/*", "global_step*/*", "latest",
-    "zero_to_fp32.py",
+    "zero_to_fp32.py", STATE_NAME,
 )  # fmt: skip
 _PICKLES = ("training_args.bin", "*/training_args.bin")
 _STAYS = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"*/{PREFIX_CHECKPOINT_DIR}-*", "base/*", "base.part/*", "control/*",
           "run-*/*", "runs/*", "records/*", "*/records/*", "per_sample/*", "*/per_sample/*", "*.lock", "*.lock.json",
-          MANIFEST_NAME, *_PICKLES)  # fmt: skip
+          MANIFEST_NAME, STATE_NAME, *_PICKLES)  # fmt: skip
 """What a run writes for itself: it stays here without a word."""
 _NAMED = 5
 REPLACED = ("noises/round-*.safetensors", "model*-of-*.safetensors", "model.safetensors.index.json")

@@ -6,6 +6,7 @@ other views, and may have no noise.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_nullspace.core.files import make_lasting, one_clear_error
 from hf_nullspace.core.seeds import derive_seed
-from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, config_of, unwrap
+from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise, config_of, patch_embeddings, unwrap
 from hf_nullspace.noise.artifact import NullspaceNoise, provenance_of
-from hf_nullspace.training import ema, interpolation, objectives, publishing
+from hf_nullspace.training import ema, interpolation, objectives, publishing, stages
 from hf_nullspace.training.checkpoints import checkpoint_to_resume, complete_checkpoint, load_weights
 from hf_nullspace.training.config import NullspaceConfig, changed, usable_config
 from hf_nullspace.training.events import RunEvents, check_loss, check_weights
@@ -80,6 +81,8 @@ class NullspaceTrainer(Trainer):
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__"):
             check_images(args, len(self.train_dataset))
         self._objective = objectives.make_objective(args.objective, args)  # `objective` is the Trainer's, in a search
+        self.record.objective = self._objective
+        self._stages = stages.Stages(self._objective, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self._preprocessing = objectives.known_preprocessing(self._objective, self.processing_class, args.objective)
         self._given_optimizer = self.optimizer
         self._without_ddp = WithoutDDP(self.accelerator)
@@ -127,7 +130,8 @@ class NullspaceTrainer(Trainer):
         number = step // self.args.steps_per_round
         if self._objective.round_noise is not None and number != self.record.round:
             self._begin_round(model, number)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        stage = partial(super().training_step, model, inputs, num_items_in_batch)
+        loss = self._stages.run(stage, partial(self.accelerator.no_sync, model))
         if self.args.logging_nan_inf_filter:  # the default: the Trainer waits for the loss as well, and hides NaN
             check_loss(float(loss), step, self.model, inputs)
         return loss
@@ -135,7 +139,7 @@ class NullspaceTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Training: the objective's loss over its views (line 19). Evaluation: the Trainer's."""
+        """Training: the objective's loss over its views (line 19), of the present stage. Evaluation: the Trainer's."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels, name = inputs["labels"], self.input_name
@@ -148,23 +152,18 @@ class NullspaceTrainer(Trainer):
                 logits, labels, num_items_in_batch, self.args.label_smoothing_factor, self.compute_loss_func
             ),
             mean=lambda values: objectives.mean_over_images(values, labels, num_items_in_batch),
-            seeds=lambda: self._image_seeds(len(labels)),
+            seeds=lambda: stages.image_seeds(self.args, *self._micro_step, len(labels)),
+            embeddings=lambda: patch_embeddings(self._hook.module, inputs[name]),
             preprocessing=self._preprocessing,
         )
         with self.cost.during("attack"):
-            views = self._objective.views(batch)
+            views = self._stages.views(batch)
         together = self.args.device.type != "cpu"
-        logits = objectives.forward_views(self.cost.counted(model), self._hook, inputs, views, name, together=together)
-        loss = self._objective.loss(logits, batch)
+        logits = stages.forward_views(self.cost.counted(model), self._hook, inputs, views, name, together=together)
+        loss = self._stages.objective.loss(logits, batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # undo the mean that DDP takes over processes
         return (loss, ImageClassifierOutput(logits=next(iter(logits.values())))) if return_outputs else loss
-
-    def _image_seeds(self, count: int) -> list[int]:
-        """One seed per image of this micro-batch, the same however the batch is spread over processes."""
-        step, micro = self._micro_step
-        first = (micro * self.args.world_size + self.args.process_index) * count
-        return [derive_seed(self.args.seed, max(step, 0), first + index) for index in range(count)]
 
     def asked(self, model: nn.Module) -> nn.Module:
         """``model`` for passes that train nothing: without DDP, and counted."""
@@ -281,7 +280,7 @@ class NullspaceTrainer(Trainer):
         else:
             super()._load_best_model()
         if best:
-            self.record.load_noises(Path(best))
+            self.record.load(Path(best))
 
     # ---- what is written
 

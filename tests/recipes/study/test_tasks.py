@@ -49,7 +49,7 @@ def runner_in(folder, seed=0, data="pictures", **changed):
 
     store = ImageStore(folder / "images", pictures(), seed)
     cpu, settings = torch.device("cpu"), {"data": data}
-    return Runner(folder, store, trainer_of, tiny_model, settings, cpu, batch_size=7, **changed)
+    return Runner(folder, store, trainer_of, tiny_model, lambda run: settings, cpu, batch_size=7, **changed)
 
 
 @pytest.fixture(scope="module")

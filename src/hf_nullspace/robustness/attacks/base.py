@@ -43,6 +43,8 @@ class Attack(ABC):
             allowed = [repr(choice) for choice in choices]
             if value is None and optional:
                 continue
+            if isinstance(field.default, tuple) and isinstance(value, tuple):
+                continue
             if value is None or isinstance(value, list | tuple) or (allowed and repr(value) not in allowed):
                 expected = " or ".join(allowed) or "a number"
                 raise ValueError(f"{name}: {field.name}={value!r}: expected {expected}")
@@ -121,6 +123,11 @@ def loss_gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     pixels = pixels.detach().requires_grad_()
     loss = F.cross_entropy(model(pixels), labels, reduction="sum")
     return torch.autograd.grad(loss, pixels)[0]
+
+
+def likeliest(labels: Tensor) -> Tensor:
+    """One class per image (B,), of classes (B,) or of class probabilities (B, K)."""
+    return labels.argmax(1) if labels.dim() == 2 else labels
 
 
 def seeded_like(pixels: Tensor, seeds: Sequence[int], kind: str) -> Tensor:
