@@ -66,16 +66,17 @@ def test_accumulation_ends_with_the_same_parameters(tmp_path, objective):
     assert_differs(parameters_of(runs[0].model), parameters_of(tiny_model().double()))
 
 
-def test_one_hot_probabilities_are_classes(tmp_path):
+@pytest.mark.parametrize("objective", ["fast", "pyramid", "fgm", "universal"])
+def test_one_hot_probabilities_are_classes(tmp_path, objective):
     class OneHot(Pictures):
         def __init__(self):
             super().__init__()
             self.labels = torch.eye(5)[self.labels]
 
-    given = {"objective": "fast+pyramid"}
-    runs = [trained(tmp_path / type(data).__name__, data=data, **given) for data in (Pictures(), OneHot())]
+    runs = [trained(tmp_path / type(data).__name__, data=data, objective=objective) for data in (Pictures(), OneHot())]
     assert_same(*(parameters_of(run.model) for run in runs), rtol=1e-7, atol=1e-9)
     watched = [[entry for entry in run.state.log_history if "fast/pgd_accuracy" in entry] for run in runs]
+    assert bool(watched[0]) == (objective == "fast")
     assert watched[0] == watched[1], "of probabilities the watch takes the largest"
 
 

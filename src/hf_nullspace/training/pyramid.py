@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hf_nullspace.core.seeds import generator_of
-from hf_nullspace.robustness.attacks.base import Attack
+from hf_nullspace.robustness.attacks.base import Attack, likeliest
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,7 +45,7 @@ class PyramidPGD(Attack):
             for delta in deltas:
                 delta.requires_grad_()
             logits = model((pixels + self.perturbation(deltas, pixels)).clamp(0, 1))
-            targets = other_classes(labels, logits.shape[1], seeds) if targets is None else targets
+            targets = other_classes(likeliest(labels), logits.shape[1], seeds) if targets is None else targets
             gradients = torch.autograd.grad(cross_entropy(logits, targets, reduction="sum"), deltas)
             moved = [delta.detach() - step * each.sign() for delta, each in zip(deltas, gradients, strict=True)]
             deltas = [delta.clamp(-self.eps, self.eps) for delta in moved]

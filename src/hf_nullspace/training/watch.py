@@ -17,6 +17,7 @@ from hf_nullspace.core.processes import over_processes, rank_and_world_size
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.frozen import frozen
 from hf_nullspace.models.preprocessing import Preprocessing
+from hf_nullspace.robustness.attacks.base import likeliest
 from hf_nullspace.robustness.attacks.gradient import PGD
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.training.adversarial import Adversarial, RandomStartFGSM, pixels_of
@@ -76,7 +77,7 @@ class OverfittingWatch(TrainerCallback):
             for first in range(0, len(self._rows), size):
                 inputs = collate(self._rows[first : first + size])
                 labels = inputs["labels"].to(args.device)
-                classes = labels.argmax(1) if labels.dim() == 2 else labels  # of a user's own mixup, the larger share
+                classes = likeliest(labels)
                 pixels = pixels_of(inputs[self._trainer.input_name].to(args.device), self._preprocessing)
                 places = range(rank + first * processes, rank + (first + len(labels)) * processes, processes)
                 seeds = [derive_seed(args.seed, place) for place in places]

@@ -125,6 +125,11 @@ def loss_gradient(model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
     return torch.autograd.grad(loss, pixels)[0]
 
 
+def likeliest(labels: Tensor) -> Tensor:
+    """One class per image (B,), of classes (B,) or of class probabilities (B, K)."""
+    return labels.argmax(1) if labels.dim() == 2 else labels
+
+
 def seeded_like(pixels: Tensor, seeds: Sequence[int], kind: str) -> Tensor:
     """Random numbers shaped like ``pixels``, image b from ``seeds[b]`` alone: "uniform" in [0, 1) or "normal".
 
