@@ -210,7 +210,17 @@ def test_hyperparameter_search(tmp_path):
             "learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2),
             "epsilon": trial.suggest_float("epsilon", 0.02, 0.2),
             "rounds": trial.suggest_int("rounds", rounds, rounds),
+            "consistency": trial.suggest_float("consistency", rounds, rounds),
         }
+
+    weights = []  # of each step's objective
+    make = trainer.training_step
+
+    def training_step(*given, **named):
+        weights.append(trainer._objective.consistency)
+        return make(*given, **named)
+
+    trainer.training_step = training_step
 
     best = trainer.hyperparameter_search(space, n_trials=2, direction="minimize", backend="optuna")
     assert best.run_id in ("0", "1")
@@ -221,6 +231,7 @@ def test_hyperparameter_search(tmp_path):
         history = json.loads((folder / "nullspace_history.json").read_text())
         assert [entry["step"] for entry in history] == [0, 2][: trial + 1]
         assert NullspaceNoise.from_pretrained(folder / f"checkpoint-{2 * trial + 2}").provenance.round == trial
+    assert weights == [1.0] * 2 + [2.0] * 4
     epsilons = [load_noise_bank(tmp_path / f"run-{t}" / "noises")[0].provenance.epsilon for t in (0, 1)]
     assert epsilons[0] != epsilons[1]
     assert not (tmp_path / "noises").exists()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_nullspace.core.seeds import derive_seed
 from hf_nullspace.models.patch_embedding import PatchEmbeddingNoise
-from hf_nullspace.training.objectives import Batch, Objective, View
+from hf_nullspace.training.objectives import Batch, Objective, View, known_preprocessing, make_objective
 
 
 class Stages:
@@ -123,3 +123,11 @@ def _noises(
     rows = [noise.expand(each, -1, -1) for noise in given]
     clean = rows[0].new_zeros((len(images) - each * len(rows), *rows[0].shape[1:]))
     return hook.adding(torch.cat([clean, *rows]))
+
+
+def take_objective(trainer: Any) -> None:
+    """Make the objective that the settings name now, and what depends on it; a trial of a search changes settings."""
+    args = trainer.args
+    trainer._objective = trainer.record.objective = make_objective(args.objective, args)
+    trainer._stages = Stages(trainer._objective, sharded=trainer._sharded)
+    trainer._preprocessing = known_preprocessing(trainer._objective, trainer.processing_class, args.objective)

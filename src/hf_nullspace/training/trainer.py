@@ -55,6 +55,9 @@ class NullspaceTrainer(Trainer):
     model: Any
     hub_model_id: Any
     push_in_progress: Any
+    _objective: objectives.Objective  # `objective` is the Trainer's, in a search
+    _stages: stages.Stages
+    _preprocessing: Any
 
     def __init__(
         self,
@@ -80,17 +83,13 @@ class NullspaceTrainer(Trainer):
         super().__init__(model, args, *positional, **named)
         if self.train_dataset is not None and hasattr(self.train_dataset, "__len__"):
             check_images(args, len(self.train_dataset))
-        self._objective = objectives.make_objective(args.objective, args)  # `objective` is the Trainer's, in a search
-        self.record.objective = self._objective
-        self._stages = stages.Stages(self._objective, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        self._preprocessing = objectives.known_preprocessing(self._objective, self.processing_class, args.objective)
         self._given_optimizer = self.optimizer
         self._without_ddp = WithoutDDP(self.accelerator)
-        self._is_plain = isinstance(self.model, PreTrainedModel) and not (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
-        )
+        self._sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._is_plain = isinstance(self.model, PreTrainedModel) and not self._sharded
         self.ema = ema.average_of(self)
         self.add_callback(RunEvents(self))
+        stages.take_objective(self)
         add_watch(self, self._objective, self._preprocessing)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -236,9 +235,11 @@ class NullspaceTrainer(Trainer):
         """The Trainer's, when a training loop begins: for the first time, or again after out of memory."""
         if self.hp_search_backend is not None:
             self.args.settle_after_trial()
+            stages.take_objective(self)
+            add_watch(self, self._objective, self._preprocessing)
         if args.auto_find_batch_size and self._start is None:
             self._start = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
-        elif args.auto_find_batch_size and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        elif args.auto_find_batch_size and not self._sharded:
             self.model.load_state_dict(self._start)  # upstream goes on with what the failed loop left
             self.optimizer = self._given_optimizer
         self._epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)

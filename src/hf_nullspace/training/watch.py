@@ -91,7 +91,8 @@ class OverfittingWatch(TrainerCallback):
 
 
 def add_watch(trainer: Any, objective: Objective, preprocessing: Preprocessing | None) -> None:
-    """Let ``trainer`` be watched, if ``objective`` trains with a single attack step."""
+    """Let ``trainer`` be watched if ``objective`` trains with a single attack step; an earlier watch goes."""
+    trainer.remove_callback(OverfittingWatch)
     parts = objective.parts if isinstance(objective, Sum) else [objective]
     attacks = [part.attack for part in parts if isinstance(part, Adversarial)]
     for attack in attacks:
