@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +36,7 @@ class UsageError(ValueError):
 def option(default: Any, text: str) -> Any:
     """A field of a recipe's dataclass with its help text; a list is copied for every instance."""
     if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata={"help": text})
+        return dataclasses.field(default_factory=default.copy if default else list, metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -58,9 +58,10 @@ def parse(
     parser = _Parser(types, description)
     fields = {kind: [field.name for field in dataclasses.fields(kind) if field.init] for kind in types}
     names = [name for each in fields.values() for name in each]
+    empty = [field.name for kind in types for field in dataclasses.fields(kind) if field.default_factory is list]
     path = _config_path(arguments) or (default_config(arguments) if default_config else None)
     if path is not None:
-        arguments = [*_as_options(_read(path), names, path), *arguments]
+        arguments = [*_as_options(_read(path), names, empty, path), *arguments]
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:
         option = next((word for word in unknown if word.startswith("-")), unknown[0])
@@ -200,12 +201,15 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _as_options(content: dict[str, Any], names: Sequence[str], path: Path) -> list[str]:
+def _as_options(content: dict[str, Any], names: Sequence[str], empty: Collection[str], path: Path) -> list[str]:
+    """The words of a configuration; an empty list is left out of the options in ``empty``, which have it by default."""
     options: list[str] = []
     for key, value in content.items():
         if key not in names:
             hint = nearest(key, names, most=3, otherwise=_NO_NEAR_NAME)
             raise UsageError(f"unknown key {key!r} in {path}{hint}")
+        if value == [] and key in empty:
+            continue
         if isinstance(value, list):
             options += [f"--{key}", *map(str, value)]
         elif value is not None:
