@@ -12,6 +12,7 @@ on where it was when started again.
 """
 
 import copy
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,6 +50,8 @@ from hf_nullspace.training.preflight import check_images, disk_space_warning
 from hf_nullspace.training.run_settings import check_folder, claim_folder
 from hf_nullspace.training.selection import selection_images, selection_rows
 
+KEPT_BYTES = 2**30
+"""Test images under all conditions that take less memory are prepared once, for all models."""
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
 
 
@@ -188,6 +191,9 @@ def run_all(
         )
 
     # Measure, fine-tune, measure what was written
+    size = 0 if data_args.streaming else 4 * 3 * math.prod(classifier.preprocessing.size) * len(eval_set)
+    prepared: dict[Condition, Any] | None = {} if 0 < size * len(conditions) < KEPT_BYTES else None
+
     def measure(folder: Path | str, revision: str | None = None) -> Any:
         model = AutoModelForImageClassification.from_pretrained(
             folder, revision=revision, config=classifier.model.config
@@ -197,8 +203,9 @@ def run_all(
         )
         batch_size = config.per_device_eval_batch_size
         return evaluate(
-            pixel_model, eval_set, conditions, batch_size=batch_size, seed=config.seed, progress=not config.disable_tqdm
-        )
+            pixel_model, eval_set, conditions, batch_size=batch_size, seed=config.seed,
+            progress=not config.disable_tqdm, prepared=prepared,
+        )  # fmt: skip
 
     def finetune(objective: str, folder: Path) -> NullspaceTrainer:
         say(f"Fine-tuning ({objective}): {config.rounds} rounds x {config.steps_per_round} steps of "

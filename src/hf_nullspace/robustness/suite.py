@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -120,6 +120,7 @@ def evaluate(
     per_sample: bool = False,
     progress: Progress | bool = True,
     on_result: Callable[[ConditionResult], None] | None = None,
+    prepared: dict[Condition, list[Batch]] | None = None,
 ) -> list[ConditionResult]:
     """Judge ``model`` on every image of ``images`` under every condition; every process returns the same results.
 
@@ -127,7 +128,8 @@ def evaluate(
     whatever the batch size. Corruptions and random starts depend on (seed, image index) alone. Meanwhile the model is
     in eval mode, afterwards as before. Wrap the call in ``torch.autocast`` to evaluate in bf16. ``workers`` prepare
     images in processes of their own. ``progress`` is a bar of the caller's that spans more than this call, or whether
-    to show one with the time left on the main process. ``on_result`` sees each result as soon as it is there.
+    to show one with the time left on the main process. ``on_result`` sees each result as soon as it is there. Calls
+    with one dictionary ``prepared`` and the same images, batch size and seed corrupt them once, and keep them.
     """
     names = [str(condition) for condition in conditions]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
@@ -143,7 +145,10 @@ def evaluate(
         for key, condition in zip(keys, conditions, strict=True):
             bar.begin(str(condition))
             start, judged = time.perf_counter(), []
-            for places, pixels, labels in batches(images, condition, batch_size, seed, workers):
+            ready: Iterable[Batch] = batches(images, condition, batch_size, seed, workers)
+            if prepared is not None:
+                ready = prepared[condition] = prepared.get(condition) or [in_8_bits(batch) for batch in ready]
+            for places, pixels, labels in ready:
                 judged.append(judge(model, pixels, labels, places, condition, seed, images.subset))
                 bar.advance(len(labels) * condition.cost)
             bar.expect(key, sum(len(part["correct"]) for part in judged) * condition.cost)
@@ -183,6 +188,13 @@ def batches(images: Images, condition: Condition, batch_size: int, seed: int, wo
     load = partial(batch_of, images, condition, seed)
     own = torch.Generator()  # a loader without one draws from the global generator
     yield from torch.utils.data.DataLoader(mine, batch_size, num_workers=workers, collate_fn=load, generator=own)
+
+
+def in_8_bits(batch: Batch) -> Batch:
+    """The batch in a quarter of the memory, where its pixels are 8-bit ones."""
+    places, pixels, labels = batch
+    small = (pixels * 255).round().to(torch.uint8)
+    return (places, small, labels) if torch.equal(small / 255, pixels) else batch
 
 
 def batch_of(images: ImageSet, condition: Condition, seed: int, indices: Sequence[int]) -> Batch:

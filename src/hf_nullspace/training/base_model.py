@@ -43,7 +43,7 @@ def train_base_model(
     """Train ``classifier.model`` with the plain Trainer and keep it in ``folder``, or take what an earlier run left.
 
     Seed, precision and machine are those of ``run``; ``batch_size`` counts the images of all processes. A training that
-    was killed goes on from its last epoch. A model with damaged files, other settings or other images is trained again.
+    was killed goes on from its last tenth. A model with damaged files, other settings or other images is trained again.
 
     Raises:
         ValueError: if there are fewer images than one batch has.
@@ -72,7 +72,8 @@ def train_base_model(
             warmup_steps=0.05,
             lr_scheduler_type="cosine",
             per_device_train_batch_size=max(batch_size // run.world_size, 1),
-            save_strategy="epoch",
+            save_strategy="steps",
+            save_steps=0.1,
             save_total_limit=2,
             logging_steps=0.1,  # of the whole
             seed=run.seed,
@@ -82,6 +83,7 @@ def train_base_model(
             disable_tqdm=run.disable_tqdm,
             dataloader_num_workers=run.dataloader_num_workers,
             dataloader_pin_memory=run.dataloader_pin_memory,
+            dataloader_persistent_workers=run.dataloader_persistent_workers,
         )
         processor = classifier.image_processor
         trainer = Trainer(

@@ -30,7 +30,7 @@ from hf_nullspace.noise.calibration import calibrate
 from hf_nullspace.noise.provenance import model_hash
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.robustness.progress import Progress
-from hf_nullspace.robustness.suite import Attacked, Batch, Clean, Condition, Corrupted, batches, gather, judge
+from hf_nullspace.robustness.suite import Attacked, Clean, Condition, Corrupted, batches, gather, in_8_bits, judge
 from hf_nullspace.training.ema import FOLDER as EMA
 from hf_nullspace.training.events import tell_epoch
 from hf_nullspace.training.noise_stream import noise_stream, own_randomness
@@ -177,7 +177,7 @@ def choose_alpha(
         for condition in selection.conditions:
             bar.expect(condition, len(images) / world * len(selection.alphas) * condition.cost)
         for condition in selection.conditions:
-            prepared = [_in_8_bits(batch) for batch in batches(images, condition, batch_size, seed, workers=0)]
+            prepared = [in_8_bits(batch) for batch in batches(images, condition, batch_size, seed, workers=0)]
             for alpha in selection.alphas:
                 bar.begin(f"alpha {alpha:g}, {condition}")
                 network: nn.Module = interpolate(selection.base, tuned, alpha)
@@ -191,13 +191,6 @@ def choose_alpha(
                         bar.advance(len(labels) * condition.cost)
                 correct[alpha][condition] = int(gather(judged)["correct"].sum())
     return Choice([Point(alpha, len(images), correct[alpha]) for alpha in selection.alphas])
-
-
-def _in_8_bits(batch: Batch) -> Batch:
-    """The batch in a quarter of the memory, where its pixels are 8-bit ones."""
-    places, pixels, labels = batch
-    small = (pixels * 255).round().to(torch.uint8)
-    return (places, small, labels) if torch.equal(small / 255, pixels) else batch
 
 
 def plot(choice: Choice, path: Path) -> Path:
