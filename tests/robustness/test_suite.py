@@ -90,6 +90,19 @@ def test_every_way_of_reading_sees_the_same_images(tiny_vit, half_right, of, opt
         assert told.pop(0) is ours
 
 
+def test_images_are_prepared_once_for_all_models(tiny_vit, make_vit, half_right):
+    other = make_vit(3)
+    expected = [evaluate(model, half_right, CONDITIONS, seed=3) for model in (tiny_vit, other)]
+    prepared = {}
+    first = evaluate(tiny_vit, half_right, CONDITIONS, seed=3, prepared=prepared)
+    half_right.raw_image = None  # nothing is read again
+    for ours, theirs in zip(
+        (first, evaluate(other, half_right, CONDITIONS, seed=3, prepared=prepared)), expected, strict=True
+    ):
+        assert [result.correct.tolist() for result in ours] == [result.correct.tolist() for result in theirs]
+    assert set(prepared) == set(CONDITIONS)
+
+
 def test_every_sample_is_kept_if_asked_for(tiny_vit, half_right):
     (clean,) = evaluate(tiny_vit, half_right, [Clean()], per_sample=True)
     assert set(clean.samples) == {"label", "prediction", "confidence"}
