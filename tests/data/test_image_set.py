@@ -124,7 +124,7 @@ def test_bad_labels_are_found_before_training(labels, options, message):
             list(dataset)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])  # torch waits for it, 5 s each
 def test_a_corrupt_image_names_row_and_file(files, num_workers):
     dataset = ImageSet(files, PREPROCESSING)
     assert dataset[0]["labels"] == 0

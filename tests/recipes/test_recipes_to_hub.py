@@ -91,7 +91,11 @@ def error_of(capsys, *words):
 
 
 @pytest.mark.parametrize(
-    ("file", "name"), [("model.safetensors", "someone/vit"), ("data/train-00000-of-00001.parquet", "someone/pictures")]
+    ("file", "name"),
+    [
+        ("model.safetensors", "someone/vit"),
+        pytest.param("data/train-00000-of-00001.parquet", "someone/pictures", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_download_is_one_line_and_can_be_repeated(hub_here, published, tmp_path, capsys, file, name):
     words = [*published, *SHORT_RUN, f"--output_dir={tmp_path / 'out'}"]
