@@ -139,7 +139,7 @@ def test_what_does_not_pass_is_one_line_and_can_be_repeated(hub_here, folder, pa
 
 def test_the_storage_that_is_the_default_on_the_hub(hub_here, folder, monkeypatch):
     """Xet: the loopback Hub has none, so a real client fails there."""
-    pytest.importorskip("hf_xet")
+    pytest.importorskip("hf_xet", reason="huggingface_hub installs it on some platforms alone")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     assert "the connection failed (" in error_of(folder)

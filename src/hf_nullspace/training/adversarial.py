@@ -19,7 +19,7 @@ from hf_nullspace.robustness.attacks.base import Attack, seeded_like
 from hf_nullspace.robustness.attacks.gradient import PGD, BoundedAttack
 from hf_nullspace.robustness.pixel_model import PixelModel
 from hf_nullspace.training.losses import divergence
-from hf_nullspace.training.objectives import Batch, BesideClean, Objective, View, consistency_of
+from hf_nullspace.training.objectives import Batch, BesideClean, Objective, View, consistency_of, register_objective
 from hf_nullspace.training.pyramid import PyramidPGD
 
 _OUTSIDE = 0.01  # how far from [0, 1] pixels may be rounded that came in bfloat16
@@ -191,3 +191,9 @@ def pyramid(args: Any) -> Objective:
     """``objective="pyramid"``: L(x) + lambda L(x_adv) (equation 3 of Herrmann et al. 2022) with lambda = 1."""
     attack = PyramidPGD(**attack_settings(args), **pyramid_settings(args))
     return AttackedBesideClean(attack, "pyramid", **consistency_of(args))
+
+
+register_objective("madry", madry)
+register_objective("trades", trades)
+register_objective("fast", fast)
+register_objective("pyramid", pyramid)

@@ -13,17 +13,12 @@ from hf_nullspace.command_line import option
 from hf_nullspace.core.settings import check_choices, check_numbers, check_output_dir
 from hf_nullspace.noise.algorithm1 import NoiseSettings
 from hf_nullspace.noise.boundary import BoundarySettings
-from hf_nullspace.training.adversarial import attack_settings, fast, madry, pyramid, pyramid_settings, trades
+from hf_nullspace.training.adversarial import attack_settings, pyramid_settings
 from hf_nullspace.training.losses import DIVERGENCES
-from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, make_objective, register_objective
+from hf_nullspace.training.objectives import DISTRIBUTIONS, MIXES, check_objective, make_objective
 from hf_nullspace.training.preflight import RANGES, check_trackers
 from hf_nullspace.training.presets import PRESETS
 from hf_nullspace.training.universal import PLACES
-
-register_objective("madry", madry)
-register_objective("trades", trades)
-register_objective("fast", fast)
-register_objective("pyramid", pyramid)
 
 Settings = TypeVar("Settings", NoiseSettings, BoundarySettings)
 
